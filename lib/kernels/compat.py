@@ -1,0 +1,27 @@
+"""The one place that knows what differs between jax 0.10.2, 0.11.2 and 0.12."""
+
+from typing import Any
+
+import jax
+
+JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
+
+
+def gpu_interpret_params() -> Any:
+    """What `plgpu.kernel(..., interpret=...)` takes to run a Mosaic GPU kernel on CPU."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # private until jax exports it
+
+    return InterpretGPUParams()
+
+
+def local_gpu_lacks_mosaic() -> str | None:
+    """Why the GPU of this process can't run Mosaic GPU kernels; None if it can, or if there is none.
+
+    A program lowered where no GPU is present (export, deviceless compilation) is taken to be for Hopper.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    capability = jax.devices()[0].compute_capability
+    if float(capability) < 9.0:
+        return f"Mosaic GPU needs Hopper (compute capability 9.0) or newer; this GPU has {capability}"
+    return None

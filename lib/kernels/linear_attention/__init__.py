@@ -1,0 +1,134 @@
+"""Linear attention with every kind of decay: the public function, its checks, its dispatch and its gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jaxtyping import Array, Float, Int
+
+from .. import dispatch
+from ..dispatch import Backend
+from . import reference, xla
+from .inputs import Inputs, as_shaped, check
+
+
+def linear_attention(
+    q: Float[Array, "b t hq k"],
+    k: Float[Array, "b t hk k"],
+    v: Float[Array, "b t hv v"],
+    log_decay: Float[Array, "h"] | Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    *,
+    bonus: Float[Array, "h k"] | None = None,
+    scale: float | None = None,
+    initial_state: Float[Array, "b h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """Causal linear attention, S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = scale * q_t S_t.
+
+    Args:
+      q, k, v: queries, keys, values, one floating dtype. Their head counts may differ: H is the largest, and
+        each divides it (grouped-query when k and v have fewer, Mamba-2's groups when q and k have fewer).
+      log_decay: log of the decay, <= 0. None for no decay; [H], fixed (Lightning, RetNet); [B, T, H], one a
+        token and head (Mamba-2, simple GLA); [B, T, H, K], one a channel (GLA, RWKV-6, HGRN-2). A positive
+        value is caught under `jax.experimental.checkify` (`errors=checkify.all_checks` or `user_checks`).
+      bonus: RWKV-6's weight u of the current token. With it a token reads the state before its own decay:
+        o_t = scale * q_t (S_{t-1} + diag(u) k_t v_t^T).
+      scale: multiplies the output; None means K**-0.5.
+      initial_state: the state before the first token; None means zeros.
+      segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
+        belongs to the first token's document.
+      backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
+        "pallas_gpu". A Pallas backend named on CPU runs interpreted.
+
+    Returns:
+      out [B, T, H, V] in v's dtype, and the state after the last token [B, H, K, V] in float32 (float64 for
+      float64 inputs), ready to be the next call's `initial_state`.
+
+    Raises:
+      ValueError: naming the argument that can't be right, or the reason why a named backend can't serve.
+
+    Differentiable in every float input. `jax.jvp` and second derivatives: with backend "reference" or "xla".
+
+    Source: Katharopoulos et al. 2020 (arXiv 2006.16236); decays from Lightning Attention (2405.17381), GLA
+    (2312.06635) and RWKV-6 (2404.05892).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 32))
+        >>> gate = jax.nn.log_sigmoid(jax.random.normal(jax.random.key(1), (2, 100, 4, 32)))
+        >>> out, state = frugax.kernels.linear_attention(q, k, v, gate)
+        >>> out.shape, state.shape
+        ((2, 100, 4, 32), (2, 4, 32, 32))
+    """
+    call = _checked(q, k, v, log_decay, bonus, initial_state, segment_ids)
+    if call.log_decay is not None:
+        checkify.debug_check(jnp.all(call.log_decay <= 0), "log_decay: a value is positive; <= 0 fits")
+    chosen, _ = _plan(call, backend)
+    scale = call.q.shape[-1] ** -0.5 if scale is None else scale
+    if set(chosen.values()) <= {"reference", "xla"}:
+        return _forward(chosen["cpu"], False)(call, scale)
+    return _with_kernels(tuple(chosen.items()), float(scale), call)
+
+
+def plan(q, k, v, log_decay=None, *, bonus=None, scale=None, initial_state=None, segment_ids=None, backend=None):
+    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
+    struct = [as_shaped(x) for x in (q, k, v, log_decay, bonus, initial_state, segment_ids)]
+    call = jax.eval_shape(check, *struct)
+    return _plan(call, backend)
+
+
+def _checked(*arguments) -> Inputs:
+    return check(*(as_shaped(x) for x in arguments))
+
+
+def _plan(call: Inputs, backend: str | None) -> tuple[dict[str, str], dict[str, str | None]]:
+    from . import pallas_gpu, pallas_tpu  # here, so that CPU users never import Pallas
+
+    reasons = {
+        "pallas_tpu": pallas_tpu.unsupported_reason(call),
+        "pallas_gpu": pallas_gpu.unsupported_reason(call),
+    }
+    return dispatch.plan("linear_attention", backend, reasons), reasons
+
+
+def _forward(backend: str, interpret: bool):
+    if backend in ("reference", "xla"):
+        return {"reference": reference, "xla": xla}[backend].forward
+    from . import pallas_gpu, pallas_tpu
+
+    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
+    return partial(kernel.forward, interpret=interpret)
+
+
+def _backward(backend: str, interpret: bool):
+    if backend in ("reference", "xla"):
+
+        def transpose(call, cotangents, scale):
+            floats, runs = call._replace(runs=None), call.runs
+            f = partial(_forward(backend, False), scale=scale)
+            return jax.vjp(lambda x: f(x._replace(runs=runs)), floats)[1](cotangents)[0]
+
+        return transpose
+    from . import pallas_gpu, pallas_tpu
+
+    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
+    return partial(kernel.backward, interpret=interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_kernels(chosen: tuple[tuple[str, str], ...], scale: float, call: Inputs):
+    return dispatch.run(dict(chosen), lambda *which: partial(_forward(*which), scale=scale), call)
+
+
+def _with_kernels_fwd(chosen, scale, call):
+    return _with_kernels(chosen, scale, call), call  # only the inputs: the backward pass recomputes
+
+
+def _with_kernels_bwd(chosen, scale, call, cotangents):
+    grads = dispatch.run(dict(chosen), lambda *which: partial(_backward(*which), scale=scale), call, cotangents)
+    return (grads,)
+
+
+_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)
