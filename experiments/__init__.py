@@ -1,0 +1,1 @@
+"""Experiments over `frugax`: training, evaluation, generation and benchmarks."""

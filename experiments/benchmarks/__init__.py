@@ -1,0 +1,1 @@
+"""Measurements of `frugax`, each a module to run with `python -m`."""
