@@ -2,5 +2,6 @@
 
 from .explain import explain
 from .linear_attention import linear_attention
+from .linear_recurrence import linear_recurrence
 
-__all__ = ["explain", "linear_attention"]
+__all__ = ["explain", "linear_attention", "linear_recurrence"]
