@@ -1,0 +1,122 @@
+"""The depthwise causal convolution of Mamba-style mixers: the public function, dispatch and gradient."""
+
+from functools import partial
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from .. import dispatch
+from ..dispatch import Backend
+from . import reference, xla
+from .inputs import Inputs, as_shaped, check, check_activation, final_state
+
+
+def causal_conv1d(
+    x: Float[Array, "b t d"],
+    weight: Float[Array, "w d"],
+    bias: Float[Array, "d"] | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Float[Array, "b w-1 d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
+    """Depthwise causal convolution, y_t = act(bias + sum_w weight_w * x_{t-(W-1)+w}), channel by channel.
+
+    Args:
+      x: the inputs [B, T, D], any floating dtype; sums are float32 (float64 for float64 inputs).
+      weight: one filter of W >= 1 taps for each channel [W, D]; the last tap is the token's own.
+      bias: [D], or None for none.
+      activation: None, or "silu" ("swish" is its other name).
+      initial_state: the W-1 inputs before the first token [B, W-1, D], read in x's dtype; None means zeros.
+      segment_ids: the document of each token; no tap reaches into another document. The initial state
+        belongs to the first token's document.
+      backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
+        "pallas_gpu". A Pallas backend named on CPU runs interpreted.
+
+    Returns:
+      y [B, T, D] in x's dtype, and the last W-1 inputs [B, W-1, D] in x's dtype, ready to be the next call's
+      `initial_state`: zeros stand for those of documents other than the last token's.
+
+    Raises:
+      ValueError: naming the argument that can't be right, or the reason why a named backend can't serve.
+
+    Differentiable in every float input. `jax.jvp` and second derivatives: with backend "reference" or "xla".
+
+    Source: the short convolution of H3 (Fu et al. 2022, arXiv 2212.14052) and Mamba (2312.00752).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> x = jnp.arange(1.0, 5.0)[None, :, None]
+        >>> y, state = frugax.kernels.causal_conv1d(x, jnp.array([[10.0], [1.0]]))
+        >>> y.ravel().tolist(), state.ravel().tolist()
+        ([1.0, 12.0, 23.0, 34.0], [4.0])
+    """
+    call = check(*(as_shaped(a) for a in (x, weight, bias, initial_state, segment_ids)))
+    activation = check_activation(activation)
+    chosen, _ = _plan(call, backend)
+    if set(chosen.values()) <= {"reference", "xla"}:
+        y = _forward(chosen["cpu"], False)(call, activation)
+    else:
+        y = _with_kernels(tuple(chosen.items()), activation, call)
+    return y, final_state(call)  # W-1 rows: XLA's work, and its gradient, whatever runs the rest
+
+
+def plan(x, weight, bias=None, *, activation=None, initial_state=None, segment_ids=None, backend=None):
+    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
+    check_activation(activation)
+    call = jax.eval_shape(check, *(as_shaped(a) for a in (x, weight, bias, initial_state, segment_ids)))
+    return _plan(call, backend)
+
+
+def _plan(call: Inputs, backend: str | None) -> tuple[dict[str, str], dict[str, str | None]]:
+    from . import pallas_gpu, pallas_tpu  # here, so that `import frugax` does not import Pallas
+
+    reasons = {
+        "pallas_tpu": pallas_tpu.unsupported_reason(call),
+        "pallas_gpu": pallas_gpu.unsupported_reason(call),
+    }
+    return dispatch.plan("causal_conv1d", backend, reasons), reasons
+
+
+def _forward(backend: str, interpret: bool):
+    if backend in ("reference", "xla"):
+        return {"reference": reference, "xla": xla}[backend].forward
+    from . import pallas_gpu, pallas_tpu
+
+    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
+    return partial(kernel.forward, interpret=interpret)
+
+
+def _backward(backend: str, interpret: bool):
+    if backend in ("reference", "xla"):
+
+        def transpose(call, dy, activation):
+            floats, reach = call._replace(reach=None), call.reach
+            f = partial(_forward(backend, False), activation=activation)
+            return jax.vjp(lambda c: f(c._replace(reach=reach)), floats)[1](dy)[0]
+
+        return transpose
+    from . import pallas_gpu, pallas_tpu
+
+    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
+    return partial(kernel.backward, interpret=interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _with_kernels(chosen: tuple[tuple[str, str], ...], activation: str | None, call: Inputs):
+    return dispatch.run(dict(chosen), lambda *which: partial(_forward(*which), activation=activation), call)
+
+
+def _with_kernels_fwd(chosen, activation, call):
+    return _with_kernels(chosen, activation, call), call  # only the inputs: the backward pass recomputes
+
+
+def _with_kernels_bwd(chosen, activation, call, dy):
+    grads = dispatch.run(
+        dict(chosen), lambda *which: partial(_backward(*which), activation=activation), call, dy
+    )
+    return (grads,)
+
+
+_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

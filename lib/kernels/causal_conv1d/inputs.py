@@ -1,0 +1,99 @@
+"""What a call of `causal_conv1d` is, once checked: the form that every backend takes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Inputs(NamedTuple):
+    """Checked arguments. Tap w reads the input W-1-w tokens back; a token reaches at most `reach` tokens back."""
+
+    x: Array  # [B, T, D]
+    weight: Array  # [W, D]
+    bias: Array | None  # None | [D]
+    initial_state: Array | None  # None | [B, W-1, D], in x's dtype
+    reach: (
+        Array | None
+    )  # None (all W-1) | int32 [B, T]: how many earlier inputs belong to the token's document
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[0]
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of sums: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def with_history(call: Inputs) -> Array:
+    """x after the W-1 inputs that came before it: [B, W-1+T, D]."""
+    B, _, D = call.x.shape
+    before = call.initial_state
+    if before is None:
+        before = jnp.zeros((B, call.width - 1, D), call.x.dtype)
+    return jnp.concatenate([before, call.x], axis=1)
+
+
+def final_state(call: Inputs) -> Array:
+    """The last W-1 inputs, with zeros for those of documents other than the last token's: [B, W-1, D]."""
+    T, W = call.x.shape[1], call.width
+    kept = min(T, W - 1)
+    last = call.x[:, T - kept :]
+    if kept < W - 1:
+        last = with_history(call)[:, T:]
+    if call.reach is not None:
+        back = jnp.arange(W - 2, -1, -1)  # how far the last token looks back for each of them
+        last = jnp.where((back <= call.reach[:, -1:])[..., None], last, 0)
+    return last
+
+
+def _reach(segment_ids: Array, width: int) -> Array:
+    """How far back each token's document goes, up to W-1; the initial state lies in the first document."""
+    t = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    start_of = jnp.where(jnp.pad(starts, ((0, 0), (1, 0))), t, 1 - width)
+    return jnp.minimum(t - jax.lax.cummax(start_of, axis=1), width - 1)
+
+
+def _fail(name: str, x: Array, fits: str) -> None:
+    raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; {fits} fits")
+
+
+def check(x, weight, bias, initial_state, segment_ids) -> Inputs:
+    """Raise ValueError naming the argument that can't be right, or return the checked `Inputs`."""
+    for name, a in dict(x=x, weight=weight, bias=bias, initial_state=initial_state).items():
+        if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
+            _fail(name, a, "a floating dtype")
+    if x.ndim != 3 or 0 in x.shape:
+        _fail("x", x, "[batch, time, channels], every size >= 1,")
+    B, T, D = x.shape
+    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != D:
+        _fail("weight", weight, f"[W, {D}] with W >= 1")
+    W = weight.shape[0]
+    if bias is not None and bias.shape != (D,):
+        _fail("bias", bias, f"[{D}]")
+    if initial_state is not None:
+        if initial_state.shape != (B, W - 1, D):
+            _fail("initial_state", initial_state, f"[{B}, {W - 1}, {D}]")
+        initial_state = initial_state.astype(x.dtype)
+    reach = None
+    if segment_ids is not None:
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
+            _fail("segment_ids", segment_ids, f"integers [{B}, {T}]")
+        reach = _reach(segment_ids, W)
+    return Inputs(x, weight, bias, initial_state, reach)
+
+
+def check_activation(activation: str | None) -> str | None:
+    """None or "silu"; "swish" is its other name."""
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation: got {activation!r}; None, 'silu' or 'swish' fits")
+    return activation and "silu"
+
+
+def as_shaped(x):
+    """Anything with a shape and a dtype; lists and numpy arrays become jax arrays."""
+    return x if x is None or isinstance(x, jax.ShapeDtypeStruct | Array) else jnp.asarray(x)
