@@ -25,3 +25,21 @@ def local_gpu_lacks_mosaic() -> str | None:
     if float(capability) < 9.0:
         return f"Mosaic GPU needs Hopper (compute capability 9.0) or newer; this GPU has {capability}"
     return None
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes that `x` varies over inside a `shard_map`, as its type says; none elsewhere."""
+    return jax.typeof(x).manual_axis_type.varying  # `vma` before jax 0.10, and no public name since
+
+
+def vary(x: Any, axes: frozenset[str]) -> Any:
+    """`x`, typed as varying over `axes` as well."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def untyped_manual_axes() -> Any:
+    """A context in which operations inside a `shard_map` don't track the axes that values vary over."""
+    from jax._src import config  # private: `shard_map(check_vma=False)` is the public way, for a whole body
+
+    return config._check_vma(False)
