@@ -1,0 +1,216 @@
+"""Batches of packed rows: through Grain for training, as a finite list for evaluation."""
+
+import functools
+import math
+import sys
+from typing import Any
+
+import grain
+import numpy as np
+
+from experiments.data.corpus import Corpus
+from experiments.data.corpus import limit_bytes as limit_spans
+from experiments.data.documents import Documents, open_documents
+from experiments.data.packing import Batch, Layout, empty_row, stack
+from experiments.data.tokenizer import Tokenizer
+
+_THREADS = 2
+_BATCHES_AHEAD = 4
+
+
+def make_loader(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    split: str = "train",
+    batch_size: int,
+    seq_len: int,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_epochs: int | None = None,
+) -> "Loader":
+    """A Grain iterator of batches of densely packed documents, in an order that follows from `seed`.
+
+    Each epoch packs the documents in another order and shuffles the rows. Which rows step n sees, and in
+    which order, does not depend on the number of processes: process i reads rows [i * b, (i + 1) * b) of each
+    batch, where b is batch_size // process_count.
+
+    Args:
+        corpus: from `find_corpus`.
+        tokenizer: from `load_tokenizer`.
+        split: "train" or "heldout".
+        batch_size: rows of a step over all processes.
+        seq_len: positions of a row.
+        seed: of the order, an integer >= 0.
+        process_index: this process, in [0, process_count).
+        process_count: how many processes read.
+        num_epochs: None goes on forever. Otherwise the last batch is filled up with rows of weight 0.
+
+    Returns:
+        An iterator of dicts: tokens, targets, segment_ids [b, T] int32, weights [b, T] float32 (0 is
+        padding), and bytes [b] int32, how many bytes of text the targets of a row stand for. `get_state()` is
+        a small dict for JSON; `set_state` of it continues with the batch that would have come next. It is a
+        `grain.DatasetIterator`, so `grain.checkpoint.CheckpointSave` and `CheckpointRestore` take it.
+
+    Raises:
+        ValueError: an argument is out of range, or the split is smaller than one row.
+
+    Example:
+        >>> from experiments.data import find_corpus, load_tokenizer
+        >>> loader = make_loader(find_corpus(), load_tokenizer(), batch_size=2, seq_len=64)
+        >>> next(loader)["tokens"].shape
+        (2, 64)
+    """
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split={split!r}: it is 'train' or 'heldout'")
+    _check_sizes(batch_size, seq_len)
+    if process_count < 1 or batch_size % process_count:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of process_count={process_count}")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} must be in [0, {process_count})")
+    if num_epochs is not None and num_epochs < 1:
+        raise ValueError(f"num_epochs={num_epochs} must be at least 1, or None for no end")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must not be negative")
+    spans = getattr(corpus, split)
+    if not spans:
+        raise ValueError(
+            f"the {split} split of {corpus.root} is empty: hold a share of it out (heldout=0.05)"
+        )
+    documents = open_documents(spans, tokenizer)
+    if seq_len > documents.lengths.sum():
+        raise ValueError(
+            f"seq_len={seq_len} is longer than the {split} split of {corpus.root}, which has "
+            f"{documents.lengths.sum():,} tokens: shorten it or give more text"
+        )
+    source = _Rows(documents, batch_size, seq_len, seed, process_index, process_count, num_epochs)
+    batches = (
+        grain.MapDataset.source(source)
+        .batch(batch_size // process_count)
+        .to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD))
+    )
+    identity = {
+        "corpus": corpus.digest,
+        "split": split,
+        "vocab_size": tokenizer.vocab_size,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "seed": seed,
+    }
+    return Loader(iter(batches), identity)
+
+
+class Loader(grain.DatasetIterator):
+    """A Grain iterator whose state says what it was made of, so it does not continue in another corpus."""
+
+    def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any]):
+        super().__init__(batches)
+        self._batches = batches
+        self._identity = identity
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON: where the next batch is, and what the loader was made of."""
+        return {"identity": self._identity, "position": self._batches.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            ValueError: it was taken of another corpus, split, seed or size.
+        """
+        saved = state["identity"]
+        names = sorted(saved.keys() | self._identity.keys())
+        differing = [name for name in names if saved.get(name) != self._identity.get(name)]
+        if differing:
+            told = ", ".join(f"{n} was {saved.get(n)} and is {self._identity.get(n)}" for n in differing)
+            raise ValueError(f"the saved place in the data is another loader's: {told}")
+        self._batches.set_state(state["position"])
+
+
+class _Rows:
+    """Row n of one process, over all epochs: a Grain random access source."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+        num_epochs: int | None,
+    ):
+        self._documents = documents
+        self._batch_size = batch_size
+        self._seq_len = seq_len
+        self._seed = seed
+        self._rows_here = batch_size // process_count
+        self._first = process_index * self._rows_here
+        self._per_epoch = math.ceil(documents.lengths.sum() / seq_len)
+        self._total = None if num_epochs is None else num_epochs * self._per_epoch
+        # Threads ask for the same epoch, or for two neighbours around an epoch's end.
+        self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
+
+    def __len__(self) -> int:
+        if self._total is None:
+            return sys.maxsize
+        return math.ceil(self._total / self._batch_size) * self._rows_here
+
+    def __getitem__(self, index: int) -> Batch:
+        step, row = divmod(index, self._rows_here)
+        place = step * self._batch_size + self._first + row
+        if self._total is not None and place >= self._total:
+            return empty_row(self._seq_len)
+        epoch, place = divmod(place, self._per_epoch)
+        layout, rows = self._epoch(epoch)
+        return layout.row(int(rows[place]))
+
+    def _shuffle(self, epoch: int) -> tuple[Layout, np.ndarray]:
+        random = np.random.default_rng([self._seed, epoch])
+        layout = Layout(self._documents, random.permutation(len(self._documents.lengths)), self._seq_len)
+        return layout, random.permutation(self._per_epoch)
+
+
+def heldout_batches(
+    corpus: Corpus, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, limit_bytes: int | None = None
+) -> list[Batch]:
+    """The held-out split as packed batches, in a fixed order: every byte of it is a target once.
+
+    `limit_bytes(corpus.heldout, n)` are the documents that are covered: what a baseline is to be measured on.
+
+    Args:
+        corpus: from `find_corpus`.
+        tokenizer: from `load_tokenizer`.
+        batch_size: rows of a batch; the last one is filled up with rows of weight 0.
+        seq_len: positions of a row; each row starts without context.
+        limit_bytes: takes the first documents of the split that make up so many bytes. None takes all.
+
+    Returns:
+        Batches as `make_loader` gives them. Bits per byte are the nats of all targets of weight 1, over ln 2,
+        over the sum of "bytes".
+
+    Raises:
+        ValueError: a size is below 1, or nothing is held out.
+    """
+    _check_sizes(batch_size, seq_len)
+    spans = limit_spans(corpus.heldout, limit_bytes)
+    if not spans:
+        raise ValueError(
+            f"nothing of {corpus.root} is held out: find_corpus(..., heldout=0.05) holds a share out"
+        )
+    documents = open_documents(spans, tokenizer)
+    layout = Layout(documents, np.arange(len(spans)), seq_len)
+    rows = [layout.row(index) for index in range(len(layout))]
+    rows += [empty_row(seq_len)] * (-len(rows) % batch_size)
+    return [stack(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+
+
+def _check_sizes(batch_size: int, seq_len: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if seq_len < 1:
+        raise ValueError(f"seq_len={seq_len} must be at least 1")

@@ -1,0 +1,174 @@
+"""Text to ids and back: bytes by default, or a Hugging Face tokenizer.json."""
+
+import codecs
+import os
+from typing import Protocol
+
+import numpy as np
+
+
+class TextStream(Protocol):
+    """Text from one id at a time: characters that are split over ids come out when they are whole."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Tokenizer(Protocol):
+    """What data, training and generation ask of a tokenizer.
+
+    `separator` is the id that stands before the first token of a document. It is an input only, never a
+    target.
+    """
+
+    vocab_size: int
+    separator: int
+
+    def encode(self, text: bytes | str) -> np.ndarray: ...
+
+    def decode(self, ids) -> bytes: ...
+
+    def stream(self) -> TextStream: ...
+
+
+class ByteTokenizer:
+    """A token is a byte. Byte 0, which text does not contain, also stands before each document.
+
+    Example:
+        >>> ByteTokenizer().encode("hé").tolist()
+        [104, 195, 169]
+    """
+
+    vocab_size = 256
+    separator = 0
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """ids [n] int32 of `text`."""
+        data = text.encode() if isinstance(text, str) else text
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids) -> bytes:
+        """The bytes that ids stand for."""
+        return np.asarray(ids).astype(np.uint8).tobytes()
+
+    def stream(self) -> TextStream:
+        """Text from one id at a time; bytes that are not UTF-8 come out as U+FFFD."""
+        return _ByteStream()
+
+
+class _ByteStream:
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self._decoder.decode(bytes([token]))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", True)
+
+
+# What the common tokenizer families call the token that begins or separates documents.
+_SEPARATORS = (
+    "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<bos>",
+    "<s>",
+    "</s>",
+    "<eos>",
+    "[SEP]",
+)
+
+
+class SubwordTokenizer:
+    """A Hugging Face tokenizer. A tokenizer without a separator gets one more id than its vocabulary."""
+
+    def __init__(self, path: str):
+        # Imported here: runs on bytes, the default, do without the package.
+        import tokenizers
+
+        self.path = path
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"tokenizer={path!r} is no file: name a Hugging Face tokenizer.json, or None for bytes"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"tokenizer={path!r} is no Hugging Face tokenizer.json: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        # Ids may have gaps: what an embedding needs is the largest id.
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not ids:
+            raise ValueError(f"tokenizer={path!r} has an empty vocabulary")
+        self.vocab_size = max(ids.values()) + 1
+        named = [ids[name] for name in _SEPARATORS if name in ids]
+        self.separator = named[0] if named else self.vocab_size
+        self.vocab_size = max(self.vocab_size, self.separator + 1)
+
+    def encode(self, text: bytes | str) -> np.ndarray:
+        """ids [n] int32 of `text`; bytes that are not UTF-8 are read as U+FFFD."""
+        return self.encode_with_ends([text])[0][0]
+
+    def encode_with_ends(self, texts: list[bytes | str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each text, ids [n] and, of each id, how many bytes of the text end with it ([n])."""
+        data = [text.encode() if isinstance(text, str) else text for text in texts]
+        strings = [text.decode(errors="replace") for text in data]
+        encodings = self._tokenizer.encode_batch(strings, add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int32), _byte_ends(encoding.offsets, string, len(text)))
+            for encoding, string, text in zip(encodings, strings, data, strict=True)
+        ]
+
+    def decode(self, ids) -> bytes:
+        """The bytes that ids stand for."""
+        ids = [int(token) for token in np.asarray(ids).ravel()]
+        return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
+
+    def stream(self) -> TextStream:
+        """Text from one id at a time, in constant memory."""
+        return _SubwordStream(self._tokenizer)
+
+
+class _SubwordStream:
+    def __init__(self, tokenizer):
+        import tokenizers.decoders
+
+        self._tokenizer = tokenizer
+        self._stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        return self._stream.step(self._tokenizer, int(token)) or ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def load_tokenizer(path: str | None = None) -> ByteTokenizer | SubwordTokenizer:
+    """Bytes for None, or the Hugging Face tokenizer.json at `path`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no tokenizer.
+
+    Example:
+        >>> load_tokenizer(None).vocab_size
+        256
+    """
+    return ByteTokenizer() if path is None else SubwordTokenizer(os.path.expanduser(path))
+
+
+def _byte_ends(offsets: list[tuple[int, int]], string: str, num_bytes: int) -> np.ndarray:
+    """Character offsets of tokens as byte offsets of their ends; the last token ends where the text does."""
+    if not offsets:
+        return np.zeros(0, np.int64)
+    ends = np.array([end for _, end in offsets])
+    points = np.frombuffer(string.encode("utf-32-le", "surrogatepass"), np.uint32)
+    sizes = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    byte_ends = np.concatenate([[0], np.cumsum(sizes)])[ends]
+    # A byte that was replaced by U+FFFD counts three here and one in the file.
+    byte_ends = np.minimum(np.maximum.accumulate(byte_ends), num_bytes)
+    byte_ends[-1] = num_bytes
+    return byte_ends
