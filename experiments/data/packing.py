@@ -32,7 +32,7 @@ class Layout:
         return int(-(-self._ends[-1] // self._seq_len))
 
     def row(self, index: int) -> Batch:
-        """tokens, targets, segment_ids int32 [T] and weights float32 [T], bytes int32: those its targets stand for."""
+        """tokens, targets, segment_ids, weights [T], and the bytes of text that its targets stand for."""
         row = empty_row(self._seq_len)
         at, stream = 0, index * self._seq_len
         segment = 0
