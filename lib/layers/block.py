@@ -1,0 +1,144 @@
+"""A decoder's layer as data (`Block`), and as the module that the data describes (`BlockLayer`)."""
+
+import dataclasses
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from ..kernels.dispatch import Backend
+from .mixer import Mixer
+
+NORMS = ("RMSNorm", "SimpleRMSNorm", "LayerNorm")
+CHANNELS = ("GLU", "MLP")
+
+# What the decoder says to every module; a block's arguments can't.
+_FROM_DECODER = {"parent", "name", "dtype", "param_dtype", "backend", "out_scale"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One layer of a decoder: x + mixer(norm(x)), then x + channel(norm(x)). Frozen and hashable.
+
+    Attributes:
+      mixer: the name of a sequence mixer in `frugax.layers`, or a subclass of `Mixer`.
+      channel: the name of a channel mixer in `frugax.layers` ("GLU", "MLP"), a module class, or None for none.
+      mixer_args: the mixer's attributes that differ from its defaults, as a mapping or pairs.
+      channel_args: likewise for the channel mixer.
+      norm: "RMSNorm", "SimpleRMSNorm" or "LayerNorm".
+
+    Raises:
+      ValueError: a name or an argument that isn't there, with those that are.
+
+    Example:
+        >>> import frugax
+        >>> block = frugax.layers.Block("GatedLinearAttention", "GLU", {"heads": 2})
+        >>> block.mixer_args
+        (('heads', 2),)
+    """
+
+    mixer: str | type[Mixer] = "GatedLinearAttention"
+    channel: str | type[nn.Module] | None = "GLU"
+    mixer_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
+    channel_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
+    norm: str = "RMSNorm"
+
+    def __post_init__(self):
+        # Sorted pairs of hashable values: equal blocks are equal, and jit can key on them.
+        for field in ("mixer_args", "channel_args"):
+            items = getattr(self, field)
+            items = items.items() if hasattr(items, "items") else items
+            object.__setattr__(self, field, tuple(sorted((k, _hashable(v)) for k, v in items)))
+        if self.norm not in NORMS:
+            raise ValueError(f"norm: got {self.norm!r}; one of {', '.join(NORMS)} fits")
+        _check_args("mixer_args", self.mixer_class, self.mixer_args)
+        if self.channel is None and self.channel_args:
+            raise ValueError(f"channel_args: got {dict(self.channel_args)} without a channel mixer; none fit")
+        if self.channel is not None:
+            _check_args("channel_args", self.channel_class, self.channel_args)
+
+    @property
+    def mixer_class(self) -> type[Mixer]:
+        return _find("mixer", self.mixer, mixer_names(), Mixer)
+
+    @property
+    def channel_class(self) -> type[nn.Module]:
+        return _find("channel", self.channel, CHANNELS, nn.Module)
+
+
+def mixer_names() -> tuple[str, ...]:
+    """The sequence mixers that `frugax.layers` has."""
+    layers = vars(importlib.import_module(__package__))
+    return tuple(name for name, x in layers.items() if _is_class(x, Mixer) and x is not Mixer)
+
+
+def _is_class(x: Any, base: type) -> bool:
+    return isinstance(x, type) and issubclass(x, base)
+
+
+def _find(field: str, name: str | type, names: tuple[str, ...], base: type) -> type:
+    if _is_class(name, base):
+        return name
+    if name not in names:
+        raise ValueError(f"{field}: got {name!r}; one of {', '.join(names)}, or a {base.__name__} class fits")
+    return getattr(importlib.import_module(__package__), name)
+
+
+def _check_args(field: str, module: type[nn.Module], args: tuple[tuple[str, Any], ...]) -> None:
+    known = [f.name for f in dataclasses.fields(module) if f.name not in _FROM_DECODER]
+    for name, _ in args:
+        if name not in known:
+            raise ValueError(f"{field}: {module.__name__} takes no {name!r}; {', '.join(known)} fit")
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+class BlockLayer(nn.Module):
+    """The module of one `Block`; `Decoder` makes and calls it."""
+
+    block: Block
+    depth: int
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    backend: Backend | None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        state: Any,
+        over_depth: dict[str, Array],
+        segment_ids: Array | None,
+        new_document: Array | None,
+    ) -> tuple[Array, Any]:
+        numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        out_scale = (2 * self.depth) ** -0.5  # two additions to the residual stream a layer
+        if new_document is not None:
+            state = jax.tree.map(lambda leaf: _zero_rows(leaf, new_document), state)
+
+        mixer = self.block.mixer_class(
+            **dict(self.block.mixer_args), **numbers, backend=self.backend, out_scale=out_scale, name="mixer"
+        )
+        y, state = mixer(
+            self._norm("mixer_norm", numbers)(x), state=state, segment_ids=segment_ids, **over_depth
+        )
+        x = x + y
+        if self.block.channel is not None:
+            args = dict(self.block.channel_args)
+            channel = self.block.channel_class(**args, **numbers, out_scale=out_scale, name="channel")
+            x = x + channel(self._norm("channel_norm", numbers)(x))
+        return x, state
+
+    def _norm(self, name: str, numbers: dict[str, Any]) -> nn.Module:
+        return _find("norm", self.block.norm, NORMS, nn.Module)(**numbers, name=name)
+
+
+def _zero_rows(leaf: Array, rows: Array) -> Array:
+    return jnp.where(rows.reshape(-1, *[1] * (leaf.ndim - 1)), jnp.zeros_like(leaf), leaf)

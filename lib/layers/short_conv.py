@@ -1,0 +1,49 @@
+"""The short causal convolution that mixers put before their recurrence."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from ..kernels import causal_conv1d
+from ..kernels.dispatch import Backend
+
+
+class ShortConv(nn.Module):
+    """Depthwise causal convolution over time: x [B, T, D] -> (y, state [B, width - 1, D]).
+
+    Attributes:
+      width: taps, >= 1.
+      activation: "silu" or None.
+      param_dtype, backend: as in `Mixer`.
+
+    Source: H3, Fu et al. 2023 (arXiv 2212.14052).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> (y, state), params = frugax.layers.ShortConv(4).init_with_output(jax.random.key(0), jnp.ones((1, 9, 3)))
+        >>> y.shape, state.shape
+        ((1, 9, 3), (1, 3, 3))
+    """
+
+    width: int = 4
+    activation: str | None = "silu"
+    param_dtype: DTypeLike = jnp.float32
+    backend: Backend | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, state: Array | None = None, segment_ids: Array | None = None
+    ) -> tuple[Array, Array]:
+        if self.width < 1:
+            raise ValueError(f"width: got {self.width}; a number of taps >= 1 fits")
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=0, out_axis=1)
+        weight = self.param("weight", init, (self.width, x.shape[-1]), self.param_dtype)
+        return causal_conv1d(
+            x,
+            weight.astype(x.dtype),
+            activation=self.activation,
+            initial_state=state,
+            segment_ids=segment_ids,
+            backend=self.backend,
+        )
