@@ -1,5 +1,6 @@
 """The one place that knows what differs between jax 0.10.2, 0.11.2 and 0.12."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -12,6 +13,14 @@ def gpu_interpret_params() -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # private until jax exports it
 
     return InterpretGPUParams()
+
+
+def gpu_load(ref: Any, layout: Any) -> Any:
+    """`plgpu.load` of a whole shared-memory buffer into registers of `layout`, inside a Mosaic GPU kernel."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # an argument until jax 0.11
+    return plgpu.load(ref, *whole, layout=layout)
 
 
 def local_gpu_lacks_mosaic() -> str | None:
@@ -43,3 +52,13 @@ def untyped_manual_axes() -> Any:
     from jax._src import config  # private: `shard_map(check_vma=False)` is the public way, for a whole body
 
     return config._check_vma(False)
+
+
+def partition_spec(sharding: Any, mesh: Any) -> Any:
+    """How the partitioner's `sharding` splits dimensions over `mesh`; not at all where that has no name."""
+    from jax._src import sharding_impls  # private: the public decoding raises on what a mesh can't name
+
+    try:
+        return sharding_impls.parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
+    except Exception:
+        return jax.sharding.PartitionSpec()
