@@ -1,6 +1,5 @@
 """The one place that knows what differs between jax 0.10.2, 0.11.2 and 0.12."""
 
-import inspect
 from typing import Any
 
 import jax
@@ -13,14 +12,6 @@ def gpu_interpret_params() -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # private until jax exports it
 
     return InterpretGPUParams()
-
-
-def gpu_load(ref: Any, layout: Any) -> Any:
-    """`plgpu.load` of a whole shared-memory buffer into registers of `layout`, inside a Mosaic GPU kernel."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    whole = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # an argument until jax 0.11
-    return plgpu.load(ref, *whole, layout=layout)
 
 
 def local_gpu_lacks_mosaic() -> str | None:
