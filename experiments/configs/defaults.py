@@ -1,0 +1,94 @@
+"""Every field of a training config, its default, and what it means. The other configs start from it."""
+
+from ml_collections import ConfigDict
+
+
+def defaults() -> ConfigDict:
+    """A fresh copy of the defaults."""
+    config = ConfigDict()
+    config.run_dir = ""  # empty: --run, or runs/<name of the config>
+    config.seed = 0  # of params and of the order of the data
+    config.steps = 1000  # optimizer steps of the whole run; the schedule ends with them
+    config.batch_size = 8  # rows a step, over all devices and processes
+    config.accumulate = 1  # the batch goes through in this many parts, to save memory
+    config.ema_decay = 0.0  # moving average of params, used for evaluation; 0: none
+    config.log_every = 1  # steps between lines of metrics.jsonl
+    config.tensorboard = True  # also write event files
+    config.parallel = "jit"  # "jit" over a mesh, or "pmap"
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that share the batch; -1: all
+
+    config.distributed = ConfigDict()  # several processes; on TPU pods and Slurm `enabled` is enough
+    config.distributed.enabled = False
+    config.distributed.coordinator = ""  # host:port of process 0
+    config.distributed.processes = 0  # how many
+    config.distributed.process = -1  # which one this is
+
+    config.data = ConfigDict()
+    config.data.path = ""  # folder, glob or file of text; empty: this interpreter's standard library
+    config.data.tokenizer = ""  # a Hugging Face tokenizer.json; empty: bytes
+    config.data.sequence_length = 512  # tokens a row
+    config.data.held_out = 0.05  # share of the files kept for evaluation
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 0  # 0: the tokenizer's
+    config.model.width = 256
+    config.model.repeats = 4  # how often the pattern comes; its params are stacked and scanned over
+    config.model.pattern = ()  # names of blocks, from the input up
+    config.model.blocks = ConfigDict()  # blocks.NAME: see `block`
+    config.model.tie_embeddings = True  # the output projection is the embedding
+    config.model.remat = False  # recompute each repeat in the backward pass, to save memory
+    config.model.dtype = "float32"  # of activations and matmuls
+    config.model.param_dtype = "float32"
+    config.model.backend = ""  # of frugax.kernels; empty: by the platform
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or "muon", or another of frugax.optim, optax, optax.contrib
+    config.optimizer.learning_rate = 3e-3  # the peak
+    config.optimizer.warmup_steps = 100  # linear, from 0
+    config.optimizer.final_fraction = 0.0  # of the peak, where the cosine ends
+    config.optimizer.weight_decay = 0.1  # on matrices only: not on norms, biases, gains and embeddings
+    config.optimizer.clip_norm = 1.0  # of the gradient; 0: no clipping
+    config.optimizer.options = ConfigDict()  # what else the optimizer takes, by its own names
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 200  # steps; the last step is always saved
+    config.checkpoint.keep = 2  # how many stay
+
+    config.evaluation = ConfigDict()
+    config.evaluation.batch_size = 8
+    config.evaluation.sequence_length = 2048  # tokens of context at most
+    config.evaluation.max_bytes = 0  # of the held-out files; 0: all
+
+    config.sample = ConfigDict()
+    config.sample.prompt = "def "
+    config.sample.tokens = 400
+    config.sample.temperature = 0.8
+    return config
+
+
+def block(**fields) -> ConfigDict:
+    """A block for config.model.blocks.NAME: the fields of `frugax.layers.Block`."""
+    return ConfigDict({"mixer_args": {}, "channel_args": {}} | fields)
+
+
+def check_variant(variant: str) -> None:
+    """Raise ValueError unless `variant`, what follows the colon of --config, is empty or "smoke"."""
+    if variant not in ("", "smoke"):
+        raise ValueError(f"config variant: got {variant!r}; nothing or 'smoke' fits")
+
+
+def shrink(config: ConfigDict) -> None:
+    """Turn a config into one that shows in seconds that every part of it works."""
+    config.steps = 12
+    config.batch_size = 2 * config.accumulate
+    config.data.sequence_length = 64
+    config.model.width = 48
+    config.model.repeats = 1
+    config.optimizer.warmup_steps = 2
+    config.checkpoint.every = 5
+    config.evaluation.batch_size = 2
+    config.evaluation.sequence_length = 128
+    config.evaluation.max_bytes = 4096
+    config.sample.tokens = 40
