@@ -8,15 +8,13 @@ from jax import Array
 
 
 class Inputs(NamedTuple):
-    """Checked arguments. Tap w reads the input W-1-w tokens back; a token reaches at most `reach` tokens back."""
+    """Checked arguments. Tap w reads the input W-1-w tokens back, if that is within `reach`."""
 
     x: Array  # [B, T, D]
     weight: Array  # [W, D]
     bias: Array | None  # None | [D]
     initial_state: Array | None  # None | [B, W-1, D], in x's dtype
-    reach: (
-        Array | None
-    )  # None (all W-1) | int32 [B, T]: how many earlier inputs belong to the token's document
+    reach: Array | None  # None (all W-1) | int32 [B, T]: how far back the document goes
 
     @property
     def width(self) -> int:

@@ -13,6 +13,8 @@ def forward(call: Inputs, activation: str | None) -> Array:
     W, T = call.width, call.x.shape[1]
     history_BSD = with_history(call).astype(dtype)
     weight_WD = call.weight.astype(dtype)
+    # Cast out here: inside the loop the cast's gradient would add up in the bias's own dtype.
+    bias_D = jnp.zeros((), dtype) if call.bias is None else call.bias.astype(dtype)
     back_W = jnp.arange(W - 1, -1, -1)
 
     def token(t):
@@ -20,9 +22,7 @@ def forward(call: Inputs, activation: str | None) -> Array:
         if call.reach is not None:
             reach_B = jax.lax.dynamic_index_in_dim(call.reach, t, axis=1, keepdims=False)
             taps_BWD = jnp.where((back_W <= reach_B[:, None])[..., None], taps_BWD, 0)
-        z_BD = jnp.sum(weight_WD * taps_BWD, axis=1)
-        if call.bias is not None:
-            z_BD = z_BD + call.bias.astype(dtype)
+        z_BD = jnp.sum(weight_WD * taps_BWD, axis=1) + bias_D
         return z_BD if activation is None else z_BD * jax.nn.sigmoid(z_BD)
 
     return jnp.moveaxis(jax.lax.map(token, jnp.arange(T)), 0, 1).astype(call.x.dtype)
