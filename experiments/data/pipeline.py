@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 from typing import Any
 
 import grain
@@ -16,6 +15,7 @@ from experiments.data.tokenizer import Tokenizer
 
 _THREADS = 2
 _BATCHES_AHEAD = 4
+_ENDLESS = 2**62  # rows: Grain has no datasets without a length
 
 
 def make_loader(
@@ -157,7 +157,7 @@ class _Rows:
 
     def __len__(self) -> int:
         if self._total is None:
-            return sys.maxsize
+            return _ENDLESS
         return math.ceil(self._total / self._batch_size) * self._rows_here
 
     def __getitem__(self, index: int) -> Batch:

@@ -36,12 +36,11 @@ def test_gzip_reads_only_the_span(tmp_path):
 
 
 def test_witten_bell_by_hand():
-    """ "aab" was counted; "ab" is predicted.
+    """Of the counts of "aab", the bytes of "ab".
 
-    Order 0 counts a twice and b once: p(a) = (2 + 2/256) / 5 and p(b) = (1 + 2/256) / 5. At a document's start
-    every history is zeros, after which only a was seen, once: each order gives p(a) = (1 + p) / 2. After the history
-    "a", a and b were seen once each: p(b) = (1 + 2 p) / 4. Of "0a" and "00a" the same was seen: only a, once.
-    So b gets p / 2 of each of these.
+    Order 0 counts a twice and b once: p(a) = (2 + 2/256) / 5 and p(b) = (1 + 2/256) / 5. At the start every
+    history is zeros, after which only a was seen, once: each order gives p(a) = (1 + p) / 2. After "a", a and b
+    were seen once each: p(b) = (1 + 2 p) / 4. After "0a" and "00a" only a was seen, once: b gets p / 2 of each.
     """
     p_a = (2 + 2 / 256) / 5
     for _ in range(3):
