@@ -1,18 +1,245 @@
-"""Linear attention in Pallas (to come)."""
+"""Linear attention on Hopper, in Mosaic GPU kernels: what they can serve, and how the passes fit together.
 
+Two passes each way. One walks the chunks of 64 tokens and writes the state at each chunk's edge; the other has
+every chunk's own work, all chunks at once. The backward pass walks the states' gradients from the end, gets d_v
+as the outputs of the reversed sequence, and the other gradients chunk by chunk. The inputs are all it keeps.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
 from jax import Array
 
-from .inputs import Inputs
+from .. import compat
+from .inputs import Inputs, repeat_heads
+from .pallas_gpu_backward import gradients
+from .pallas_gpu_forward import outputs, states
+from .pallas_gpu_tiles import CHUNK, SMALLEST_LOG
+from .tiling_gpu import choose
+
+_MOST_BLOCKS = 65535  # in the y and z dimensions of a CUDA grid
 
 
 def unsupported_reason(call: Inputs) -> str | None:
-    """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
-    return "the kernel is not written yet"
+    """Why these kernels can't serve the call; None if they can. Works on shapes and dtypes alone."""
+    B, _, _, K = call.q.shape
+    V = call.v.shape[-1]
+    if call.q.dtype != jnp.bfloat16:
+        return f"q, k and v must be bfloat16; they are {call.q.dtype}"
+    if min(K, V) < 32:
+        return f"K and V must be at least 32 (they are padded to multiples of 64); they are {K} and {V}"
+    if max(B, call.heads) > _MOST_BLOCKS:
+        return f"batch and heads must be at most {_MOST_BLOCKS}; they are {B} and {call.heads}"
+    return compat.local_gpu_lacks_mosaic()
 
 
 def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Array]:
-    raise NotImplementedError
+    """The outputs [B, T, H, V] and the final state [B, H, K, V], as `reference.forward` defines them."""
+    B, T, _, K = call.q.shape
+    V, H = call.v.shape[-1], call.heads
+    padded = _pad(call)
+    rows = _rows(padded, T)
+    tiling = choose(B, H, padded.q.shape[-1], padded.v.shape[-1])
+    before, last = _states(padded, rows, tiling, interpret)
+    out = outputs(
+        padded.q,
+        padded.k,
+        padded.v,
+        _per_channel(padded),
+        padded.bonus,
+        jnp.stack([rows.query * scale, rows.sum_as_query, rows.sum_as_key, rows.run], 3),
+        before,
+        scale,
+        reverse=False,
+        packed=call.runs is not None,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    return out[:, :T, :, :V], last[:, :, :K, :V]
 
 
 def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, interpret: bool) -> Inputs:
-    raise NotImplementedError
+    """The gradient of every float input, in its shape and dtype."""
+    B, T, _, K = call.q.shape
+    V, H = call.v.shape[-1], call.heads
+    padded = _pad(call)
+    q, k, v = padded.q, padded.k, padded.v
+    rows = _rows(padded, T)
+    tiling = choose(B, H, q.shape[-1], v.shape[-1])
+    log_decay, packed = _per_channel(padded), call.runs is not None
+    d_out = _pad_to(cotangents[0], q.shape[1], v.shape[-1])
+    d_final = _pad_to(cotangents[1], q.shape[-1], v.shape[-1], axes=(2, 3))
+
+    before, _ = _states(padded, rows, tiling, interpret)
+    d_after, d_initial = states(
+        q,
+        d_out,
+        log_decay,
+        jnp.stack([rows.query * scale, rows.keep], 3),
+        d_final,
+        reverse=True,
+        exclusive=call.bonus is not None,
+        heads=H,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    d_v = outputs(
+        k,
+        q,
+        d_out,
+        log_decay,
+        padded.bonus,
+        jnp.stack([rows.key, rows.sum_as_query, rows.sum_as_key, rows.run], 3),
+        d_after,
+        scale,
+        reverse=True,
+        packed=packed,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    weights = [rows.query * scale, rows.key, rows.keep, rows.sum_as_query, rows.sum_as_key, rows.run]
+    d_q, d_k, d_decay = gradients(
+        q,
+        k,
+        v,
+        d_out,
+        log_decay,
+        padded.bonus,
+        jnp.stack(weights, 3),
+        before,
+        d_after,
+        scale,
+        packed=packed,
+        interpret=interpret,
+    )
+    if call.log_decay is None:
+        d_log_decay = None
+    elif log_decay is not None:
+        d_log_decay = d_decay[:, :T, :, :K].astype(call.log_decay.dtype)
+    else:
+        d_log_decay = _sum_decay_parts(d_decay, call.bonus is not None)[:, :T]
+        d_log_decay = d_log_decay.sum((0, 1)) if call.log_decay.ndim == 1 else d_log_decay
+        d_log_decay = d_log_decay.astype(call.log_decay.dtype)
+    return Inputs(
+        _sum_heads(d_q[:, :T, :, :K], call.q),
+        _sum_heads(d_k[:, :T, :, :K], call.k),
+        _sum_heads(d_v[:, :T, :, :V], call.v),
+        d_log_decay,
+        None if call.bonus is None else _d_bonus(call, cotangents[0], scale),
+        None if call.initial_state is None else d_initial[:, :, :K, :V].astype(call.initial_state.dtype),
+        None,
+    )
+
+
+class _Rows(NamedTuple):
+    """Float32 numbers of each token, [B, 1 or H, T / CHUNK, CHUNK]; only runs where the decay is per channel."""
+
+    query: Array  # the decay from the chunk's start to what the token reads; 0 in a later run
+    key: Array  # the decay from the token to the chunk's end; 0 in an earlier run
+    keep: Array  # the decay of the whole chunk, at each of its tokens; 0 where it holds a boundary
+    sum_as_query: Array  # log of `query` before runs are looked at
+    sum_as_key: Array  # the same, the token's own decay always included
+    run: Array
+
+
+def _rows(padded: Inputs, T: int) -> _Rows:
+    B, length, H, _ = (*padded.q.shape[:2], padded.heads, None)
+    shape = (B, 1, length // CHUNK, CHUNK)
+    run = jnp.zeros(shape, jnp.int32) if padded.runs is None else padded.runs.reshape(shape)
+    end = run[..., -1:]
+    start = jnp.pad(end[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # the incoming state belongs to run 0
+    g = padded.log_decay
+    if g is None or g.ndim == 4:
+        g = jnp.zeros((1, 1, 1, 1), jnp.float32)
+    else:
+        g = jnp.broadcast_to(g, (B, T, H)) if g.ndim == 1 else g
+        g = _pad_to(jnp.maximum(g.astype(jnp.float32), SMALLEST_LOG), length, axes=(1,))
+        g = g.swapaxes(1, 2).reshape(B, H, *shape[2:])
+    g = jnp.broadcast_to(g, (B, g.shape[1], *shape[2:]))
+    through = jnp.cumsum(g, -1)
+    until = jnp.pad(through[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
+    behind = jnp.cumsum(g[..., ::-1], -1)[..., ::-1]
+    behind = jnp.pad(behind[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
+    as_query = through if padded.bonus is None else until
+    keep = jnp.exp(through[..., -1:]) * (start == end)
+    return _Rows(
+        jnp.exp(as_query) * (run == start),
+        jnp.exp(behind) * (run == end),
+        jnp.broadcast_to(keep, g.shape),
+        as_query,
+        through,
+        jnp.broadcast_to(run.astype(jnp.float32), g.shape),
+    )
+
+
+def _per_channel(padded: Inputs) -> Array | None:
+    return padded.log_decay if padded.log_decay is not None and padded.log_decay.ndim == 4 else None
+
+
+def _states(padded: Inputs, rows: _Rows, tiling, interpret: bool) -> tuple[Array, Array]:
+    return states(
+        padded.k,
+        padded.v,
+        _per_channel(padded),
+        jnp.stack([rows.key, rows.keep], 3),
+        padded.initial_state,
+        reverse=False,
+        exclusive=False,
+        heads=padded.heads,
+        tiling=tiling,
+        interpret=interpret,
+    )
+
+
+def _pad(call: Inputs) -> Inputs:
+    """T to whole chunks, K and V to whole blocks. Zero keys add nothing, zero log-decays keep the state."""
+    B, T, _, K = call.q.shape
+    T, K, V = (-(-size // 64) * 64 for size in (T, K, call.v.shape[-1]))
+    log_decay, bonus, state, runs = call.log_decay, call.bonus, call.initial_state, call.runs
+    if log_decay is not None and log_decay.ndim == 4:
+        kind = jnp.bfloat16 if log_decay.dtype == jnp.bfloat16 else jnp.float32
+        log_decay = _pad_to(log_decay.astype(kind), T, K)
+    if bonus is not None:
+        bonus = _pad_to(bonus.astype(jnp.float32), K, axes=(1,))
+    if state is not None:
+        state = _pad_to(state.astype(jnp.float32), K, V, axes=(2, 3))
+    if runs is not None:
+        runs = jnp.pad(runs, ((0, 0), (0, T - runs.shape[1])), mode="edge")
+    return Inputs(
+        _pad_to(call.q, T, K), _pad_to(call.k, T, K), _pad_to(call.v, T, V), log_decay, bonus, state, runs
+    )
+
+
+def _pad_to(x: Array, *sizes: int, axes: tuple[int, ...] = (1, 3)) -> Array:
+    widths = [(0, 0)] * x.ndim
+    for axis, size in zip(axes, sizes, strict=True):
+        widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths) if any(right for _, right in widths) else x
+
+
+def _sum_heads(d_x: Array, x: Array) -> Array:
+    """Add up the gradients of the heads that read one head of x."""
+    if d_x.shape[2] != x.shape[2]:
+        d_x = d_x.astype(jnp.float32).reshape(*d_x.shape[:2], x.shape[2], -1, d_x.shape[3]).sum(3)
+    return d_x.astype(x.dtype)
+
+
+def _sum_decay_parts(parts: Array, exclusive: bool) -> Array:
+    """[B, H, T / CHUNK, K / 64, 4, CHUNK] from `gradients` to [B, T, H]: add up what passes each token's decay."""
+    as_query, as_key, beyond, passing = jnp.moveaxis(parts.sum(3), 3, 0)
+
+    def from_here_on(x):
+        return jnp.cumsum(x[..., ::-1], -1)[..., ::-1]
+
+    later = from_here_on(as_query + as_key)
+    if exclusive:  # a query does not decay by its own token
+        later = later - as_query
+    earlier = jnp.pad(jnp.cumsum(beyond, -1)[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
+    d = later + earlier + passing.sum(-1, keepdims=True)
+    return d.reshape(*d.shape[:2], -1).swapaxes(1, 2)
+
+
+def _d_bonus(call: Inputs, d_out: Array, scale: float) -> Array:
+    q, k, v = (repeat_heads(x, call.heads).astype(jnp.float32) for x in (call.q, call.k, call.v))
+    d_own = scale * (d_out.astype(jnp.float32) * v).sum(-1, keepdims=True)
+    return (d_own * q * k).sum((0, 1)).astype(call.bonus.dtype)

@@ -1,0 +1,353 @@
+"""Mosaic GPU kernels: the state at every chunk's edge, and the outputs from those states.
+
+Both run in either direction. Forward, with (x, z, y) = (q, k, v), they give the outputs. Backward, with
+(x, z, y) = (k, q, d_out), they give the states' gradients and then d_v, which is the same sum over the tokens
+after each token instead of those before it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .. import compat
+from .pallas_gpu_tiles import (
+    CHUNK,
+    COLS,
+    F32,
+    LEVELS,
+    ROWS,
+    Tiles,
+    after,
+    along_columns,
+    along_rows,
+    is_query,
+    pairs_of,
+    smem,
+    towards_border,
+    up_to,
+)
+from .tiling_gpu import Tiling
+
+
+def interpreter(interpret: bool):
+    return compat.gpu_interpret_params() if interpret else False
+
+
+def parameters() -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+
+def log_decay_scratch(log_decay: Array | None, slots: tuple[int, ...], dtype) -> dict:
+    """Buffers for a tile of log-decays per channel, and for the parts that the tensor cores add up."""
+    if log_decay is None:
+        return {}
+    parts = 1 if log_decay.dtype == jnp.bfloat16 else 2
+    return dict(
+        decay=smem((*slots, CHUNK, 64), log_decay.dtype),
+        parts=[smem((CHUNK, 64), dtype) for _ in range(parts)],
+    )
+
+
+def states(
+    x: Array,
+    y: Array,
+    log_decay: Array | None,
+    rows: Array,
+    initial: Array | None,
+    *,
+    reverse: bool,
+    exclusive: bool,
+    heads: int,
+    tiling: Tiling,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """S <- decay S + (x weighed)^T y, chunk by chunk.
+
+    Args:
+      x: [B, T, Hx, K], y: [B, T, Hy, V], T a multiple of CHUNK, K and V of 64.
+      log_decay: [B, T, H, K] where the decay differs by channel, else None (`rows` has it all).
+      rows: float32 [B, 1 or H, T / CHUNK, 2, CHUNK]: the weight of each token, and the chunk's own decay
+        (the same at each token), of what does not differ by channel.
+      initial: [B, H, K, V] float32, or None for zeros.
+      reverse: walk from the last chunk to the first; the weight of a token is then the decay from the chunk's
+        start up to it instead of the decay after it.
+      exclusive: reverse only: without the token's own decay.
+
+    Returns:
+      The state before each chunk (in the walk's order), [B, H, T / CHUNK, K, V] in x's dtype, and the state
+      after the last, [B, H, K, V] float32.
+    """
+    B, T, _, K = x.shape
+    V = y.shape[-1]
+    steps = T // CHUNK
+    wide = tiling.value_block
+    tile = (64, wide)
+    group_x, group_y, group_rows = heads // x.shape[2], heads // y.shape[2], heads // rows.shape[1]
+    tiles = Tiles(interpret)
+    scratch = dict(
+        x_tile=smem((2, CHUNK, 64), x.dtype),
+        y_tile=smem((2, CHUNK, wide), x.dtype),
+        weighed=smem((CHUNK, wide if log_decay is None else 64), x.dtype),
+        state_tile=smem((2, *tile), x.dtype),
+        edge=smem(tile, F32),
+        row_tile=plgpu.SMEM((2, 2, CHUNK), F32),
+        arrived=plgpu.Barrier(num_arrivals=3 if log_decay is None else 4, num_barriers=2),
+        edge_arrived=plgpu.Barrier(),
+        **log_decay_scratch(log_decay, (2,), x.dtype),
+    )
+    if log_decay is not None:
+        scratch["ones"] = smem((CHUNK, 64), x.dtype)
+    operands = [a for a in (x, y, rows, log_decay, initial) if a is not None]
+
+    def body(*refs, x_tile, y_tile, weighed, state_tile, edge, row_tile, arrived, edge_arrived, **decays):
+        refs = list(refs)
+        x_ref, y_ref, row_ref = (refs.pop(0) for _ in range(3))
+        decay_ref = refs.pop(0) if log_decay is not None else None
+        initial_ref = refs.pop(0) if initial is not None else None
+        states_ref, last_ref = refs
+        b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
+        keys = pl.ds(lax.div(block, V // wide) * 64, 64)
+        values = pl.ds(lax.rem(block, V // wide) * wide, wide)
+
+        def fetch(chunk, slot):
+            when, barrier = pl.ds(chunk * CHUNK, CHUNK), arrived.at[slot]
+            plgpu.copy_gmem_to_smem(x_ref.at[b, when, lax.div(h, group_x), keys], x_tile.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(y_ref.at[b, when, lax.div(h, group_y), values], y_tile.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(row_ref.at[b, lax.div(h, group_rows), chunk], row_tile.at[slot], barrier)
+            if decay_ref is not None:
+                plgpu.copy_gmem_to_smem(decay_ref.at[b, when, h, keys], decays["decay"].at[slot], barrier)
+
+        def chunk_of(step):
+            return steps - 1 - step if reverse else step
+
+        fetch(chunk_of(0), 0)
+        state = tiles.full(tile, 0)
+        if initial_ref is not None:
+            plgpu.copy_gmem_to_smem(initial_ref.at[b, h, keys, values], edge, edge_arrived)
+            plgpu.barrier_wait(edge_arrived)
+            state = tiles.load(edge)
+        if decay_ref is not None:
+            decays["ones"][...] = tiles.full((CHUNK, 64), 1, x.dtype)
+            plgpu.commit_smem()
+
+        def one(step, state):
+            slot = lax.rem(step, 2)
+            chunk = chunk_of(step)
+            plgpu.wait_smem_to_gmem(1)
+            state_tile.at[slot][...] = state.astype(x.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(state_tile.at[slot], states_ref.at[b, h, chunk, keys, values])
+            plgpu.barrier_wait(arrived.at[slot])
+
+            @pl.when(step + 1 < steps)
+            def _():
+                fetch(chunk_of(step + 1), 1 - slot)
+
+            weight = tiles.load(row_tile.at[slot, 0], ROWS)
+            keep = tiles.load(row_tile.at[slot, 1], ROWS)
+            if decay_ref is None:
+                y_scaled = tiles.load(y_tile.at[slot]) * along_rows(weight, (CHUNK, wide))
+                weighed[...] = y_scaled.astype(x.dtype)
+                pair = tiles.transposed(x_tile.at[slot]), weighed
+            else:
+                parts = decays["parts"]
+                tiles.split(tiles.load(decays["decay"].at[slot]), parts)
+                plgpu.commit_smem()
+                i, s = tiles.row_and_column()
+                to_edge = up_to(i, s, exclusive) if reverse else after(i, s)
+                factor = jnp.exp(tiles.range_sums(to_edge, parts)) * along_rows(weight, (CHUNK, 64))
+                weighed[...] = (tiles.load(x_tile.at[slot]) * factor).astype(x.dtype)
+                pair = tiles.transposed(weighed), y_tile.at[slot]
+                total = tiles.multiply(
+                    (64, 64), *((tiles.transposed(part), decays["ones"]) for part in parts)
+                )
+                keep = keep * jnp.exp(jnp.max(total, axis=1))
+            plgpu.commit_smem()
+            return tiles.add_products(state * along_rows(keep, tile), pair)
+
+        state = lax.fori_loop(0, steps, one, state)
+        edge[...] = state
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(edge, last_ref.at[b, h, keys, values])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((B, heads, steps, K, V), x.dtype),
+            jax.ShapeDtypeStruct((B, heads, K, V), F32),
+        ),
+        scratch_types=scratch,
+        grid=(B, heads, K // 64 * (V // wide)),
+        grid_names=("b", "h", "block"),
+        compiler_params=parameters(),
+        interpret=interpreter(interpret),
+        kernel_name="linear_attention_states" + ("_reverse" if reverse else ""),
+    )(*operands)
+
+
+def outputs(
+    x: Array,
+    z: Array,
+    y: Array,
+    log_decay: Array | None,
+    bonus: Array | None,
+    rows: Array,
+    states: Array,
+    scale: float,
+    *,
+    reverse: bool,
+    packed: bool,
+    tiling: Tiling,
+    interpret: bool,
+) -> Array:
+    """weight * (x decayed) S + scale * (the chunk's decayed scores of x and z) y, every chunk by itself.
+
+    Args:
+      x, z: [B, T, Hx, K], [B, T, Hz, K]: queries and keys, or keys and queries if `reverse`.
+      y: [B, T, Hy, V].
+      log_decay: [B, T, H, K] or None, as in `states`.
+      bonus: [H, K] float32 or None. With it a query reads the state before its own decay.
+      rows: float32 [B, 1 or H, T / CHUNK, 4, CHUNK]: for each token the weight of what the state gives, the sums
+        of log-decays from the chunk's start to the token as a query and as a key (zeros where the decay differs
+        by channel), and the number of its run.
+      states: [B, H, T / CHUNK, K, V], from `states`.
+      reverse: sum over the tokens after each token instead of those before.
+      packed: whether runs differ.
+
+    Returns:
+      [B, T, H, V] in y's dtype.
+    """
+    B, T, _, K = x.shape
+    H, V = states.shape[1], y.shape[-1]
+    wide = tiling.value_block
+    blocks, slots = K // 64, min(2, K // 64)
+    square, tile = (CHUNK, CHUNK), (CHUNK, wide)
+    per_channel = log_decay is not None
+    diagonal_apart = per_channel or bonus is not None
+    groups = [H // a.shape[2] for a in (x, z, y)]
+    group_rows = H // rows.shape[1]
+    tiles = Tiles(interpret)
+    scratch = dict(
+        x_tile=smem((slots, CHUNK, 64), x.dtype),
+        z_tile=smem((slots, CHUNK, 64), x.dtype),
+        state_tile=smem((slots, 64, wide), x.dtype),
+        y_tile=smem(tile, x.dtype),
+        row_tile=plgpu.SMEM((4, CHUNK), F32),
+        arrived=plgpu.Barrier(num_arrivals=3 + per_channel + (bonus is not None), num_barriers=slots),
+        rest_arrived=plgpu.Barrier(num_arrivals=2),
+        **log_decay_scratch(log_decay, (slots,), x.dtype),
+    )
+    if per_channel:
+        scratch["scaled"] = smem(square, x.dtype)
+    if bonus is not None:
+        scratch["bonus_tile"] = plgpu.SMEM((slots, 64), F32)
+    operands = [a for a in (x, z, y, rows, states, log_decay, bonus) if a is not None]
+
+    def body(*refs, x_tile, z_tile, y_tile, state_tile, row_tile, arrived, rest_arrived, **more):
+        refs = list(refs)
+        x_ref, z_ref, y_ref, row_ref, state_ref = (refs.pop(0) for _ in range(5))
+        decay_ref = refs.pop(0) if per_channel else None
+        bonus_ref = refs.pop(0) if bonus is not None else None
+        (out_ref,) = refs
+        b, h, block = (lax.axis_index(name) for name in ("b", "h", "block"))
+        chunk = lax.div(block, V // wide)
+        values = pl.ds(lax.rem(block, V // wide) * wide, wide)
+        when = pl.ds(chunk * CHUNK, CHUNK)
+        head_x, head_z, head_y = (lax.div(h, group) for group in groups)
+
+        def fetch(step, slot):
+            keys, barrier = pl.ds(step * 64, 64), arrived.at[slot]
+            plgpu.copy_gmem_to_smem(x_ref.at[b, when, head_x, keys], x_tile.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(z_ref.at[b, when, head_z, keys], z_tile.at[slot], barrier)
+            plgpu.copy_gmem_to_smem(state_ref.at[b, h, chunk, keys, values], state_tile.at[slot], barrier)
+            if per_channel:
+                plgpu.copy_gmem_to_smem(decay_ref.at[b, when, h, keys], more["decay"].at[slot], barrier)
+            if bonus is not None:
+                plgpu.copy_gmem_to_smem(bonus_ref.at[h, keys], more["bonus_tile"].at[slot], barrier)
+
+        fetch(0, 0)
+        plgpu.copy_gmem_to_smem(y_ref.at[b, when, head_y, values], y_tile, rest_arrived)
+        plgpu.copy_gmem_to_smem(row_ref.at[b, lax.div(h, group_rows), chunk], row_tile, rest_arrived)
+        plgpu.barrier_wait(rest_arrived)
+        weight = tiles.load(row_tile.at[0], ROWS)
+        i, j = tiles.row_and_column()
+        before = i < j if reverse else j < i  # [i, j]: row i sums over column j
+
+        def one(step, sums):
+            scores, out, diagonal = sums
+            slot = lax.rem(step, slots)
+
+            @pl.when(step + 1 < blocks)
+            def _():
+                fetch(step + 1, lax.rem(step + 1, slots))
+
+            plgpu.barrier_wait(arrived.at[slot])
+            x_now, z_now = x_tile.at[slot], z_tile.at[slot]
+            if diagonal_apart:
+                xz = tiles.load(x_now) * tiles.load(z_now)
+                if bonus is not None:
+                    xz = xz * along_columns(tiles.load(more["bonus_tile"].at[slot], COLS), square)
+                diagonal = diagonal + jnp.sum(xz, axis=1)
+            if not per_channel:
+                scores = tiles.add_products(scores, (x_now, tiles.transposed(z_now)))
+                return scores, tiles.add_products(out, (x_now, state_tile.at[slot])), diagonal
+            parts, scaled = more["parts"], more["scaled"]
+            tiles.split(tiles.load(more["decay"].at[slot]), parts)
+            plgpu.commit_smem()
+            to_edge = after(i, j) if reverse else up_to(i, j, bonus is not None)
+            factor = jnp.exp(tiles.range_sums(to_edge, parts)) * along_rows(weight, square)
+            decayed = (tiles.load(x_now) * factor).astype(x.dtype)
+            out = tiles.add_products(out, (decayed, state_tile.at[slot]))
+            queries, keys = (z_now, x_now) if reverse else (x_now, z_now)
+
+            def add_level(level, scores):
+                factor = jnp.exp(tiles.range_sums(towards_border(i, j, level, bonus is not None), parts))
+                row = jnp.where(is_query(i, level), tiles.load(queries), tiles.load(keys))
+                scaled_rows = (row * factor).astype(x.dtype)
+                scaled[...] = scaled_rows
+                plgpu.commit_smem()
+                pairs = tiles.multiply(square, (scaled_rows, tiles.transposed(scaled)))
+                return scores + jnp.where(before & pairs_of(i, j, level), pairs, 0)
+
+            scores = lax.fori_loop(0, LEVELS, add_level, scores)
+            return scores, out, diagonal
+
+        sums = tiles.full(square, 0), tiles.full(tile, 0), tiles.cast(jnp.zeros((CHUNK,), F32), ROWS)
+        scores, out, diagonal = lax.fori_loop(0, blocks, one, sums)
+        seen = before if diagonal_apart else before | (i == j)
+        if packed:
+            runs = tiles.load(row_tile.at[3], ROWS), tiles.load(row_tile.at[3], COLS)
+            seen = seen & (along_rows(runs[0], square) == along_columns(runs[1], square))
+        if not per_channel:
+            out = out * along_rows(weight, tile)
+            as_query, as_key = (
+                tiles.load(row_tile.at[n], COLS if reverse == (n == 1) else ROWS) for n in (1, 2)
+            )
+            if reverse:
+                exponent = along_columns(as_query, square) - along_rows(as_key, square)
+            else:
+                exponent = along_rows(as_query, square) - along_columns(as_key, square)
+            scores = scores * jnp.exp(jnp.where(seen, exponent, -jnp.inf))
+        elif packed:
+            scores = jnp.where(seen, scores, 0)
+        if diagonal_apart:
+            scores = jnp.where(i == j, along_rows(diagonal, square), scores)
+        out = tiles.add_products(out, ((scores * scale).astype(x.dtype), y_tile))
+        y_tile[...] = out.astype(x.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_tile, out_ref.at[b, when, h, values])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((B, T, H, V), y.dtype),
+        scratch_types=scratch,
+        grid=(B, H, T // CHUNK * (V // wide)),
+        grid_names=("b", "h", "block"),
+        compiler_params=parameters(),
+        interpret=interpreter(interpret),
+        kernel_name="linear_attention_outputs" + ("_reverse" if reverse else ""),
+    )(*operands)
