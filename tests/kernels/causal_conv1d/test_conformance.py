@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import frugax
+from frugax.kernels.causal_conv1d import pallas_tpu
+from frugax.kernels.causal_conv1d.tiling import TPUTiling
 from frugax.kernels.dispatch import BACKENDS
 from tests.errors import assert_close
 
@@ -39,7 +41,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=BACKENDS[:2])
+@pytest.fixture(params=BACKENDS[:3])
 def backend(request):
     return request.param
 
@@ -125,13 +127,19 @@ def test_float64(case, backend):
         check_against_definition(case, jnp.float64, backend)
 
 
-@pytest.mark.parametrize("backend", [])
+@pytest.mark.parametrize("backend", ["pallas_tpu"])
 def test_kernels_refuse_float64_by_name_and_fall_back_otherwise(backend):
     with jax.enable_x64(True):
         x, weight = jnp.ones((1, 8, 128)), jnp.ones((4, 128))
         with pytest.raises(ValueError, match="float64"):
             causal_conv1d(x, weight, backend=backend)
         assert causal_conv1d(x, weight)[0].dtype == jnp.float64
+
+
+def test_blocks_of_a_tpu_sequence(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "for_tpu", lambda call, **_: TPUTiling(time=32, channels=128))
+    case = Case(130, 200, 5, state=True, packed=True)
+    check_against_definition(case, jnp.float32, "pallas_tpu")
 
 
 def test_the_definitions_own_gradient_by_complex_steps():
@@ -169,12 +177,13 @@ def test_split_and_carried_is_whole(backend):
     case = Case(65, 60, 4, state=True, packed=True)
     args, ids, _ = draw(case)
     x, weight, bias, state = cast(args, jnp.float32)
-    whole = call((x, weight, bias, state), case, ids, backend)
+    run = jax.jit(lambda x, state, ids: call((x, weight, bias, state), case, ids, backend))
+    whole = run(x, state, ids)
     ys = []
     for lo, hi in ((0, 2), (2, 33), (33, 65)):
         if lo and (ids[:, lo] != ids[:, lo - 1]).any():  # a row whose document ends here starts afresh
             state = jnp.where((ids[:, lo] != ids[:, lo - 1])[:, None, None], 0, state)
-        y, state = call((x[:, lo:hi], weight, bias, state), case, ids[:, lo:hi], backend)
+        y, state = run(x[:, lo:hi], state, ids[:, lo:hi])
         ys.append(y)
     assert_close((jnp.concatenate(ys, 1), state), whole, jnp.float32)
 
@@ -199,11 +208,9 @@ def test_packed_is_separate(backend):
     x, weight, bias, _ = cast(args, jnp.float32)
     lengths = [1, 2, 40, 22]
     ids = np.repeat([5, 0, 7, 5], lengths)[None]
-    packed, state = call((x, weight, bias, None), case, ids, backend)
-    separate = [
-        call((x[:, end - n : end], weight, bias, None), case, None, backend)
-        for n, end in zip(lengths, np.cumsum(lengths), strict=True)
-    ]
+    run = jax.jit(lambda x, ids: call((x, weight, bias, None), case, ids, backend))
+    packed, state = run(x, ids)
+    separate = [run(x[:, end - n : end], None) for n, end in zip(lengths, np.cumsum(lengths), strict=True)]
     assert_close(packed, jnp.concatenate([y for y, _ in separate], 1), jnp.float32)
     assert_close(state, separate[-1][1], jnp.float32)
 
@@ -221,6 +228,7 @@ def test_vmap(backend):
     draws = [draw(case, seed=s)[0] for s in range(3)]
     stacked = jax.tree.map(lambda *a: jnp.asarray(np.stack(a), jnp.float32), *draws)
 
+    @jax.jit
     def loss_and_gradient(args):
         return jax.value_and_grad(lambda a: jnp.sum(call(a, case, None, backend)[0] ** 2))(args)
 

@@ -1,0 +1,36 @@
+"""Block sizes of the kernels, and how they follow from a call."""
+
+import dataclasses
+
+from .inputs import Inputs
+
+LANES = 128
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@dataclasses.dataclass(frozen=True)
+class TPUTiling:
+    """One grid step convolves `time` tokens of `channels` channels, `rows` tokens at a time.
+
+    The `halo` tokens before a block are a second view of x, so `halo` divides `time`.
+    """
+
+    time: int
+    channels: int
+    rows: int = 32  # int8's tile: the smallest that every operand can be cut at
+    halo: int = 32
+
+
+# The halo of 32 rows is the last 32 tokens of the block before; wider filters would need a longer one.
+TPU_WIDEST = 33
+
+
+def for_tpu(call: Inputs, *, time: int, channels: int) -> TPUTiling:
+    """Blocks of at most `time` x `channels`, smaller for smaller calls."""
+    _, T, D = call.x.shape
+    lanes = round_up(D, LANES)
+    channels = next(c for c in (channels, 512, 256, LANES) if c <= channels and lanes % c == 0)
+    return TPUTiling(time=min(time, round_up(T, 32)), channels=channels)
