@@ -1,0 +1,291 @@
+"""The static schedule of TPU kernels, from the compiler alone: cycles, what keeps them busy, and the floor.
+
+    python -m experiments.benchmarks.tpu_schedule linear_attention [--chip v5e ...] [--kernel TEXT]
+
+A kernel is compiled for a chip that is not here, and the compiler's dump says which bundle (one cycle's instructions)
+lies in which loop. Bundles times trips is the number of cycles if nothing ever waits: the same at every run, and a
+bound that a real chip can't beat. It says nothing of time spent waiting for memory: for that there is the floor, the
+larger of (bytes of inputs and outputs, each once) / bandwidth and FLOPs / peak.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
+# GHz. tpu7x's is not published: 2.2 makes its peak (1155 TFLOP/s a core) a whole number of 256 x 256 units' products,
+# 524,288 FLOPs a cycle, as v6e's 1.75 does; its cycles and shares rest on that assumption, its floor in seconds not.
+CLOCK = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
+SLOTS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One function to compile: its arguments' shapes, and the FLOPs of the mathematics it does."""
+
+    label: str
+    function: Callable[..., Any]
+    structs: tuple[Any, ...]
+    flops: float
+
+
+def linear_attention() -> list[Kernel]:
+    """B=1, H=8, T=4096, K=V=128, bfloat16; decays float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from frugax.kernels.linear_attention import pallas_tpu
+    from frugax.kernels.linear_attention.inputs import Inputs
+
+    B, T, H, K, V, C = 1, 4096, 8, 128, 128, 128
+    x = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
+    # Multiply-adds a token and head, with chunks of C: q k and its product with v, q S, k v. Backward has each of
+    # them twice, and recomputes q k and k v.
+    forward = 2 * B * T * H * (C * K + C * V + 2 * K * V)
+    backward = 2 * B * T * H * (3 * C * K + 2 * C * V + 5 * K * V)
+    decays = {"no decay": None, "scalar": (B, T, H), "per-channel": (B, T, H, K)}
+    kernels = []
+    for name, shape in decays.items():
+        decay = None if shape is None else jax.ShapeDtypeStruct(shape, jnp.float32)
+        call = Inputs(x, x, x, decay, None, None, None)
+        f = partial(pallas_tpu.forward, scale=K**-0.5, interpret=False)
+        kernels.append(Kernel(f"forward {name}", f, (call,), forward))
+        b = partial(pallas_tpu.backward, scale=K**-0.5, interpret=False)
+        kernels.append(Kernel(f"backward {name}", b, (call, (x, state)), backward))
+    return kernels
+
+
+# name -> what to compile. Another operation adds a function here.
+OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {"linear_attention": linear_attention}
+
+
+def count_bundles(text: str) -> list[int]:
+    """How often each bundle of a `final_bundles` dump runs.
+
+    A loop's trips are in its exit test. The outermost loop is the grid, software-pipelined: its first and its last
+    turn skip the largest region that a branch can skip, and only move blocks. The regions inside that one
+    (`pl.when`) are taken to run once, as those for the first and the last block of a sequence do.
+    """
+    loops: list[list[int]] = []  # [depth, trips], those open
+    within: list[tuple[list[int], ...]] = []  # the loops around each bundle
+    ends, skips = {}, []  # region -> bundle; (bundle, region)
+    depth = 0
+    pattern = r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)(.*)"
+    for place, match in enumerate(filter(None, (re.match(pattern, x) for x in text.splitlines()))):
+        kind, marks, body = match.groups()
+        depth = marks.count(">") if marks or kind or not body.startswith("{}") else depth
+        while loops and loops[-1][0] > depth - (kind == "LB"):
+            loops.pop()
+        if kind == "LB":
+            loops.append([depth, 1])
+        within.append(tuple(loops))
+        if exit_test := re.search(r"scmp\.ge\S* \S+, (\d+) /\* loop exit test", body):
+            loops[-1][1] = int(exit_test[1])
+        if depth == 1 and (skip := re.search(r"br\.rel \([^)]*\) target = \$region(\d+)", body)):
+            skips.append((place, skip[1]))
+        if kind == "PF":
+            ends.update(dict.fromkeys(re.findall(r"region (\d+)", body), place))
+    regions = sorted(
+        ((ends[name] - first, first, ends[name]) for first, name in skips if ends.get(name, 0) > first)
+    )
+    main = regions.pop() if regions else None
+    times = []
+    for place, around in enumerate(within):
+        count = 1
+        for level, (_, trips) in enumerate(around):
+            if level or main is None or not main[1] < place < main[2]:
+                count *= trips
+            elif not any(first < place < end for _, first, end in regions):
+                count *= max(1, trips - 2)
+        times.append(count)
+    return times
+
+
+def read_dump(folder: Path, kernel: str) -> dict[str, Any]:
+    """Cycles, slots and VMEM of every launch whose name begins with `kernel`."""
+    total: dict[str, Any] = {"cycles": 0, "bundles": 0, "vmem": 0, **dict.fromkeys(SLOTS, 0)}
+    for path in sorted(folder.glob(f"*-{kernel}*-final_bundles.txt")):
+        if "schedule-analysis" in path.name:
+            continue
+        prefix = re.match(rf"(\d+-{kernel}.*?)-\d+-final_bundles", path.name)[1]
+        times = count_bundles(path.read_text())
+        (use,) = folder.glob(f"{prefix}-*-final_hlo-static-per-bundle-utilization.txt")
+        rows = [[int(x) for x in line.split()] for line in use.read_text().splitlines() if line[:1].isdigit()]
+        capacity = [int(x) for x in re.search(r"VALU.*\n\s*([\d ]+)\n", use.read_text())[1].split()]
+        rows = rows[1:] if rows[0] == capacity else rows
+        total["cycles"] += sum(times)
+        total["bundles"] += len(times)
+        for slot, values in zip(SLOTS, zip(*rows, strict=True), strict=True):
+            total[slot] += sum(n * x for n, x in zip(times, values, strict=False))
+        total["capacity"] = dict(zip(SLOTS, capacity, strict=True))
+        (sizes,) = folder.glob(f"{prefix}-*-post-CP.txt")
+        vmem = re.findall(r"space=vmem, size = (0x[0-9a-f]+), scoped", sizes.read_text())
+        total["vmem"] = max(total["vmem"], sum(int(x, 16) for x in vmem))
+    return total
+
+
+def outside_bytes(hlo: str) -> int:
+    """Bytes that XLA's own operations around the kernels read and write."""
+    entry = hlo[hlo.index("\nENTRY") :]
+    shapes, moved = {}, 0
+    for line in entry.splitlines():
+        match = re.match(r"\s*(?:ROOT )?(%\S+) = (.*?) (\w[\w-]*)\((.*)", line)
+        if not match:
+            continue
+        name, result, op, operands = match.groups()
+        shapes[name] = _bytes(result)
+        if op not in (
+            "parameter",
+            "custom-call",
+            "bitcast",
+            "tuple",
+            "get-tuple-element",
+            "constant",
+            "copy-start",
+        ):
+            moved += shapes[name] + sum(shapes.get(x, 0) for x in set(re.findall(r"%[\w.-]+", operands)))
+    return moved
+
+
+def _bytes(shapes: str) -> int:
+    bits = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32, "s8": 8, "u8": 8}
+    total = 0
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        size = bits.get(dtype, 0) // 8
+        for n in dims.split(","):
+            size *= int(n) if n else 1
+        total += size
+    return total
+
+
+def measure(operation: str, label: str, chip: str, folder: Path) -> dict[str, Any]:
+    """Compile one kernel for one chip, in a process whose dump flags point at `folder`."""
+    import jax
+    from jax.experimental.pallas import tpu as pltpu
+
+    from .deviceless_tpu import compile_for
+
+    (kernel,) = (k for k in OPERATIONS[operation]() if k.label == label)
+    compiled = compile_for(chip, kernel.function, *kernel.structs)
+    version = pltpu.ChipVersion("7x" if chip == "tpu7x" else chip)
+    info = pltpu.get_tpu_info_for_chip(version, 1)
+    hertz = CLOCK[chip] * 1e9
+    found = read_dump(folder, operation)
+
+    arrays = [*jax.tree.leaves(kernel.structs), *jax.tree.leaves(compiled.out_info)]
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    memory = moved / info.mem_bw_bytes_per_second * hertz
+    matrix = kernel.flops / info.bf16_ops_per_second * hertz
+    outside = outside_bytes(compiled.as_text()) / info.mem_bw_bytes_per_second * hertz
+    floor = max(memory, matrix)
+    capacity = found.pop("capacity")
+    return {
+        "kernel": label,
+        "chip": chip,
+        "cycles": found["cycles"],
+        "copies": round(outside),
+        "floor": round(floor),
+        "bound": "memory" if memory > matrix else "matrix unit",
+        "ratio": round((max(found["cycles"], memory) + outside) / floor, 3),
+        "schedule_ratio": round(found["cycles"] / floor, 3),
+        "matrix_share": round(matrix / max(found["cycles"], 1), 3),
+        "busy": {s: round(found[s] / capacity[s] / max(found["cycles"], 1), 3) for s in SLOTS},
+        "spills": found["spill"],
+        "fills": found["fill"],
+        "vmem_bytes": found["vmem"],
+        "bytes": moved,
+        "flops": kernel.flops,
+    }
+
+
+def in_subprocess(operation: str, label: str, chip: str) -> dict[str, Any]:
+    """`measure` where the dump flags are set before JAX is imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
+        }
+        command = [sys.executable, "-m", __spec__.name, operation, "--measure", label, chip, folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"kernel": label, "chip": chip, "error": done.stderr.strip().splitlines()[-1][:300]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['kernel']:24} {row['chip']:6} {row['error']}"
+    return (
+        f"{row['kernel']:24} {row['chip']:6} {row['cycles']:9,} {row['copies']:8,} {row['floor']:9,} "
+        f"{row['bound']:11} {row['ratio']:6.2f} {row['matrix_share']:6.2f} {row['busy']['matmul']:6.2f} "
+        f"{row['spills']:9,} {row['vmem_bytes'] / 2**20:6.1f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("operation", choices=sorted(OPERATIONS))
+    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
+    parser.add_argument("--kernel", default="", help="only kernels whose label contains this")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        label, chip, folder = args.measure
+        print(json.dumps(measure(args.operation, label, chip, Path(folder))))
+        return
+
+    import jax
+
+    print(
+        f"{'kernel':24} {'chip':6} {'cycles':>9} {'copies':>8} {'floor':>9} {'bound by':11} {'ratio':>6} "
+        f"{'matrix':>6} {'slots':>6} {'spills':>9} {'MiB':>6}",
+        flush=True,
+    )
+    rows = []
+    for kernel in OPERATIONS[args.operation]():
+        for chip in args.chip:
+            if args.kernel in kernel.label:
+                rows.append(in_subprocess(args.operation, kernel.label, chip))
+                print(line(rows[-1]), flush=True)
+    print(
+        "cycles: bundles x trips. copies: XLA's own operations around the kernel, bytes / bandwidth. floor: inputs and"
+        "\noutputs once over the bandwidth, or FLOPs over the peak. ratio: (cycles, or memory if larger, + copies) /"
+        "\nfloor. matrix: FLOPs / (cycles x peak). slots: how busy the matrix unit is, padding included."
+    )
+    if not args.kernel and tuple(args.chip) == CHIPS:
+        import libtpu
+
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "jax": jax.__version__,
+            "libtpu": getattr(libtpu, "__version__", "unknown"),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "clock_ghz": CLOCK,
+            "operation": args.operation,
+            "shapes": OPERATIONS[args.operation].__doc__,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"tpu_schedule_{args.operation}.json"
+        path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+if __name__ == "__main__":
+    main()

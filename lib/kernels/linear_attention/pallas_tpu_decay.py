@@ -1,0 +1,212 @@
+"""Decays inside a chunk of a TPU kernel: as weights between pairs of tokens, none of them above 1."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from .tiling import LANES
+
+SUBLANES = 8  # rows of a float32 vector register
+
+# A log decay of RESTART is a new document. exp(-104) is already zero in float32, so clamping every other log decay
+# at FLOOR changes no result, and keeps sums of a chunk of them finite.
+RESTART, FLOOR = -128.0, -127.0
+
+
+def dot(a: Array, b: Array, axes: str) -> Array:
+    """Matrix product in float32; `axes` says which axis of a and of b is summed: "nn", "nt" (b transposed), "tn"."""
+    contract = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[axes]
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def iota(shape: tuple[int, ...], axis: int) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+# One decay a head: the weight of a pair of tokens is one number, exp of a difference of running sums.
+
+
+@dataclass(frozen=True)
+class HeadDecay:
+    """One head's decay in a chunk, C tokens long."""
+
+    pairs: Array  # [C, C] weight of token j as token i reads it; zero above the diagonal (with a bonus, on it too)
+    read: Array | float  # [C, 128] weight of the incoming state as token i reads it, the same in every lane
+    write: Array | float  # [C, 1] weight of token j in the outgoing state
+    write_row: Array | float  # [1, C], the same
+    last: Array | float  # [1, 1] weight of the incoming state in the outgoing one
+
+
+def head_decays(rows: Array | None, chunk: int, heads: int, *, bonus: bool, exact: bool) -> list[HeadDecay]:
+    """The decay of each head from log decays [8, C] (heads in rows); None for no decay.
+
+    `exact` keeps the digits of mild gates beside strong ones, for float32.
+    """
+    C = chunk
+    i, j = iota((C, C), 0), iota((C, C), 1)
+    seen = i > j if bonus else i >= j
+    if rows is None:
+        return [HeadDecay(jnp.where(seen, 1.0, 0.0), 1.0, 1.0, 1.0, 1.0)] * heads
+    # Sums of multiples of 1/16 are exact, so what strong gates add up to takes no digits from mild ones' sums.
+    coarse = jnp.round(rows * 16) / 16
+    parts = (coarse, rows - coarse)
+    sums = [dot(part, jnp.where(i <= j, 1.0, 0.0), "nn") for part in parts]  # [8, C], over tokens up to each
+    reads = sums
+    if bonus:  # a token reads before its own decay, but after its own restart
+        own = rows > (RESTART + FLOOR) / 2
+        reads = [total - jnp.where(own, part, 0.0) for total, part in zip(sums, parts, strict=True)]
+    ends = [x[:, C - 1 :] for x in sums]  # [8, 1]
+    write_rows = jnp.exp((ends[0] - sums[0]) + (ends[1] - sums[1]))
+    writes = write_rows.T
+    lasts = jnp.exp(ends[0] + ends[1])
+    if not exact:
+        sums, reads = [sums[0] + sums[1]], [reads[0] + reads[1]]
+    columns = [x.T for x in reads]  # [C, 8]
+    decays = []
+    for n in range(heads):
+        head = slice(n, n + 1)
+        wide = [jnp.broadcast_to(x[:, head], (C, LANES)) for x in columns]
+        exponent = sum(x[:, :C] - y[head] for x, y in zip(wide, sums, strict=True))
+        pairs = jnp.exp(jnp.where(seen, exponent, -jnp.inf))
+        decays.append(HeadDecay(pairs, jnp.exp(sum(wide)), writes[:, head], write_rows[head], lasts[head]))
+    return decays
+
+
+def across(weight: Array | float, width: int) -> Array | float:
+    """A weight the same in every lane, [C, 128], made as wide as what it multiplies."""
+    if isinstance(weight, float):
+        return weight
+    return jnp.concatenate([weight] * (width // LANES), axis=1)
+
+
+# One decay a channel: the weight differs by channel, so it must enter q and k before their product. Halve the chunk,
+# and its halves, down to single tokens: each pair (i, j) is parted at one level, by a boundary between j and i, and
+# its weight is (product of decays from the boundary to i) * (product from j to the boundary). A product of decays
+# is at most 1, and it loses nothing to cancellation, however strong the decays.
+
+
+@dataclass(frozen=True)
+class Level:
+    """The pairs of tokens that lie in the two halves of the same block of 2 * half tokens."""
+
+    half: int
+    read: Array  # [C, K] for tokens of right halves: product of decays from the half's start to the token
+    write: Array  # [C, K] for tokens of left halves: product of the decays after the token to the half's end
+
+
+def swap_halves(x: Array, half: int) -> Array:
+    """Row i gets row i ^ half; half is below SUBLANES."""
+    C, K = x.shape
+    x = x.reshape(C // SUBLANES, SUBLANES, K)
+    right = (iota(x.shape, 1) & half) != 0
+    swapped = jnp.where(right, pltpu.roll(x, half, 1), pltpu.roll(x, SUBLANES - half, 1))
+    return swapped.reshape(C, K)
+
+
+def split(x: Array, half: int) -> tuple[list[Array], list[Array]]:
+    """Left and right halves of each block of 2 * half rows."""
+    blocks = [x[n : n + half] for n in range(0, x.shape[0], half)]
+    return blocks[::2], blocks[1::2]
+
+
+def join(lefts: list[Array], rights: list[Array]) -> Array:
+    """What `split` took apart."""
+    return jnp.concatenate([x for pair in zip(lefts, rights, strict=True) for x in pair], axis=0)
+
+
+def is_right(shape: tuple[int, int], half: int) -> Array:
+    return (iota(shape, 0) & half) != 0
+
+
+def levels(decay: Array, keep: Array | None, *, bonus: bool) -> tuple[list[Level], Level, Array]:
+    """The levels of a chunk, the whole chunk as one more (its right half after the chunk's start, its left half
+    before its end), and the product of all its decays [1, K].
+
+    Args:
+      decay: [C, K] float32 in [0, 1], zero where a document starts.
+      keep: [C, 1], zero where a document starts, else one; None if none does.
+      bonus: whether a token reads before its own decay.
+    """
+    C, K = decay.shape
+    read = decay
+    if bonus:
+        read = jnp.ones_like(decay) if keep is None else jnp.broadcast_to(keep, decay.shape)
+    write, total = jnp.ones_like(decay), decay
+    found = []
+    half = 1
+    while half < min(C, SUBLANES):
+        found.append(Level(half, read, write))
+        right, other = is_right((C, K), half), swap_halves(total, half)
+        read = jnp.where(right, read * other, read)
+        write = jnp.where(right, write, write * other)
+        total = total * other
+        half *= 2
+    totals = [total[n : n + 1] for n in range(0, C, SUBLANES)]
+    while half < C:
+        found.append(Level(half, read, write))
+        lefts, rights = split(read, half)
+        read = join(lefts, [x * t for x, t in zip(rights, totals[::2], strict=True)])
+        lefts, rights = split(write, half)
+        write = join([x * t for x, t in zip(lefts, totals[1::2], strict=True)], rights)
+        totals = [a * b for a, b in zip(totals[::2], totals[1::2], strict=True)]
+        half *= 2
+    return found, Level(C, read, write), totals[0]
+
+
+def parted(level_half: int, C: int, rows: str) -> Array:
+    """Which pairs (row, column) a level holds: rows "all" [C, C], or only the "right" (or "left") halves [C/2, C].
+
+    With "left" the row is the earlier token j and the column the later one, else the other way round.
+    """
+    shift = level_half.bit_length() - 1
+    if rows == "all":
+        row, column = iota((C, C), 0), iota((C, C), 1)
+        return (((row ^ column) >> shift) == 1) & (row > column)
+    stacked, column = iota((C // 2, C), 0), iota((C // 2, C), 1)
+    skipped = (stacked >> shift) + (1 if rows == "right" else 0)
+    return (((stacked + (skipped << shift)) ^ column) >> shift) == 1
+
+
+def log_decay_gradient(found: list[Level], grads: list[tuple[Array, Array]], whole, *, bonus: bool) -> Array:
+    """d log_decay [C, K], back through the products.
+
+    Args:
+      found: the levels, as `levels` gave them.
+      grads: for each level, d log of its (read, write), [C, K]: right halves of the one, left of the other count.
+      whole: the same of the whole chunk, and d log of the product of all decays [1, K].
+    """
+    d_read, d_write, d_total = whole
+    C, K = d_read.shape
+    totals = [d_total]
+    for level, (dr, dw) in zip(reversed(found), reversed(grads), strict=True):
+        half = level.half
+        if half >= SUBLANES:
+            lr, rr = split(d_read, half)
+            lw, rw = split(d_write, half)
+            halves = []
+            for t, r, w in zip(totals, rr, lw, strict=True):
+                halves += [t + jnp.sum(r, axis=0, keepdims=True), t + jnp.sum(w, axis=0, keepdims=True)]
+            totals = halves
+            ldr, rdr = split(dr, half)
+            ldw, rdw = split(dw, half)
+            d_read = join(lr, [x + y for x, y in zip(rr, rdr, strict=True)])
+            d_write = join([x + y for x, y in zip(lw, ldw, strict=True)], rw)
+        else:
+            if isinstance(totals, list):
+                totals = jnp.concatenate([jnp.broadcast_to(t, (2 * half, K)) for t in totals], axis=0)
+            right = is_right((C, K), half)
+            crossing = jnp.where(right, d_read, d_write)  # what depends on the other half's total
+            step = 1
+            while step < half:
+                crossing = crossing + swap_halves(crossing, step)
+                step *= 2
+            totals = totals + swap_halves(crossing, half)
+            d_read = d_read + jnp.where(right, dr, 0.0)
+            d_write = d_write + jnp.where(right, 0.0, dw)
+    return totals if bonus else totals + d_read

@@ -1,0 +1,66 @@
+"""Block sizes of the TPU kernels, and how they follow from a call."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from .inputs import Inputs
+
+LANES = 128  # the width of a TPU vector register; Mosaic's tiles are this wide
+VMEM_LIMIT = 48 * 2**20  # bytes a kernel may hold: what fits the smallest of v5e, v5p, v6e and tpu7x (64 MiB)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a call is cut for the matrix unit and for VMEM."""
+
+    chunk: int  # tokens whose scores form one [chunk, chunk] matrix: a power of two from 16 to 128
+    block: int  # tokens a grid step reads, a multiple of chunk
+    heads: int  # heads a grid step works on, at most 8
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is no less than n."""
+    return -(-n // multiple) * multiple
+
+
+def heads_per_step(call: Inputs) -> int:
+    """The most heads, up to 8, that hold whole groups of each of q, k and v, or lie in one group."""
+    H = call.heads
+    groups = [H // x.shape[2] for x in (call.q, call.k, call.v)]
+    fits = [n for n in range(1, 9) if H % n == 0 and all(n % r == 0 or r % n == 0 for r in groups)]
+    return fits[-1]
+
+
+def vmem_bytes(call: Inputs, tiling: Tiling, *, backward: bool) -> int:
+    """VMEM that the kernel's blocks (two of each, to overlap copies) and its carried states take."""
+    K, V = (round_up(x.shape[-1], LANES) for x in (call.q, call.v))
+    size = call.q.dtype.itemsize
+    tokens = tiling.block * tiling.heads
+    per_token = (2 * K + 2 * V) * size  # q, k, v and out, or out's cotangent
+    if backward:
+        per_token += 4 * (2 * K + V)  # their gradients, float32 at most
+    if call.log_decay is not None and call.log_decay.ndim == 4:
+        per_token += K * call.log_decay.dtype.itemsize * (2 if backward else 1)
+    states = 4 * K * V * tiling.heads * (5 + (tiling.block // tiling.chunk if backward else 0))
+    scores = 4 * tiling.chunk * (8 * tiling.chunk + 24 * K + 8 * V)  # what may spill from registers
+    return 2 * tokens * per_token + states + scores
+
+
+def choose(call: Inputs, *, backward: bool) -> Tiling:
+    """The largest blocks that fit VMEM; long enough chunks to fill the matrix unit, no longer than the call."""
+    T = call.q.shape[1]
+    chunk = min(128, max(16, 1 << (T - 1).bit_length()))
+    tiling = Tiling(chunk, chunk, heads_per_step(call))
+    wanted = 256 if backward else 512
+    while tiling.block < min(wanted, T):
+        longer = Tiling(chunk, 2 * tiling.block, tiling.heads)
+        if vmem_bytes(call, longer, backward=backward) > VMEM_LIMIT:
+            break
+        tiling = longer
+    return tiling
+
+
+def itemsize_fits(dtype: jnp.dtype) -> bool:
+    """Whether the matrix unit takes the dtype."""
+    return jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
