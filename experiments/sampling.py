@@ -1,5 +1,6 @@
 """Sampling from a language model token by token, in constant memory."""
 
+import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ def sample(
 
     Args:
         module: a language model, `module.apply(variables, tokens, state=None, segment_ids=None) -> (logits,
-            state)`, whose state keeps its shapes from call to call.
+            state)`, hashable, whose state keeps its shapes from call to call.
         variables: its variables.
         prompt_ids: at least one id; a document starts with the tokenizer's separator.
         steps: how many ids to give.
@@ -92,32 +93,35 @@ def _decode(ids: Iterator[int], stream) -> Iterator[str]:
 
 
 def _sample(module, variables, prompt, steps, temperature, top_p, key) -> Iterator[int]:
-    @jax.jit
-    def start(variables, tokens_BT):
-        return module.apply(variables, tokens_BT)
-
-    # The state that goes in is not needed any more: its memory takes the state that comes out.
-    @jax.jit(donate_argnums=1)
-    def go_on(variables, state, tokens_BT):
-        return module.apply(variables, tokens_BT, state)
-
-    @jax.jit(donate_argnums=1)
-    def step(variables, state, token, key, temperature, top_p):
-        logits_BTV, state = module.apply(variables, token[None, None], state)
-        return _choose(logits_BTV[0, -1], key, temperature, top_p), state
-
     first, *rest = _chunks(prompt)
-    logits_BTV, state = start(variables, first[None])
+    logits_BTV, state = _start(module, variables, first[None])
     for chunk in rest:
-        logits_BTV, state = go_on(variables, state, chunk[None])
+        logits_BTV, state = _go_on(module, variables, state, chunk[None])
     logits_V, token = logits_BTV[0, -1], None
     for number in range(steps):
         here = jax.random.fold_in(key, number)
         if token is None:
-            token = jax.jit(_choose)(logits_V, here, temperature, top_p)
+            token = _choose(logits_V, here, temperature, top_p)
         else:
-            token, state = step(variables, state, token, here, temperature, top_p)
+            token, state = _step(module, variables, state, token, here, temperature, top_p)
         yield int(token)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _start(module, variables, tokens_BT):
+    return module.apply(variables, tokens_BT)
+
+
+# The state that goes in is not needed any more: its memory takes the state that comes out.
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _go_on(module, variables, state, tokens_BT):
+    return module.apply(variables, tokens_BT, state)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _step(module, variables, state, token, key, temperature, top_p):
+    logits_BTV, state = module.apply(variables, token[None, None], state)
+    return _choose(logits_BTV[0, -1], key, temperature, top_p), state
 
 
 def _chunks(prompt: np.ndarray) -> Iterator[np.ndarray]:
@@ -127,6 +131,7 @@ def _chunks(prompt: np.ndarray) -> Iterator[np.ndarray]:
     yield from prompt[first:].reshape(-1, _PREFILL)
 
 
+@jax.jit
 def _choose(logits_V: Array, key: Array, temperature: Array, top_p: Array) -> Array:
     """One id from the likeliest that together have probability `top_p`; the likeliest for temperature 0."""
     logits_V = logits_V.astype(jnp.float32)

@@ -39,8 +39,9 @@ def test_witten_bell_by_hand():
     """Of the counts of "aab", the bytes of "ab".
 
     Order 0 counts a twice and b once: p(a) = (2 + 2/256) / 5 and p(b) = (1 + 2/256) / 5. At the start every
-    history is zeros, after which only a was seen, once: each order gives p(a) = (1 + p) / 2. After "a", a and b
-    were seen once each: p(b) = (1 + 2 p) / 4. After "0a" and "00a" only a was seen, once: b gets p / 2 of each.
+    history is zeros, after which only a was seen, once: each order gives p(a) = (1 + p) / 2. After "a", a and
+    b were seen once each: p(b) = (1 + 2 p) / 4. After "0a" and "00a" only a was seen, once: b gets p / 2 of
+    each.
     """
     p_a = (2 + 2 / 256) / 5
     for _ in range(3):
