@@ -27,10 +27,10 @@ class Block:
 
     Attributes:
       mixer: the name of a sequence mixer in `frugax.layers`, or a subclass of `Mixer`.
-      channel: the name of a channel mixer in `frugax.layers` ("GLU", "MLP"), a module class, or None for none.
+      channel: the name of a channel mixer in `frugax.layers` ("GLU", "MLP"), a module class, or None.
       mixer_args: the mixer's attributes that differ from its defaults, as a mapping or pairs.
       channel_args: likewise for the channel mixer.
-      norm: "RMSNorm", "SimpleRMSNorm" or "LayerNorm".
+      norm: "RMSNorm", "SimpleRMSNorm", "LayerNorm", or a module class.
 
     Raises:
       ValueError: a name or an argument that isn't there, with those that are.
@@ -46,7 +46,7 @@ class Block:
     channel: str | type[nn.Module] | None = "GLU"
     mixer_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
     channel_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
-    norm: str = "RMSNorm"
+    norm: str | type[nn.Module] = "RMSNorm"
 
     def __post_init__(self):
         # Sorted pairs of hashable values: equal blocks are equal, and jit can key on them.
@@ -54,8 +54,7 @@ class Block:
             items = getattr(self, field)
             items = items.items() if hasattr(items, "items") else items
             object.__setattr__(self, field, tuple(sorted((k, _hashable(v)) for k, v in items)))
-        if self.norm not in NORMS:
-            raise ValueError(f"norm: got {self.norm!r}; one of {', '.join(NORMS)} fits")
+        _ = self.norm_class  # raises for a norm that isn't there
         _check_args("mixer_args", self.mixer_class, self.mixer_args)
         if self.channel is None and self.channel_args:
             raise ValueError(f"channel_args: got {dict(self.channel_args)} without a channel mixer; none fit")
@@ -69,6 +68,10 @@ class Block:
     @property
     def channel_class(self) -> type[nn.Module]:
         return _find("channel", self.channel, CHANNELS, nn.Module)
+
+    @property
+    def norm_class(self) -> type[nn.Module]:
+        return _find("norm", self.norm, NORMS, nn.Module)
 
 
 def mixer_names() -> tuple[str, ...]:
@@ -137,7 +140,7 @@ class BlockLayer(nn.Module):
         return x, state
 
     def _norm(self, name: str, numbers: dict[str, Any]) -> nn.Module:
-        return _find("norm", self.block.norm, NORMS, nn.Module)(**numbers, name=name)
+        return self.block.norm_class(**numbers, name=name)
 
 
 def _zero_rows(leaf: Array, rows: Array) -> Array:

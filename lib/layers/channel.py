@@ -26,7 +26,7 @@ class GLU(nn.Module):
 
     Attributes:
       expand: hidden width over the input's; the hidden width is rounded up to a multiple of 8.
-      activation: "silu" (SwiGLU), "gelu" (GEGLU), "relu", "relu2", "sigmoid", or None (TransNormerLLM's SGLU).
+      activation: "silu" (SwiGLU), "gelu" (GEGLU), "relu", "relu2", "sigmoid", or None (SGLU).
       dtype, param_dtype, out_scale: as in `Mixer`.
 
     Source: Shazeer 2020 (arXiv 2002.05202); SGLU from TransNormerLLM (2307.14995).
@@ -86,5 +86,5 @@ def _prepare(module: GLU | MLP, x: Array):
     check_input(x, None)
     if module.expand <= 0:
         raise ValueError(f"expand: got {module.expand}; a number above 0 fits")
-    hidden = -8 * (-int(round(module.expand * x.shape[-1])) // 8)
+    hidden = -8 * (-round(module.expand * x.shape[-1]) // 8)
     return activation_fn(module.activation), module.dtype or x.dtype, hidden

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from ..kernels.dispatch import Backend, check_backend
 from ..kernels.linear_attention.inputs import accumulator
-from .block import NORMS, Block, BlockLayer, _find
+from .block import Block, BlockLayer
 from .mixer import check_segment_ids
 
 
@@ -40,8 +40,8 @@ class Decoder(nn.Module):
       backend: handed to `frugax.kernels`; None picks by platform.
 
     Args of the call:
-      tokens: ids [B, T] in [0, vocab_size). Others can't be seen at trace time: their embedding, and so
-        every later logit of their row, is NaN.
+      tokens: ids [B, T] in [0, vocab_size). Others can't be seen at trace time: their embedding is NaN, and
+        so are their row's logits from there on, at least.
       state: what the last call returned, to go on from there; None starts afresh.
       segment_ids: the document of each token [B, T], to pack several in a row: nothing passes from one to the
         next. A first token whose id is the last call's last goes on with that document; another id starts
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         depth = len(self.blocks) * self.repeats
         new_document, last_segment = _documents(state, segment_ids)
 
-        # Unit-size embeddings in the stream, unit-size logits: one matrix serves both, and its entries are small.
+        # Unit-size embeddings in the stream and unit-size logits, off one matrix.
         init = nn.initializers.normal(self.width**-0.5)
         embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
         known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
@@ -96,13 +96,13 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=self.repeats,
-            check_constancy_invariants=False,  # it would trace the layers once more to look for what isn't there
+            check_constancy_invariants=False,  # a second trace of the layers, to find nothing
         )(self.blocks, depth, self.remat, self.dtype, self.param_dtype, self.backend, name="layers")
         before = (None,) * len(self.blocks) if state is None else state.layers
         x, after = layers(x, before, self._over_depth(depth), segment_ids, new_document)
 
-        norm = _find("norm", self.blocks[-1].norm, NORMS, nn.Module)
-        x = norm(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
+        norm = self.blocks[-1].norm_class(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
+        x = norm(x)
         if self.tie_embeddings:
             head = embedding
         else:

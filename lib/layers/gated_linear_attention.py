@@ -1,4 +1,4 @@
-"""Gated linear attention (GLA): a forget gate for every key channel, made from each token by a low-rank map."""
+"""Gated linear attention (GLA): a forget gate for every key channel, made from each token."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from .short_conv import ShortConv
 
 
 class GLAState(NamedTuple):
-    """The matrix of each head [B, H, K, V], and the last inputs of the short convolution (None without one)."""
+    """The matrix of each head [B, H, K, V], and the convolution's last inputs (None without one)."""
 
     memory: Array
     conv: Array | None

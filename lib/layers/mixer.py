@@ -20,7 +20,7 @@ class Mixer(nn.Module):
     Attributes:
       dtype: what the mixer computes and returns in; None means the input's.
       param_dtype: what its parameters are kept in.
-      backend: handed to `frugax.kernels`; None picks by platform ("xla" has `jax.jvp` and second derivatives).
+      backend: handed to `frugax.kernels`; None picks by platform, "xla" has `jax.jvp` too.
       out_scale: multiplies the initial output projection; a decoder of depth L passes 1 / sqrt(2 L).
     """
 
@@ -73,7 +73,7 @@ def check_segment_ids(segment_ids: Array | None, shape: tuple[int, ...]) -> None
         raise ValueError(f"segment_ids: got {got}; integers {list(shape)} fit")
 
 
-def head_size(name: str, total: float, heads: int) -> int:
+def head_size(name: str, total: int | float, heads: int) -> int:
     """total / heads; ValueError naming both unless the heads divide it."""
     if heads < 1 or total < 1 or total % heads:
         raise ValueError(f"heads: got {heads}; a number >= 1 that divides {name} = {total:g} fits")

@@ -21,7 +21,8 @@ class ShortConv(nn.Module):
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
-        >>> (y, state), params = frugax.layers.ShortConv(4).init_with_output(jax.random.key(0), jnp.ones((1, 9, 3)))
+        >>> conv = frugax.layers.ShortConv(width=4)
+        >>> (y, state), params = conv.init_with_output(jax.random.key(0), jnp.ones((1, 9, 3)))
         >>> y.shape, state.shape
         ((1, 9, 3), (1, 3, 3))
     """

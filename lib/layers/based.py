@@ -1,0 +1,62 @@
+"""Based: Taylor linear attention for all of the past beside exact attention to the last few tokens."""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+from jax import Array
+
+from .linear_attention import LinearAttention, LinearAttentionState
+from .mixer import Mixer
+from .sliding_window import SlidingWindowAttention, WindowState
+
+
+class BasedState(NamedTuple):
+    """What both halves carry; its size sets how much the layer can recall."""
+
+    linear: LinearAttentionState
+    window: WindowState
+
+
+class Based(Mixer):
+    """(LinearAttention(x) + SlidingWindowAttention(x)) / sqrt(2): both halves in every layer.
+
+    The paper gives each kind layers of its own, with convolutions between. That is the blocks
+    `LinearAttention` with {"feature_map": "taylor"}, `SlidingWindowAttention` and `GatedConvolution`.
+
+    Attributes:
+      heads: of both halves; divides the width.
+      key_size: channels of q and k in each head of the linear half; its features are 1 + d + d (d + 1) / 2.
+      window: how many tokens the exact half sees, the token itself included.
+      dtype, param_dtype, backend, out_scale: as in `Mixer`.
+
+    Source: Arora et al. 2024 (arXiv 2402.18668).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> mixer = frugax.layers.Based(heads=2, key_size=4, window=8)
+        >>> (y, state), params = mixer.init_with_output(jax.random.key(0), jnp.ones((1, 7, 16)))
+        >>> y.shape, state.linear.memory.shape, state.window.k.shape
+        ((1, 7, 16), (1, 2, 15, 9), (1, 7, 2, 8))
+    """
+
+    heads: int = 4
+    key_size: int = 16
+    window: int = 64
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, state: BasedState | None = None, segment_ids: Array | None = None
+    ) -> tuple[Array, BasedState]:
+        x = self.prepare(x, segment_ids)
+        shared = {
+            "heads": self.heads,
+            "param_dtype": self.param_dtype,
+            "backend": self.backend,
+            "out_scale": self.out_scale * 0.5**0.5,  # two halves add up to one output's size
+        }
+        linear = LinearAttention(feature_map="taylor", key_size=self.key_size, **shared, name="linear")
+        window = SlidingWindowAttention(window=self.window, **shared, name="window")
+        before = BasedState(None, None) if state is None else state
+        y_linear, linear_state = linear(x, state=before.linear, segment_ids=segment_ids)
+        y_window, window_state = window(x, state=before.window, segment_ids=segment_ids)
+        return y_linear + y_window, BasedState(linear_state, window_state)

@@ -1,0 +1,70 @@
+"""Feature maps of linear attention: phi(q) . phi(k) stands for a kernel of q and k."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+
+def elu_plus_one(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """elu(x) + 1, which is positive: x + 1 above 0, exp(x) below.
+
+    Source: Katharopoulos et al. 2020 (arXiv 2006.16236).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> frugax.layers.elu_plus_one(jnp.array([0.0, 2.0])).tolist()
+        [1.0, 3.0]
+    """
+    return jax.nn.elu(x) + 1
+
+
+def taylor(x: Float[Array, "*n d"]) -> Float[Array, "*n f"]:
+    """The map whose inner product is exp's second-order Taylor polynomial, 1 + x.y + (x.y)^2 / 2.
+
+    Its features are 1, x_i, x_i^2 / sqrt(2), and x_i x_j for i < j: 1 + D + D (D + 1) / 2 of them, since the
+    square's other half would only repeat this one.
+
+    Source: Based, Arora et al. 2024 (arXiv 2402.18668), where x is q or k over D^(1/4).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> x, y = frugax.layers.taylor(jnp.array([[1.0, 2.0], [3.0, 0.5]]))
+        >>> x.shape, round(float(x @ y), 4)  # 1 + 4 + 4^2 / 2
+        ((6,), 13.0)
+    """
+    squares = [x[..., i:] * x[..., i : i + 1] for i in range(x.shape[-1])]
+    squares = [jnp.concatenate([s[..., :1] * math.sqrt(0.5), s[..., 1:]], axis=-1) for s in squares]
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, *squares], axis=-1)
+
+
+class LearnedMap(nn.Module):
+    """softmax([W x, -W x]) for each head: x [..., H, D] -> positive features [..., H, 2 D].
+
+    W starts as the identity.
+
+    Source: Hedgehog, Zhang et al. 2024 (arXiv 2402.04347).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> x = jnp.ones((5, 2, 4))  # 5 tokens, 2 heads
+        >>> y, params = frugax.layers.LearnedMap().init_with_output(jax.random.key(0), x)
+        >>> y.shape, params["params"]["kernel"].shape
+        ((5, 2, 8), (2, 4, 4))
+    """
+
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        H, D = x.shape[-2:]
+
+        def identity(key, shape, dtype):
+            return jnp.broadcast_to(jnp.eye(D, dtype=dtype), shape)
+
+        kernel = self.param("kernel", identity, (H, D, D), self.param_dtype)
+        y = jnp.einsum("...hd,hde->...he", x, kernel.astype(x.dtype))
+        return jax.nn.softmax(jnp.concatenate([y, -y], axis=-1), axis=-1)
