@@ -99,6 +99,8 @@ class SubwordTokenizer:
             raise ValueError(f"tokenizer={path!r} is no Hugging Face tokenizer.json: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        # A special token that a document spells out is text: the separator stays an input only.
+        self._tokenizer.encode_special_tokens = True
         # Ids may have gaps: what an embedding needs is the largest id.
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
@@ -133,17 +135,28 @@ class SubwordTokenizer:
 
 
 class _SubwordStream:
-    def __init__(self, tokenizer):
-        import tokenizers.decoders
+    """Decodes the last few ids again with each new one: what an id adds depends on those before it."""
 
+    def __init__(self, tokenizer):
         self._tokenizer = tokenizer
-        self._stream = tokenizers.decoders.DecodeStream(skip_special_tokens=True)
+        self._shown: list[int] = []
+        self._waiting: list[int] = []
 
     def push(self, token: int) -> str:
-        return self._stream.step(self._tokenizer, int(token)) or ""
+        self._waiting.append(int(token))
+        # A character has four bytes at most: what is still not whole after four ids never will be.
+        if len(self._waiting) < 4 and self._text().endswith("\ufffd"):
+            return ""
+        return self.flush()
 
     def flush(self) -> str:
-        return ""
+        text = self._text()
+        self._shown, self._waiting = self._waiting or self._shown, []
+        return text
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._shown)
+        return self._tokenizer.decode(self._shown + self._waiting)[len(before) :]
 
 
 def load_tokenizer(path: str | None = None) -> ByteTokenizer | SubwordTokenizer:

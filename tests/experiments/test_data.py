@@ -247,6 +247,21 @@ def test_bytes_that_are_no_text_stream_as_replacements():
     assert "".join(stream.push(b) for b in b"a\xff\xe2\x9c") + stream.flush() == "a\ufffd\ufffd"
 
 
+def test_subwords_that_make_up_no_character_do_not_wait_forever(tokenizer_json):
+    tokenizer = load_tokenizer(tokenizer_json)
+    lead = int(tokenizer.encode("✓")[0])
+    stream = tokenizer.stream()
+    text = "".join(stream.push(lead) for _ in range(40))
+    assert set(text) == {"\ufffd"}
+    assert len(text) >= 36
+    stream.push(int(tokenizer.encode("the")[0]))
+    rest = [stream.push(int(token)) for token in tokenizer.encode(" ✓ the cat")]
+    assert "".join(rest).endswith("✓ the cat")
+    stream.push(lead)
+    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ""
+
+
 def test_subword_separator(tokenizer_json, tmp_path):
     tokenizer = load_tokenizer(tokenizer_json)
     theirs = tokenizers.Tokenizer.from_file(tokenizer_json)
@@ -256,6 +271,13 @@ def test_subword_separator(tokenizer_json, tmp_path):
     bare.save(str(tmp_path / "bare.json"))
     bare = load_tokenizer(str(tmp_path / "bare.json"))
     assert (bare.separator, bare.vocab_size) == (5, 6)  # one more id than the largest
+
+
+def test_a_separator_spelled_out_is_text(tokenizer_json):
+    tokenizer = load_tokenizer(tokenizer_json)
+    ids = tokenizer.encode("the <|endoftext|> cat")
+    assert tokenizer.separator not in ids
+    assert tokenizer.decode(ids) == b"the <|endoftext|> cat"
 
 
 @pytest.mark.parametrize("text", ["the cat sat", "größe ✓ 😀 the", "", "😀", "a\r\nb\t\n "])
@@ -391,6 +413,15 @@ def test_orbax_keeps_the_place(folder, tmp_path_factory):
         resumed = make_loader(corpus, _BYTES, batch_size=2, seq_len=64)
         manager.restore(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
     _equal(next(resumed), expected)
+
+
+def test_a_file_that_shrinks_while_training_is_named(tmp_path):
+    (tmp_path / "only.txt").write_bytes(b"a" * 1000)
+    loader = make_loader(find_corpus(tmp_path, heldout=0), _BYTES, batch_size=1, seq_len=100)
+    next(loader)
+    (tmp_path / "only.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"only\.txt has changed"):
+        [next(loader) for _ in range(20)]
 
 
 def test_a_place_in_other_data_is_refused(folder):
