@@ -108,7 +108,10 @@ def _keys(data: bytes) -> np.ndarray:
     """Every byte with the three before it, as uint32 [bytes]."""
     padded = np.frombuffer(bytes(_ORDER) + data, np.uint8).astype(np.uint32)
     end = len(padded)
-    return sum(padded[_ORDER - back : end - back] << np.uint32(8 * back) for back in range(_ORDER + 1))
+    keys = np.zeros(len(data), np.uint32)
+    for back in range(_ORDER + 1):
+        keys |= padded[_ORDER - back : end - back] << np.uint32(8 * back)
+    return keys
 
 
 def _count(documents: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,23 +14,6 @@ class TextStream(Protocol):
     def push(self, token: int) -> str: ...
 
     def flush(self) -> str: ...
-
-
-class Tokenizer(Protocol):
-    """What data, training and generation ask of a tokenizer.
-
-    `separator` is the id that stands before the first token of a document. It is an input only, never a
-    target.
-    """
-
-    vocab_size: int
-    separator: int
-
-    def encode(self, text: bytes | str) -> np.ndarray: ...
-
-    def decode(self, ids) -> bytes: ...
-
-    def stream(self) -> TextStream: ...
 
 
 class ByteTokenizer:
@@ -114,7 +98,7 @@ class SubwordTokenizer:
         """ids [n] int32 of `text`; bytes that are not UTF-8 are read as U+FFFD."""
         return self.encode_with_ends([text])[0][0]
 
-    def encode_with_ends(self, texts: list[bytes | str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode_with_ends(self, texts: Sequence[bytes | str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text, ids [n] and, of each id, how many bytes of the text end with it ([n])."""
         data = [text.encode() if isinstance(text, str) else text for text in texts]
         strings = [text.decode(errors="replace") for text in data]
@@ -137,7 +121,7 @@ class SubwordTokenizer:
 class _SubwordStream:
     """Decodes the last few ids again with each new one: what an id adds depends on those before it."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer
         self._shown: list[int] = []
         self._waiting: list[int] = []
@@ -159,7 +143,12 @@ class _SubwordStream:
         return self._tokenizer.decode(self._shown + self._waiting)[len(before) :]
 
 
-def load_tokenizer(path: str | None = None) -> ByteTokenizer | SubwordTokenizer:
+# Both have vocab_size, and separator: the id that stands before the first token of a document. It is an input
+# only, never a target.
+Tokenizer = ByteTokenizer | SubwordTokenizer
+
+
+def load_tokenizer(path: str | None = None) -> Tokenizer:
     """Bytes for None, or the Hugging Face tokenizer.json at `path`.
 
     Raises:
