@@ -1,8 +1,8 @@
 """The causal convolution on TPU: channels on lanes, time on sublanes, one read of each input.
 
-A block of x and the few rows before it are laid out in a float32 scratch, 128 channels at a time, where the W
-shifted reads are loads at any row. The backward pass walks a sequence from its end: the gradient of
-an input needs those of the W-1 sums after it, which stay in scratch.
+A block of x and the few rows before it are laid out in a float32 scratch, 128 channels at a time, where the
+W shifted reads are loads at any row. The backward pass walks a sequence from its end, as the gradient of an
+input needs those of the W-1 sums after it: they stay in scratch.
 """
 
 from functools import partial

@@ -34,3 +34,22 @@ def for_tpu(call: Inputs, *, time: int, channels: int) -> TPUTiling:
     lanes = round_up(D, LANES)
     channels = next(c for c in (channels, 512, 256, LANES) if c <= channels and lanes % c == 0)
     return TPUTiling(time=min(time, round_up(T, 32)), channels=channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPUTiling:
+    """A block of 128 threads convolves `time` tokens of `channels` channels, one or two a thread."""
+
+    time: int
+    channels: int
+    unroll: int = 8  # tokens a loop step
+
+
+GPU_WIDEST = 16  # the last W inputs, the weights and their gradients' sums stay in registers
+
+
+def for_gpu(call: Inputs) -> GPUTiling:
+    """Rows of 512 bytes if they divide the channels: some 35 KB a tile, so that blocks share a core."""
+    _, T, D = call.x.shape
+    channels = 256 if call.x.dtype.itemsize == 2 and round_up(D, LANES) % 256 == 0 else LANES
+    return GPUTiling(time=min(64, round_up(T, 32)), channels=channels)

@@ -1,5 +1,6 @@
 """Every backend of causal_conv1d, held to its float64 definition."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 import frugax
-from frugax.kernels.causal_conv1d import pallas_tpu
+from frugax.kernels.causal_conv1d import pallas_gpu, pallas_tpu
+from frugax.kernels.causal_conv1d.inputs import Inputs
 from frugax.kernels.causal_conv1d.tiling import TPUTiling
 from frugax.kernels.dispatch import BACKENDS
 from tests.errors import assert_close
@@ -41,7 +43,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=BACKENDS[:3])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
 
@@ -127,7 +129,7 @@ def test_float64(case, backend):
         check_against_definition(case, jnp.float64, backend)
 
 
-@pytest.mark.parametrize("backend", ["pallas_tpu"])
+@pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_gpu"])
 def test_kernels_refuse_float64_by_name_and_fall_back_otherwise(backend):
     with jax.enable_x64(True):
         x, weight = jnp.ones((1, 8, 128)), jnp.ones((4, 128))
@@ -223,6 +225,7 @@ def test_another_documents_nan_stays_there(backend):
     np.testing.assert_array_equal(state, np.ones((1, 3, 8)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_vmap(backend):
     case = Case(7, 60, 4, state=True)
     draws = [draw(case, seed=s)[0] for s in range(3)]
@@ -235,6 +238,27 @@ def test_vmap(backend):
     got = jax.vmap(loss_and_gradient)(stacked)
     each = [loss_and_gradient(cast(args, jnp.float32)) for args in draws]
     assert_close(got, jax.tree.map(lambda *a: jnp.stack(a), *each), jnp.float32)
+
+
+def test_vmap_of_the_gpu_kernels():
+    """Themselves: the choice between compiled and interpreted has no vmap, as interpreting has effects."""
+    case = Case(7, 60, 4, state=True)
+    draws = [draw(case, seed=s) for s in range(2)]
+    forward, backward = (partial(f, interpret=True) for f in (pallas_gpu.forward, pallas_gpu.backward))
+
+    def run(args, dy):
+        inputs = Inputs(*args, None)
+        return forward(inputs, "silu"), backward(inputs, dy, "silu")
+
+    stacked = [(*args, cotangents[0]) for args, _, cotangents in draws]
+    *args, dy = (jnp.asarray(np.stack(a), jnp.float32) for a in zip(*stacked, strict=True))
+    y, grads = jax.vmap(run)(tuple(args), dy)
+    for i, (args, _, cotangents) in enumerate(draws):
+        want, _ = definition.convolve(*args[:3], activation="silu", initial_state=args[3])
+        no_state = np.zeros_like(cotangents[1])
+        want_grads = definition.gradients(*args[:3], "silu", args[3], None, cotangents[0], no_state)
+        assert_close(y[i], want, jnp.float32)
+        assert_close(tuple(g[i] for g in grads[:4]), want_grads, jnp.float32)
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
