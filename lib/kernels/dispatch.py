@@ -2,10 +2,12 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import jax
+
+from .sharding import Axes, per_shard
 
 Backend = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -55,20 +57,33 @@ def plan(op: str, backend: str | None, reasons: Mapping[str, str | None]) -> dic
     return chosen
 
 
-def run(chosen: Mapping[str, str], implementation: Callable[[str, bool], Callable[..., Out]], *args: Any) -> Out:
+def run(
+    chosen: Mapping[str, str],
+    implementation: Callable[[str, bool], Callable[..., Out]],
+    *args: Any,
+    axes: Axes | None = None,
+    independent: Sequence[str] = ("b", "h"),
+) -> Out:
     """Call the implementation that `chosen` (from `plan`) names for the platform being lowered for.
 
     Args:
       chosen: platform -> backend.
       implementation: (backend, interpret) -> a function of `args`.
+      axes: names of the axes of `args` and of the result, for kernels to run per shard (`per_shard`).
+      independent: which of those axes may be split over a mesh.
     """
+
+    def placed(backend: str, interpret: bool) -> Callable[..., Out]:
+        f = implementation(backend, interpret)
+        return f if axes is None else per_shard(f, axes, independent, opaque=backend in PLATFORM_OF)
+
     branches = {}
     for platform, name in chosen.items():
         backend, _, interpreted = name.partition(" ")
-        branches[platform] = implementation(backend, bool(interpreted))
+        branches[platform] = placed(backend, bool(interpreted))
     if set(chosen.values()) <= {"reference", "xla"}:
         return branches["cpu"](*args)
     if "xla" in chosen.values():  # platforms that plan() does not name, such as rocm, get xla too
         branches = {p: f for p, f in branches.items() if chosen[p] != "xla"}
-        return jax.lax.platform_dependent(*args, default=implementation("xla", False), **branches)
+        return jax.lax.platform_dependent(*args, default=placed("xla", False), **branches)
     return jax.lax.platform_dependent(*args, **branches)

@@ -1,4 +1,4 @@
-"""Linear attention with every kind of decay: the public function, its checks, its dispatch and its gradient."""
+"""Linear attention with every kind of decay: the public function, its checks, dispatch and gradient."""
 
 from functools import partial
 
@@ -9,8 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from .. import dispatch
 from ..dispatch import Backend
+from ..sharding import Axes, align
 from . import reference, xla
 from .inputs import Inputs, as_shaped, check
+
+RESULT_AXES = ("b t h v", "b h k v")
 
 
 def linear_attention(
@@ -63,16 +66,19 @@ def linear_attention(
         ((2, 100, 4, 32), (2, 4, 32, 32))
     """
     call = _checked(q, k, v, log_decay, bonus, initial_state, segment_ids)
+    call = align(call, _axes(call))
     if call.log_decay is not None:
         checkify.debug_check(jnp.all(call.log_decay <= 0), "log_decay: a value is positive; <= 0 fits")
     chosen, _ = _plan(call, backend)
     scale = call.q.shape[-1] ** -0.5 if scale is None else scale
     if set(chosen.values()) <= {"reference", "xla"}:
-        return _forward(chosen["cpu"], False)(call, scale)
+        return _run_forward(tuple(chosen.items()), scale, call)
     return _with_kernels(tuple(chosen.items()), float(scale), call)
 
 
-def plan(q, k, v, log_decay=None, *, bonus=None, scale=None, initial_state=None, segment_ids=None, backend=None):
+def plan(
+    q, k, v, log_decay=None, *, bonus=None, scale=None, initial_state=None, segment_ids=None, backend=None
+):
     """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
     struct = [as_shaped(x) for x in (q, k, v, log_decay, bonus, initial_state, segment_ids)]
     call = jax.eval_shape(check, *struct)
@@ -117,9 +123,21 @@ def _backward(backend: str, interpret: bool):
     return partial(kernel.backward, interpret=interpret)
 
 
+def _axes(call: Inputs) -> Inputs:
+    """The axes of every array, for `sharding.per_shard`."""
+    decay = None if call.log_decay is None else {1: "h", 3: "b t h", 4: "b t h k"}[call.log_decay.ndim]
+    names = Inputs("b t h k", "b t h k", "b t h v", decay, "h k", "b h k v", "b t")
+    return Inputs(*(name if x is not None else None for name, x in zip(names, call, strict=True)))
+
+
+def _run_forward(chosen: tuple[tuple[str, str], ...], scale: float, call: Inputs):
+    axes = Axes((_axes(call),), RESULT_AXES)
+    return dispatch.run(dict(chosen), lambda *which: partial(_forward(*which), scale=scale), call, axes=axes)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _with_kernels(chosen: tuple[tuple[str, str], ...], scale: float, call: Inputs):
-    return dispatch.run(dict(chosen), lambda *which: partial(_forward(*which), scale=scale), call)
+    return _run_forward(chosen, scale, call)
 
 
 def _with_kernels_fwd(chosen, scale, call):
@@ -127,8 +145,10 @@ def _with_kernels_fwd(chosen, scale, call):
 
 
 def _with_kernels_bwd(chosen, scale, call, cotangents):
-    grads = dispatch.run(dict(chosen), lambda *which: partial(_backward(*which), scale=scale), call, cotangents)
-    return (grads,)
+    names = _axes(call)
+    axes = Axes((names, RESULT_AXES), names._replace(runs=None))
+    which = lambda *which: partial(_backward(*which), scale=scale)  # noqa: E731
+    return (dispatch.run(dict(chosen), which, call, cotangents, axes=axes),)
 
 
 _with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

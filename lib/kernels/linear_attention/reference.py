@@ -1,12 +1,16 @@
 """Linear attention as the equation says it: one token at a time. The definition that every backend is held to."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..sharding import vary_like
 from .inputs import Inputs, accumulator, repeat_heads
 
 
+@partial(jax.jit, static_argnames="scale")
 def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T;  o_t = scale * q_t S_t.
 
@@ -28,7 +32,7 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     starts = jnp.zeros((B, T), bool)
     if inputs.runs is not None:
         starts = starts.at[:, 1:].set(inputs.runs[:, 1:] != inputs.runs[:, :-1])
-    state = jnp.zeros((B, H, K, V), dtype)
+    state = vary_like(jnp.zeros((B, H, K, V), dtype), q)
     if inputs.initial_state is not None:
         state = inputs.initial_state.astype(dtype)
 
