@@ -1,8 +1,9 @@
 """Linear attention on Hopper, in Mosaic GPU kernels: what they can serve, and how the passes fit together.
 
-Two passes each way. One walks the chunks of 64 tokens and writes the state at each chunk's edge; the other has
-every chunk's own work, all chunks at once. The backward pass walks the states' gradients from the end, gets d_v
-as the outputs of the reversed sequence, and the other gradients chunk by chunk. The inputs are all it keeps.
+Two passes each way. One walks the chunks of 64 tokens and writes the state at each chunk's edge; the other
+has every chunk's own work, all chunks at once. The backward pass walks the states' gradients from the end,
+gets d_v as the outputs of the reversed sequence, and the other gradients chunk by chunk. It keeps only the
+inputs.
 """
 
 from typing import NamedTuple
@@ -132,7 +133,7 @@ def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, int
 
 
 class _Rows(NamedTuple):
-    """Float32 numbers of each token, [B, 1 or H, T / CHUNK, CHUNK]; only runs where the decay is per channel."""
+    """Float32 numbers of each token, [B, 1 or H, T / CHUNK, CHUNK]; a decay per channel is not in them."""
 
     query: Array  # the decay from the chunk's start to what the token reads; 0 in a later run
     key: Array  # the decay from the token to the chunk's end; 0 in an earlier run
@@ -193,8 +194,7 @@ def _states(padded: Inputs, rows: _Rows, tiling, interpret: bool) -> tuple[Array
 
 def _pad(call: Inputs) -> Inputs:
     """T to whole chunks, K and V to whole blocks. Zero keys add nothing, zero log-decays keep the state."""
-    B, T, _, K = call.q.shape
-    T, K, V = (-(-size // 64) * 64 for size in (T, K, call.v.shape[-1]))
+    T, K, V = (-(-size // 64) * 64 for size in (*call.q.shape[1::2], call.v.shape[-1]))
     log_decay, bonus, state, runs = call.log_decay, call.bonus, call.initial_state, call.runs
     if log_decay is not None and log_decay.ndim == 4:
         kind = jnp.bfloat16 if log_decay.dtype == jnp.bfloat16 else jnp.float32
@@ -225,7 +225,7 @@ def _sum_heads(d_x: Array, x: Array) -> Array:
 
 
 def _sum_decay_parts(parts: Array, exclusive: bool) -> Array:
-    """[B, H, T / CHUNK, K / 64, 4, CHUNK] from `gradients` to [B, T, H]: add up what passes each token's decay."""
+    """The parts from `gradients`, [B, H, T / CHUNK, K / 64, 4, CHUNK], to d_log_decay [B, T, H]."""
     as_query, as_key, beyond, passing = jnp.moveaxis(parts.sum(3), 3, 0)
 
     def from_here_on(x):

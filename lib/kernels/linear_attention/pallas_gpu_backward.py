@@ -1,8 +1,8 @@
 """Mosaic GPU kernel: the gradients of queries, keys and decays, every chunk and block of channels by itself.
 
 It differentiates the sums of pallas_gpu_forward term by term. Every term of d_log_decay is a sum of products
-q . d_q or k . d_k over exactly the pairs whose decay the token takes part in, never a difference of longer sums,
-so gates that leave nothing of the past get the tiny gradients they should.
+q . d_q or k . d_k over exactly the pairs whose decay the token takes part in, never a difference of longer
+sums, so gates that leave nothing of the past get the tiny gradients they should.
 """
 
 import jax
@@ -52,16 +52,16 @@ def gradients(
     Args:
       q, k, v: [B, T, Hq, K], [B, T, Hk, K], [B, T, Hv, V]; d_out: [B, T, H, V].
       log_decay: [B, T, H, K] or None; bonus: [H, K] float32 or None.
-      rows: float32 [B, 1 or H, T / CHUNK, 6, CHUNK]: for each token the weights of q (with the scale) and k, the
-        chunk's own decay, the sums of log-decays up to the token as a query and as a key, the number of its run.
-      states, d_states: [B, H, T / CHUNK, K, V]: the state before each chunk, the gradient of the one after it.
+      rows: float32 [B, 1 or H, T / CHUNK, 6, CHUNK]: for each token the weights of q (with the scale) and k,
+        the chunk's own decay, the sums of log-decays up to the token as a query and as a key, and its run.
+      states, d_states: [B, H, T / CHUNK, K, V]: the state before each chunk, the gradient of that after it.
       packed: whether runs differ.
 
     Returns:
       d_q and d_k, [B, T, H, K], in float32 where heads are yet to be summed, else in q's dtype; and
       d_log_decay [B, T, H, K] in log_decay's dtype, or, where the decay is one a head, its parts, float32
-      [B, H, T / CHUNK, K / 64, 4, CHUNK]: of each token as a query; as a key inside the chunk, negative; as a key
-      beyond it; and of the state that passes the chunk, as 64 partial sums.
+      [B, H, T / CHUNK, K / 64, 4, CHUNK]: of each token as a query; as a key inside the chunk, negative; as
+      a key beyond it; and of the state that passes the chunk, as 64 partial sums.
     """
     B, T, _, K = q.shape
     H, V = d_out.shape[2], d_out.shape[3]
@@ -86,6 +86,7 @@ def gradients(
     )
     if per_channel:
         scratch["scaled"] = smem(SQUARE, q.dtype)
+        scratch["numbers"] = plgpu.SMEM((64,), jnp.int32)
     if exclusive:
         scratch["bonus_tile"] = plgpu.SMEM((64,), F32)
     scratch["d_tiles"] = [tile for tile in scratch["d_tiles"] if tile is not None]
@@ -165,6 +166,12 @@ def gradients(
             d_scores = d_scores * jnp.exp(jnp.where(seen, exponent, -jnp.inf))
         d_scores = d_scores * scale
         d_diagonal = jnp.sum(jnp.where(i == j, d_lower, 0), axis=1) * scale
+        if per_channel:
+            d_scores = d_scores.astype(q.dtype)
+        # Behind this line d_lower and d_upper are gone: registers for the rest.
+        d_scores, d_diagonal, d_query, d_key = lax.optimization_barrier(
+            (d_scores, d_diagonal, d_query, d_key)
+        )
 
         def diagonal(d_x, other):
             """d_x plus the gradient of the token's own score, which no decay touches."""
@@ -189,6 +196,7 @@ def gradients(
             d_query, d_key = d_query + d_query_in, d_key + d_key_in
         else:
             parts, scaled = more["parts"], more["scaled"]
+            more["numbers"][...] = tiles.cast(lax.broadcasted_iota(jnp.int32, (64,), 0), ROWS)
             sums_tile.at[0][...] = passing
             tiles.split(tiles.load(more["decay"]), parts)
             plgpu.commit_smem()
@@ -205,13 +213,14 @@ def gradients(
             )
             d_query = d_query * factor
             d_decay = differentiate(d_decay, tiles.load(q_tile) * d_query, up_to(j, i, exclusive))
-            factor = jnp.exp(tiles.range_sums(after(i, j), parts)) * along_rows(weigh_key, SQUARE)
-            d_key = d_key * factor
+            factor = jnp.exp(tiles.range_sums(after(i, j), parts))
+            d_key = d_key * factor * along_rows(weigh_key, SQUARE)
             d_decay = differentiate(d_decay, tiles.load(k_tile) * d_key, after(j, i))
-            d_scores = d_scores.astype(q.dtype)
 
             def at_level(level, sums):
                 d_query, d_key, d_decay = sums
+                # Read anew at each level, or the compiler keeps a mask of every level in registers.
+                i = along_rows(tiles.cast(more["numbers"][...], ROWS), SQUARE)
                 query = is_query(i, level)
                 factor = jnp.exp(tiles.range_sums(towards_border(i, j, level, exclusive), parts))
                 x = (jnp.where(query, tiles.load(q_tile), tiles.load(k_tile)) * factor).astype(q.dtype)
@@ -219,9 +228,12 @@ def gradients(
                 plgpu.commit_smem()
                 d_pairs = jnp.where(pairs_of(i, j, level), d_scores, jnp.zeros_like(d_scores))
                 d_x = tiles.multiply(SQUARE, (d_pairs, scaled))
-                d_decay = differentiate(d_decay, d_x * x.astype(F32), towards_border(j, i, level, exclusive))
+                d_exponent = d_x * tiles.load(scaled)
                 d_x = d_x * factor
-                return d_query + jnp.where(query, d_x, 0), d_key + jnp.where(query, 0, d_x), d_decay
+                d_query, d_key = d_query + jnp.where(query, d_x, 0), d_key + jnp.where(query, 0, d_x)
+                d_query, d_key, d_exponent = lax.optimization_barrier((d_query, d_key, d_exponent))
+                d_decay = differentiate(d_decay, d_exponent, towards_border(j, i, level, exclusive))
+                return d_query, d_key, d_decay
 
             d_query, d_key, d_decay = lax.fori_loop(0, LEVELS, at_level, (d_query, d_key, d_decay))
             more["decay"][...] = d_decay.astype(log_decay.dtype)

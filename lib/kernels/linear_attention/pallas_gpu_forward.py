@@ -210,9 +210,9 @@ def outputs(
       y: [B, T, Hy, V].
       log_decay: [B, T, H, K] or None, as in `states`.
       bonus: [H, K] float32 or None. With it a query reads the state before its own decay.
-      rows: float32 [B, 1 or H, T / CHUNK, 4, CHUNK]: for each token the weight of what the state gives, the sums
-        of log-decays from the chunk's start to the token as a query and as a key (zeros where the decay differs
-        by channel), and the number of its run.
+      rows: float32 [B, 1 or H, T / CHUNK, 4, CHUNK]: for each token the weight of what the state gives, the
+        sums of log-decays from the chunk's start to the token as a query and as a key (zeros where the decay
+        differs by channel), and the number of its run.
       states: [B, H, T / CHUNK, K, V], from `states`.
       reverse: sum over the tokens after each token instead of those before.
       packed: whether runs differ.

@@ -1,12 +1,13 @@
-"""What the Mosaic GPU kernels of linear attention share: tiles in shared memory, products, sums of log-decays.
+"""What the Mosaic GPU kernels of linear attention share: tiles, products, sums of log-decays.
 
-Decay per channel without a positive exponent. Token pairs i > j of a chunk fall into six levels: level l holds
-the pairs whose numbers first differ in bit l, so that i lies in the right half and j in the left half of one
-block of 2^(l+1) tokens. Through the border between the halves the decay of a pair is a product of two factors,
-each at most 1: i's from the border to i, and j's from j to the border. At each level a token is either a query
-(bit l set) or a key, so one tile X of scaled rows serves both, and X X^T holds the level's pairs. The exponents
-are sums of log-decays over ranges: a 0/1 matrix times the tile of log-decays, on the tensor cores, with the
-log-decays split into two bfloat16 parts. A sum over a range never subtracts, so strong gates cost no digits.
+Decay per channel without a positive exponent. Token pairs i > j of a chunk fall into six levels: level l
+holds the pairs whose numbers first differ in bit l, so that i lies in the right half and j in the left half
+of one block of 2^(l+1) tokens. Through the border between the halves the decay of a pair is a product of two
+factors, each at most 1: i's from the border to i, and j's from j to the border. At each level a token is
+either a query (bit l set) or a key, so one tile X of scaled rows serves both, and X X^T holds the level's
+pairs. The exponents are sums of log-decays over ranges: a 0/1 matrix times the tile of log-decays, on the
+tensor cores, with the log-decays split into two bfloat16 parts. A sum over a range never subtracts, so strong
+gates cost no digits.
 """
 
 import dataclasses
@@ -47,8 +48,8 @@ def along_columns(x: Array, shape: tuple[int, int]) -> Array:
 class Tiles:
     """Registers and products inside one kernel.
 
-    Interpreted, there are no register layouts, and a product is XLA's: the interpreters of jax 0.10 to 0.12 miss
-    parts of `wgmma` (operands in registers) and `pl.run_state`.
+    Interpreted, there are no register layouts, and a product is XLA's: the interpreters of jax 0.10 to 0.12
+    miss parts of `wgmma` (operands in registers) and `pl.run_state`.
     """
 
     interpret: bool
@@ -67,7 +68,7 @@ class Tiles:
         return self.cast(jnp.full(shape, value, dtype))
 
     def multiply(self, shape: tuple[int, int], *pairs) -> Array:
-        """The sum of a @ b over pairs (a, b), in float32; a in shared memory or 16-bit registers, b in the former."""
+        """The float32 sum of a @ b over pairs (a, b); a in shared memory or registers, b in shared memory."""
         if self.interpret:
             return self._interpreted(pairs)
 
