@@ -209,7 +209,7 @@ def least_bytes(shape: Shape, passes: str) -> int:
 
 
 def kernel_bytes(shape: Shape) -> dict[str, int]:
-    """What each kernel reads and writes of device memory, if what its programs share comes from the L2 cache."""
+    """What each kernel moves to and from device memory, if what programs share comes from the L2 cache."""
     wide = shape.B * shape.T * shape.H * shape.D
     per_channel = shape.decay == "bthk"
     decay, states = 4 * wide if per_channel else 0, 2 * wide * shape.D // 64

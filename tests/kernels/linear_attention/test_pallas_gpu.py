@@ -1,0 +1,102 @@
+"""What is particular to the Mosaic GPU kernels: levels of token pairs, channel blocks, padding, limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frugax.kernels.linear_attention import pallas_gpu, pallas_gpu_tiles
+from frugax.kernels.linear_attention.inputs import check
+from frugax.kernels.linear_attention.tiling_gpu import Tiling, choose
+from tests.errors import assert_close
+
+from .cases import FLOATS, Case, expected
+
+CHUNK, LEVELS = pallas_gpu_tiles.CHUNK, pallas_gpu_tiles.LEVELS
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_levels_hold_every_pair_once_and_its_decay_in_two_factors(exclusive):
+    """For i > j, one level has i as a query, j as a key, and their ranges make up the tokens j < s <= i."""
+    i, j = (jnp.asarray(x) for x in np.mgrid[:CHUNK, :CHUNK])
+    covered = np.zeros((CHUNK, CHUNK), int)
+    for level in range(LEVELS):
+        lower = np.asarray(pallas_gpu_tiles.pairs_of(i, j, level) & (i > j))
+        query = np.asarray(pallas_gpu_tiles.is_query(i, level))
+        assert query[lower].all()
+        assert not query.T[lower].any()
+        covered += lower
+        reach = np.asarray(pallas_gpu_tiles.towards_border(i, j, level, exclusive), int)
+        for a, b in zip(*np.nonzero(lower), strict=True):
+            between = np.zeros(CHUNK, int)
+            between[b + 1 : a if exclusive else a + 1] = 1
+            np.testing.assert_array_equal(reach[a] + reach[b], between)
+    np.testing.assert_array_equal(covered, i > j)
+
+
+def run(arguments: dict, K: int) -> tuple[dict, dict]:
+    """Values and gradients of the interpreted kernels alone, for the cotangents of `expected`."""
+    names = ("q", "k", "v", "log_decay", "bonus", "initial_state", "segment_ids")
+    call = check(*(jnp.asarray(arguments[n]) if n in arguments else None for n in names))
+    scale = arguments.get("scale", K**-0.5)
+
+    @jax.jit
+    def both(call):
+        out = pallas_gpu.forward(call, scale, interpret=True)
+        rng = np.random.default_rng(7)
+        cotangents = tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in out)
+        return out, pallas_gpu.backward(call, cotangents, scale, interpret=True)
+
+    (out, state), gradients = both(call)
+    return {"out": out, "final_state": state}, {n: getattr(gradients, n) for n in FLOATS if n in arguments}
+
+
+@pytest.mark.parametrize(
+    ("case", "wide"),
+    [
+        (Case(T=70, B=1, heads=(1, 1, 1), K=128, V=128, decay="bthk", dtype="bfloat16"), 128),
+        (Case(T=5, B=1, heads=(2, 1, 1), K=80, V=40, decay="bth", bonus=True, dtype="bfloat16"), 64),
+    ],
+    ids=str,
+)
+def test_several_blocks_and_padded_sizes(monkeypatch, case, wide):
+    monkeypatch.setattr(pallas_gpu, "choose", lambda *_: Tiling(64, 64, wide))
+    arguments = case.arguments()
+    values, gradients = run(arguments, case.K)
+    want_values, want_gradients = expected(arguments)
+    assert_close(values, want_values, case.dtype)
+    assert_close(gradients, want_gradients, case.dtype, name="d")
+
+
+def test_a_gate_may_close_for_good():
+    """log_decay = -inf in bfloat16: what came before is gone, and no gradient is a NaN."""
+    arguments = Case(
+        T=40, B=1, heads=(1, 1, 1), K=64, V=64, decay="bthk", state=True, dtype="bfloat16"
+    ).arguments()
+    gates = arguments["log_decay"].astype(jnp.bfloat16)
+    gates[:, 20] = -np.inf
+    values, gradients = run(arguments | {"log_decay": gates}, 64)
+    late = {n: x[:, 20:] if n != "initial_state" else np.zeros_like(x) for n, x in arguments.items()}
+    late["log_decay"] = gates[:, 20:].astype(np.float32)
+    late["log_decay"][:, 0] = 0  # nothing is left to decay
+    want, _ = expected(late)
+    assert_close({"out": values["out"][:, 20:], "final_state": values["final_state"]}, want, "bfloat16")
+    assert gradients["log_decay"].dtype == jnp.bfloat16
+    for gradient in gradients.values():
+        assert np.isfinite(np.asarray(gradient, np.float32)).all()
+
+
+def test_reasons_name_what_is_in_the_way():
+    def reason(dtype, K, V):
+        x, v = (jax.ShapeDtypeStruct((1, 8, 2, n), dtype) for n in (K, V))
+        return pallas_gpu.unsupported_reason(jax.eval_shape(check, x, x, v, *[None] * 4))
+
+    assert reason(jnp.bfloat16, 64, 256) is None
+    assert "bfloat16" in reason(jnp.float32, 64, 64)
+    assert "32" in reason(jnp.bfloat16, 16, 64)
+
+
+def test_value_blocks_are_wide_only_where_programs_abound():
+    assert choose(1, 96, 128, 128).value_block == 128
+    assert choose(1, 8, 128, 128).value_block == 64
+    assert choose(8, 96, 128, 192).value_block == 64
