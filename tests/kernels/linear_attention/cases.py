@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-import frugax
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import frugax
 
 FLOATS = ("q", "k", "v", "log_decay", "bonus", "initial_state")
 
@@ -29,7 +30,13 @@ class Case:
     dtype: str = "float32"
 
     def __str__(self):
-        parts = [f"T{self.T}", f"K{self.K}", f"V{self.V}", "x".join(map(str, self.heads)), self.decay or "none"]
+        parts = [
+            f"T{self.T}",
+            f"K{self.K}",
+            f"V{self.V}",
+            "x".join(map(str, self.heads)),
+            self.decay or "none",
+        ]
         parts += [name for name in ("bonus", "state", "packed") if getattr(self, name)]
         return "-".join([*parts, f"to{self.strongest}", self.dtype])
 

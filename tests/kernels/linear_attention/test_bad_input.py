@@ -1,10 +1,11 @@
 """Calls that can't be right say which argument, and what fits."""
 
-import frugax
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import checkify
+
+import frugax
 
 pytestmark = pytest.mark.usefixtures("unchecked_types")
 
@@ -22,7 +23,10 @@ GOOD = {"q": jnp.ones((B, T, H, K)), "k": jnp.ones((B, T, H, K)), "v": jnp.ones(
         ({"k": jnp.ones((B, T, 3, K))}, r"k: .* a number of heads that divides 4 fits"),
         ({"q": jnp.ones((B, T, H, K), jnp.int32)}, r"q: got int32.* a floating dtype fits"),
         ({"v": jnp.ones((B, T, H, V), jnp.bfloat16)}, r"v: got bfloat16.* q's dtype float32 fits"),
-        ({"log_decay": -jnp.ones((B, T))}, r"log_decay: got .* None, \[4\], \[2, 6, 4\] or \[2, 6, 4, 3\] fits"),
+        (
+            {"log_decay": -jnp.ones((B, T))},
+            r"log_decay: got .* None, \[4\], \[2, 6, 4\] or \[2, 6, 4, 3\] fits",
+        ),
         ({"log_decay": -jnp.ones((3,))}, r"log_decay: got"),
         ({"log_decay": -jnp.ones((B, T, H, V))}, r"log_decay: got"),
         ({"log_decay": -jnp.ones((B, T, H), jnp.int32)}, r"log_decay: got int32"),
@@ -30,14 +34,19 @@ GOOD = {"q": jnp.ones((B, T, H, K)), "k": jnp.ones((B, T, H, K)), "v": jnp.ones(
         ({"initial_state": jnp.ones((B, H, V, K))}, r"initial_state: got .* \[2, 4, 3, 5\] fits"),
         ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got .* integers \[2, 6\] fits"),
         ({"segment_ids": jnp.ones((B, T + 1), jnp.int32)}, r"segment_ids: got"),
-        ({"backend": "cuda"}, r"backend: got 'cuda'; one of 'reference', 'xla', 'pallas_tpu', 'pallas_gpu' or None"),
+        (
+            {"backend": "cuda"},
+            r"backend: got 'cuda'; one of 'reference', 'xla', 'pallas_tpu', 'pallas_gpu' or None",
+        ),
     ],
 )
 def test_names_the_argument(change, message):
     with pytest.raises(ValueError, match=message):
-        jax.jit(lambda a: frugax.kernels.linear_attention(**a, **{k: v for k, v in change.items() if k == "backend"}))(
-            {**GOOD, **{k: v for k, v in change.items() if k != "backend"}}
-        )
+        jax.jit(
+            lambda a: frugax.kernels.linear_attention(
+                **a, **{k: v for k, v in change.items() if k == "backend"}
+            )
+        )({**GOOD, **{k: v for k, v in change.items() if k != "backend"}})
 
 
 def test_no_tokens():

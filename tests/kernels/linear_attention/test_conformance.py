@@ -77,7 +77,10 @@ def numpy_definition(q, k, v, log_decay, bonus, initial_state, segment_ids, scal
 @pytest.mark.parametrize("bonus", [False, True])
 def test_reference_is_the_equation(bonus):
     a = Case(T=20, decay="bthk", state=True, packed=True, bonus=bonus, scale=0.3).arguments()
-    a = {n: x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype != np.int32 else x for n, x in a.items()}
+    a = {
+        n: x.astype(np.float64) if isinstance(x, np.ndarray) and x.dtype != np.int32 else x
+        for n, x in a.items()
+    }
     want = numpy_definition(**{"bonus": None, **a})
     with jax.enable_x64(True):
         got = attend(**a, backend="reference")
@@ -115,9 +118,7 @@ def test_split_and_packed_equal_whole(decay):
     per_token = [n for n in ("q", "k", "v", "log_decay") if n in a and a[n].ndim > 1]
 
     def part(lo, hi, state):
-        return attend(
-            **{**a, **{n: a[n][:, lo:hi] for n in per_token}, "initial_state": state}
-        )
+        return attend(**{**a, **{n: a[n][:, lo:hi] for n in per_token}, "initial_state": state})
 
     first, state = part(0, 37, a["initial_state"])
     second, state = part(37, 90, state)
@@ -136,7 +137,9 @@ def test_forward_mode_and_second_derivatives(backend):
     def measure(dtype, backend):
         a = {n: jnp.asarray(x, dtype) for n, x in case.arguments().items()}
         rng = np.random.default_rng(3)
-        left, right = ({n: jnp.asarray(rng.standard_normal(x.shape), dtype) for n, x in a.items()} for _ in "lr")
+        left, right = (
+            {n: jnp.asarray(rng.standard_normal(x.shape), dtype) for n, x in a.items()} for _ in "lr"
+        )
 
         def loss(a):
             out, state = attend(**a, backend=backend)

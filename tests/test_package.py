@@ -1,0 +1,65 @@
+"""The package as installed: what importing costs, what it holds, and that every documented example runs."""
+
+import doctest
+import importlib
+import pkgutil
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import frugax
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(
+    m.name for m in pkgutil.walk_packages(frugax.__path__, "frugax.") if not m.name.endswith("__main__")
+)
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_import_starts_no_device():
+    out = python(
+        "import frugax, frugax.kernels, frugax.layers, frugax.parallel\n"
+        "from jax._src import xla_bridge\n"
+        "print(xla_bridge.backends_are_initialized(), 'jax.experimental.pallas' in __import__('sys').modules)"
+    )
+    assert out.split() == ["False", "False"]
+
+
+def test_import_costs_little_over_jax():
+    """A tenth of what `import jax` takes, at most: sub-packages load on first use."""
+    code = (
+        "import time; a = time.perf_counter(); import jax; b = time.perf_counter(); import frugax\n"
+        "print((time.perf_counter() - b) / (b - a))"
+    )
+    assert statistics.median(float(python(code)) for _ in range(3)) < 0.1
+
+
+def test_pyproject_lists_every_package():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"frugax"} | {m.name for m in pkgutil.walk_packages(frugax.__path__, "frugax.") if m.ispkg}
+    assert sorted(listed) == sorted(found)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
+
+
+def test_every_public_callable_has_an_example():
+    missing = []
+    for package in ("kernels", "layers", "parallel"):
+        room = getattr(frugax, package)
+        for name in room.__all__:
+            doc = getattr(room, name).__doc__ or ""
+            if ">>>" not in doc:
+                missing.append(f"{package}.{name}")
+    assert not missing
