@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ..kernels.dispatch import Backend, check_backend
 from ..kernels.linear_attention.inputs import accumulator
@@ -77,8 +77,10 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: Array, state: DecoderState | None = None, segment_ids: Array | None = None
+        self, tokens: ArrayLike, state: DecoderState | None = None, segment_ids: ArrayLike | None = None
     ) -> tuple[Array, DecoderState]:
+        tokens = jnp.asarray(tokens)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         self._check(tokens, state, segment_ids)
         depth = len(self.blocks) * self.repeats
         new_document, last_segment = _documents(state, segment_ids)
@@ -108,7 +110,7 @@ class Decoder(nn.Module):
         else:
             head = self.param("head", init, (self.vocab_size, self.width), self.param_dtype)
         logits = jnp.einsum(
-            "btd,vd->btv", x, head.astype(self.dtype), preferred_element_type=accumulator(self.dtype)
+            "btd,vd->btv", x, head.astype(self.dtype), preferred_element_type=accumulator(x.dtype)
         )
         return logits, DecoderState(after, last_segment)
 
