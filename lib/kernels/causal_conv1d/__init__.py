@@ -7,8 +7,11 @@ from jaxtyping import Array, Float, Int
 
 from .. import dispatch
 from ..dispatch import Backend
+from ..sharding import Axes, align
 from . import reference, xla
 from .inputs import Inputs, as_shaped, check, check_activation, final_state
+
+INDEPENDENT = ("b", "d")  # the axes that a mesh may split
 
 
 def causal_conv1d(
@@ -54,11 +57,10 @@ def causal_conv1d(
     """
     call = check(*(as_shaped(a) for a in (x, weight, bias, initial_state, segment_ids)))
     activation = check_activation(activation)
+    call = align(call, _axes(call), INDEPENDENT)
     chosen, _ = _plan(call, backend)
-    if set(chosen.values()) <= {"reference", "xla"}:
-        y = _forward(chosen["cpu"], False)(call, activation)
-    else:
-        y = _with_kernels(tuple(chosen.items()), activation, call)
+    run = _run_forward if set(chosen.values()) <= {"reference", "xla"} else _with_kernels
+    y = run(tuple(chosen.items()), activation, call)
     return y, final_state(call)  # W-1 rows: XLA's work, and its gradient, whatever runs the rest
 
 
@@ -103,9 +105,28 @@ def _backward(backend: str, interpret: bool):
     return partial(kernel.backward, interpret=interpret)
 
 
+def _axes(call: Inputs) -> Inputs:
+    """The axes of every array, for `sharding.per_shard`."""
+    names = Inputs("b t d", "w d", "d", "b s d", "b t")
+    return Inputs(*(name if a is not None else None for name, a in zip(names, call, strict=True)))
+
+
+def _run(which, chosen: tuple[tuple[str, str], ...], activation: str | None, axes: Axes, *args):
+    def implementation(*backend):
+        return partial(which(*backend), activation=activation)
+
+    if ("cpu", "pallas_gpu (interpreted)") in chosen:
+        axes = None  # the interpreter of GPU kernels has side effects, which custom partitioning can't carry
+    return dispatch.run(dict(chosen), implementation, *args, axes=axes, independent=INDEPENDENT)
+
+
+def _run_forward(chosen: tuple[tuple[str, str], ...], activation: str | None, call: Inputs):
+    return _run(_forward, chosen, activation, Axes((_axes(call),), "b t d"), call)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _with_kernels(chosen: tuple[tuple[str, str], ...], activation: str | None, call: Inputs):
-    return dispatch.run(dict(chosen), lambda *which: partial(_forward(*which), activation=activation), call)
+    return _run_forward(chosen, activation, call)
 
 
 def _with_kernels_fwd(chosen, activation, call):
@@ -113,10 +134,9 @@ def _with_kernels_fwd(chosen, activation, call):
 
 
 def _with_kernels_bwd(chosen, activation, call, dy):
-    grads = dispatch.run(
-        dict(chosen), lambda *which: partial(_backward(*which), activation=activation), call, dy
-    )
-    return (grads,)
+    names = _axes(call)
+    axes = Axes((names, "b t d"), names._replace(reach=None))
+    return (_run(_backward, chosen, activation, axes, call, dy),)
 
 
 _with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)
