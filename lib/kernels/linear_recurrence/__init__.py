@@ -7,8 +7,12 @@ from jaxtyping import Array, Float, Int
 
 from .. import dispatch
 from ..dispatch import Backend
+from ..sharding import Axes, align
 from . import reference, xla
 from .inputs import Inputs, as_shaped, check
+
+AXES = Inputs("b t d", "b t d", "b d")
+RESULT_AXES = ("b t d", "b d")
 
 
 def linear_recurrence(
@@ -53,9 +57,10 @@ def linear_recurrence(
         ((2, 100, 64), (2, 64))
     """
     call = check(*(as_shaped(x) for x in (a, b, initial_state, segment_ids)), reverse)
+    call = align(call, AXES, ("b", "d"))
     chosen, _ = _plan(call, backend)
     if set(chosen.values()) <= {"reference", "xla"}:
-        return _forward(chosen["cpu"], False)(call, reverse)
+        return _run(_forward, chosen.items(), reverse, Axes((AXES,), RESULT_AXES), call)
     return _with_kernels(tuple(chosen.items()), bool(reverse), call)
 
 
@@ -97,9 +102,19 @@ def _backward(backend: str, interpret: bool):
     return partial(kernel.backward, interpret=interpret)
 
 
+def _run(which, chosen, reverse: bool, axes: Axes, *args):
+    def implementation(backend, interpret):
+        return partial(which(backend, interpret), reverse=reverse)
+
+    chosen = dict(chosen)
+    if chosen["cpu"].startswith("pallas_gpu"):
+        axes = None  # jax 0.10's GPU interpreter has effects, which custom partitioning can't lower
+    return dispatch.run(chosen, implementation, *args, axes=axes, independent=("b", "d"))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _with_kernels(chosen: tuple[tuple[str, str], ...], reverse: bool, call: Inputs):
-    return dispatch.run(dict(chosen), lambda *which: partial(_forward(*which), reverse=reverse), call)
+    return _run(_forward, chosen, reverse, Axes((AXES,), RESULT_AXES), call)
 
 
 def _with_kernels_fwd(chosen, reverse, call):
@@ -108,8 +123,9 @@ def _with_kernels_fwd(chosen, reverse, call):
 
 
 def _with_kernels_bwd(chosen, reverse, saved, cotangents):
-    which = lambda *which: partial(_backward(*which), reverse=reverse)  # noqa: E731
-    return (dispatch.run(dict(chosen), which, *saved, cotangents),)
+    call, h = saved
+    axes = Axes((AXES, "b t d", RESULT_AXES), AXES)
+    return (_run(_backward, chosen, reverse, axes, call, h, cotangents),)
 
 
 _with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

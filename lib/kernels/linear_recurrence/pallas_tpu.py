@@ -1,8 +1,189 @@
-"""Mosaic TPU kernels."""
+"""The recurrence on TPU: channels on lanes, token after token, the state in scratch between blocks of time.
+
+The grid walks time in order (backwards if the recurrence does), so each of a, b and h crosses HBM once. The
+gradient is the same walk from the other end, g_t = dh_t + a_{t+1} g_{t+1}, with da_t = g_t h_{t-1} beside it:
+h's row before a block comes from a second, short view of h.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from .inputs import Inputs
+from .tiling import ROWS, TPUTiling, for_tpu
+
+F32 = jnp.float32
 
 
-def unsupported_reason(inputs: Inputs) -> str | None:
-    """Why this kernel can't serve the call; None if it can."""
-    return "not written yet"
+def unsupported_reason(call: Inputs) -> str | None:
+    """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
+    for x in (call.a, call.b):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"the TPU kernel reads float32 and bfloat16, not {x.dtype}"
+    return None
+
+
+def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Array]:
+    """h [B, T, D] in b's dtype and the last state [B, D] in float32."""
+    B, T, D = call.b.shape
+    walk = _Walk(B, T, D, for_tpu(T, D, time=512), backwards=reverse)
+    h, state = pl.pallas_call(
+        partial(_forward_kernel, walk=walk),
+        grid=walk.grid,
+        in_specs=[walk.block, walk.block, walk.row],
+        out_specs=[walk.block, walk.row],
+        out_shape=[jax.ShapeDtypeStruct(call.b.shape, call.b.dtype), jax.ShapeDtypeStruct((B, 1, D), F32)],
+        scratch_shapes=[pltpu.VMEM((1, walk.tiling.channels), F32), *walk.tiles(3)],
+        compiler_params=_PARALLEL,
+        interpret=interpret,
+        name="linear_recurrence",
+    )(call.a, call.b, call.initial_state[:, None])
+    return h, state[:, 0]
+
+
+def backward(
+    call: Inputs, h: Array, cotangents: tuple[Array, Array], reverse: bool, *, interpret: bool
+) -> Inputs:
+    """The gradients, as `Inputs`."""
+    B, T, D = h.shape
+    dh, dstate = cotangents
+    walk = _Walk(B, T, D, for_tpu(T, D, time=256), backwards=not reverse)
+    da, db, dstate = pl.pallas_call(
+        partial(_backward_kernel, walk=walk),
+        grid=walk.grid,
+        in_specs=[walk.block, walk.block, walk.rows_before, walk.block, walk.row, walk.row],
+        out_specs=[walk.block, walk.block, walk.row],
+        out_shape=[
+            jax.ShapeDtypeStruct(call.a.shape, call.a.dtype),
+            jax.ShapeDtypeStruct(call.b.shape, call.b.dtype),
+            jax.ShapeDtypeStruct((B, 1, D), F32),
+        ],
+        scratch_shapes=[pltpu.VMEM((1, walk.tiling.channels), F32), *walk.tiles(3)],
+        compiler_params=_PARALLEL,
+        interpret=interpret,
+        name="linear_recurrence_backward",
+    )(call.a, h, h, dh, call.initial_state[:, None], dstate[:, None])
+    return Inputs(da, db, dstate[:, 0])
+
+
+_PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+
+
+class _Walk:
+    """The order in which blocks of time are visited, and the views of arrays that go with it."""
+
+    def __init__(self, B: int, T: int, D: int, tiling: TPUTiling, backwards: bool):
+        self.T, self.tiling, self.backwards = T, tiling, backwards
+        self.blocks = pl.cdiv(T, tiling.time)
+        self.grid = (B, pl.cdiv(D, tiling.channels), self.blocks)
+        self.ragged = T % tiling.time != 0
+        self.block = pl.BlockSpec((None, tiling.time, tiling.channels), lambda b, d, i: (b, self.at(i), d))
+        self.row = pl.BlockSpec((None, 1, tiling.channels), lambda b, d, i: (b, 0, d))
+        per_block = tiling.time // ROWS
+
+        def outside(b, d, i):  # the ROWS tokens that the walk meets next; any, at its end
+            if backwards:
+                return b, jnp.maximum(self.at(i) * per_block - 1, 0), d
+            return b, jnp.minimum((self.at(i) + 1) * per_block, pl.cdiv(T, ROWS) - 1), d
+
+        self.rows_before = pl.BlockSpec((None, ROWS, tiling.channels), outside)
+
+    def at(self, i):
+        """Which block of time step i visits."""
+        return self.blocks - 1 - i if self.backwards else i
+
+    def tiles(self, n: int) -> list:
+        return [pltpu.VMEM((ROWS, self.tiling.channels), F32)] * n
+
+    def each_tile(self, visit) -> None:
+        """Call `visit(rows, first row, token numbers)` for the tiles of a block, in the order of the walk."""
+        tiles = self.tiling.time // ROWS
+        first = self.at(pl.program_id(2)) * self.tiling.time
+
+        def step(i, _):
+            row = pl.multiple_of((tiles - 1 - i if self.backwards else i) * ROWS, ROWS)
+            token = first + row + lax.broadcasted_iota(jnp.int32, (ROWS, self.tiling.channels), 0)
+            visit(pl.ds(row, ROWS), row, token)
+            return 0
+
+        lax.fori_loop(0, tiles, step, 0)
+
+    def rows(self) -> range:
+        return range(ROWS - 1, -1, -1) if self.backwards else range(ROWS)
+
+
+def _forward_kernel(a_ref, b_ref, s_ref, h_ref, last_ref, state_ref, a_tile, b_tile, h_tile, *, walk: _Walk):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state_ref[...] = s_ref[...]
+
+    def visit(rows, _, token):
+        a, b = a_ref[rows, :].astype(F32), b_ref[rows, :].astype(F32)
+        if walk.ragged:  # a token past the end leaves the state as it is
+            a, b = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, b, 0.0)
+        a_tile[...], b_tile[...] = a, b
+        h = state_ref[...]
+        for r in walk.rows():
+            h = a_tile[pl.ds(r, 1), :] * h + b_tile[pl.ds(r, 1), :]
+            h_tile[pl.ds(r, 1), :] = h
+        state_ref[...] = h
+        h_ref[rows, :] = h_tile[...].astype(h_ref.dtype)
+
+    walk.each_tile(visit)
+
+    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    def _():
+        last_ref[...] = state_ref[...]
+
+
+def _backward_kernel(
+    a_ref, h_ref, outside_ref, dh_ref, s_ref, dlast_ref,
+    da_ref, db_ref, ds_ref,
+    carry_ref, a_tile, dh_tile, g_tile,
+    *, walk: _Walk,
+):  # fmt: skip
+    """carry = a_{t+1} g_{t+1}, what the token just visited sends to the one before it."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        carry_ref[...] = dlast_ref[...]
+
+    backwards, time = walk.backwards, walk.tiling.time
+    first_token = 0 if backwards else walk.T - 1  # of the recurrence: it read s
+    in_tile = lax.broadcasted_iota(jnp.int32, (ROWS, walk.tiling.channels), 0)
+
+    def visit(rows, row, token):
+        a, dh, h = (ref[rows, :].astype(F32) for ref in (a_ref, dh_ref, h_ref))
+        if walk.ragged:
+            a, dh = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, dh, 0.0)
+        a_tile[...], dh_tile[...] = a, dh
+        carry = carry_ref[...]
+        for r in walk.rows():
+            g = dh_tile[pl.ds(r, 1), :] + carry
+            g_tile[pl.ds(r, 1), :] = g
+            carry = a_tile[pl.ds(r, 1), :] * g
+        carry_ref[...] = carry
+        g = g_tile[...]
+        db_ref[rows, :] = g.astype(db_ref.dtype)
+
+        # The h that each token read: the tile moved by a token, and one row from the tile that comes next.
+        at_edge = row == 0 if backwards else row == time - ROWS
+        inside = pl.multiple_of(
+            jnp.maximum(row - ROWS, 0) if backwards else jnp.minimum(row + ROWS, time - ROWS), ROWS
+        )
+        edge = ROWS - 1 if backwards else 0
+        beside = jnp.where(at_edge, outside_ref[...].astype(F32), h_ref[pl.ds(inside, ROWS), :].astype(F32))
+        read = pltpu.roll(h, 1 if backwards else ROWS - 1, 0)
+        read = jnp.where(in_tile == (ROWS - 1 - edge), beside[edge : edge + 1], read)
+        read = jnp.where(token == first_token, s_ref[...], read)
+        da_ref[rows, :] = (g * read).astype(da_ref.dtype)
+
+    walk.each_tile(visit)
+
+    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    def _():
+        ds_ref[...] = carry_ref[...]

@@ -1,9 +1,9 @@
 """The portable form, which CPU gets: a token loop that writes in place, differentiated as a linear system.
 
 h solves (I - A) h = b, where A shifts h by a token and multiplies it by a, so a tangent of h solves it too:
-(I - A) dh = da * h_{t-1} + db. Told so (`custom_linear_solve`), jax finds derivatives of any order, forward and
-reverse, and each is the same loop again: the transposed system is the recurrence read the other way. Nothing divides
-by a product of a's, nor lets one overflow, as chunked and associative forms do.
+(I - A) dh = da * h_{t-1} + db. Told so (`custom_linear_solve`), jax finds derivatives of any order, forward
+and reverse, and each is the same loop again: the transposed system is the recurrence read the other way.
+Nothing divides by a product of a's, nor lets one overflow, as chunked and associative forms do.
 """
 
 from functools import partial

@@ -22,8 +22,8 @@ def recurrence(a, b, initial_state=None, segment_ids=None, reverse=False):
 def gradients(a, b, initial_state, segment_ids, reverse, dh, dstate):
     """Gradients of sum(h * dh) + sum(h_T * dstate) for a, b, initial_state.
 
-    By complex steps, f(x + i e) = f(x) + i e f'(x) to the last bit: channels and rows don't mix, so one call moves
-    one token in all of them, and all tokens' calls are stacked on a new first axis.
+    By complex steps, f(x + i e) = f(x) + i e f'(x) to the last bit: channels and rows don't mix, so one call
+    moves one token in all of them, and all tokens' calls are stacked on a new first axis.
     """
     T, e = a.shape[1], 1e-100
     moved = 1j * e * np.eye(T)[:, None, :, None]

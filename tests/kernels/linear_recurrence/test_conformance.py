@@ -1,19 +1,19 @@
-"""Every backend of linear_recurrence against float64 numpy: values, gradients, states, packing, odd sizes, dtypes."""
+"""Every backend of linear_recurrence against float64 numpy: values, gradients, states, packing, sizes."""
 
 import zlib
 from dataclasses import dataclass, replace
 
-import frugax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import frugax
 from tests.errors import assert_close
 
 from . import definition
 
-BACKENDS = ["reference", "xla"]
+BACKENDS = ["reference", "xla", "pallas_tpu", "pallas_gpu"]
 FLOATS = ("a", "b", "initial_state")
 
 
@@ -73,7 +73,15 @@ CASES = [
     Case(T=63, D=60, state=True, dtype="bfloat16", a_dtype="float32"),
 ]
 WIDE = [replace(case, dtype="float64") for case in CASES[2:8]]
-SERVED = {backend: CASES + (WIDE if backend in ("reference", "xla") else []) for backend in BACKENDS}
+# A GPU's tiles of 32 tokens and 128 channels are interpreted slowly: few cases, each with several turns.
+ON_GPU = [
+    CASES[0],
+    Case(T=70, D=130, B=1, state=True, packed=True, strongest=1.3),
+    Case(T=70, D=60, B=2, state=True, reverse=True, packed=True, strongest=1.3),
+    Case(T=40, D=60, B=1, state=True, dtype="bfloat16"),
+    Case(T=40, D=60, B=1, reverse=True, dtype="bfloat16", a_dtype="float32"),
+]
+SERVED = {"reference": CASES + WIDE, "xla": CASES + WIDE, "pallas_tpu": CASES, "pallas_gpu": ON_GPU}
 
 
 def as_jax(arguments: dict) -> dict:
@@ -130,7 +138,7 @@ def test_values_and_gradients(backend, case):
     assert_close(gradients, want_gradients, h.dtype, name="d")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas_tpu"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_split_and_packed_equal_whole(backend, reverse):
     a = Case(T=100, D=40, B=1, state=True, reverse=reverse).arguments()
@@ -239,22 +247,30 @@ def test_forward_mode_and_second_derivatives(backend, reverse):
 
 
 def test_gates_of_every_strength_over_65536_tokens():
-    """Products of a's that underflow at once, or that would overflow within a chunk: nothing but h itself counts."""
+    """Products of a's that underflow at once, or that would overflow within a chunk: only h itself counts."""
     rng = np.random.default_rng(0)
     shape = (1, 65536, 4)
     b = rng.standard_normal(shape).astype(np.float32)
     fading = np.exp(-np.exp(rng.uniform(np.log(1e-4), np.log(50), shape))).astype(np.float32)
     bursts = np.where(np.arange(shape[1])[:, None] % 100 == 0, 1e-30, 2.0) * np.ones(shape)
-    sparse = b * (
-        np.arange(shape[1])[:, None] % 100 == 80
-    )  # nothing to grow until 20 tokens before each zero
-    for a, b in ((fading, b), (bursts.astype(np.float32), sparse)):
-        got = call("xla", a=a, b=b)
-        assert_close(got, definition.recurrence(a.astype(float), b.astype(float)), "float32")
+    grown = np.arange(shape[1])[:, None] % 100 >= 80  # 20 tokens at 2.0, before each 1e-30
+    for gates, source in ((fading, b), (bursts.astype(np.float32), b * grown)):
+        got = call("xla", a=gates, b=source)
+        assert_close(got, definition.recurrence(gates.astype(float), source.astype(float)), "float32")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_many_blocks_on_tpu(reverse):
+    """More tokens and channels than one block has, with a remainder of both. (A GPU's tiles are small.)"""
+    arguments = Case(T=1100, D=600, B=1, state=True, reverse=reverse).arguments()
+    with jax.enable_x64(True):
+        wide = {n: x.astype(np.float64) if n in FLOATS else x for n, x in arguments.items()}
+        want = jax.tree.map(np.asarray, value_and_gradients(wide, "reference"))
+    assert_close(value_and_gradients(arguments, "pallas_tpu"), want, "float32")
 
 
 def test_gradient_keeps_a_and_h_alone():
-    """Temporaries of forward and gradient: h, and what comes back through it. Nothing that grows faster than T."""
+    """Temporaries of forward and gradient: h, and what comes back through it; no more for a longer T."""
 
     def temporaries(T):
         x = jax.ShapeDtypeStruct((2, T, 128), jnp.float32)
