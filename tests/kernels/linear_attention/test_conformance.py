@@ -1,4 +1,4 @@
-"""Every backend against the float64 definition: values, every gradient, states, packing, odd sizes, extreme gates."""
+"""Every backend against the float64 definition: values, gradients, states, packing, odd sizes, extreme gates."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ def test_values_and_gradients(backend, case):
 
 def numpy_definition(q, k, v, log_decay, bonus, initial_state, segment_ids, scale):
     """The equation once more, in plain loops that share nothing with the library."""
-    B, T, H, K = q.shape
+    B, T, H, _ = q.shape
     out, state = np.zeros(v.shape), initial_state.copy()
     for b in range(B):
         for h in range(H):
@@ -175,7 +175,7 @@ def test_vmap_equals_a_loop():
 
 @pytest.mark.parametrize("decay", ["bth", "bthk"])
 def test_strong_gates_over_65536_tokens(decay):
-    """Gates from -1e-4 to -50 a step: no inf, no NaN, and the error of mild gates; and no error that grows with T."""
+    """Gates from -1e-4 to -50 a step: no inf, no NaN, the error of mild gates, and none that grows with T."""
     for strongest in (-0.5, -50.0):
         case = Case(T=65536, B=1, heads=(1, 1, 1), K=4, V=4, decay=decay, mildest=-1e-4, strongest=strongest)
         arguments = case.arguments()
@@ -186,7 +186,7 @@ def test_strong_gates_over_65536_tokens(decay):
 
 
 def test_every_gate_at_its_strongest():
-    """At -50 a step nothing of the past is left: out_t = scale (q_t . k_t) v_t, and the state is k_T v_T^T."""
+    """At -50 a step nothing of the past is left: out_t = scale (q_t . k_t) v_t, the state is k_T v_T^T."""
     a = Case(T=200, decay="bthk", mildest=-50, strongest=-50.0001).arguments()
     out, state = attend(**a, backend="xla")
     want = np.einsum("bthk,bthk,bthv->bthv", a["q"], a["k"], a["v"]) / 4
