@@ -17,6 +17,7 @@ from .inputs import Inputs
 from .tiling import ROWS, TPUTiling, for_tpu
 
 F32 = jnp.float32
+SUBLANES = 8
 
 
 def unsupported_reason(call: Inputs) -> str | None:
@@ -37,7 +38,7 @@ def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Arr
         in_specs=[walk.block, walk.block, walk.row],
         out_specs=[walk.block, walk.row],
         out_shape=[jax.ShapeDtypeStruct(call.b.shape, call.b.dtype), jax.ShapeDtypeStruct((B, 1, D), F32)],
-        scratch_shapes=[pltpu.VMEM((1, walk.tiling.channels), F32), *walk.tiles(3)],
+        scratch_shapes=walk.scratch,
         compiler_params=_PARALLEL,
         interpret=interpret,
         name="linear_recurrence",
@@ -62,7 +63,7 @@ def backward(
             jax.ShapeDtypeStruct(call.b.shape, call.b.dtype),
             jax.ShapeDtypeStruct((B, 1, D), F32),
         ],
-        scratch_shapes=[pltpu.VMEM((1, walk.tiling.channels), F32), *walk.tiles(3)],
+        scratch_shapes=walk.scratch,
         compiler_params=_PARALLEL,
         interpret=interpret,
         name="linear_recurrence_backward",
@@ -91,13 +92,19 @@ class _Walk:
             return b, jnp.minimum((self.at(i) + 1) * per_block, pl.cdiv(T, ROWS) - 1), d
 
         self.rows_before = pl.BlockSpec((None, ROWS, tiling.channels), outside)
+        # The state, the same on every sublane (so that any row of a tile meets it in place), and two tiles.
+        self.scratch = [pltpu.VMEM((n, tiling.channels), F32) for n in (SUBLANES, ROWS, ROWS)]
 
     def at(self, i):
         """Which block of time step i visits."""
         return self.blocks - 1 - i if self.backwards else i
 
-    def tiles(self, n: int) -> list:
-        return [pltpu.VMEM((ROWS, self.tiling.channels), F32)] * n
+    def spread(self, tile_ref, row: int) -> Array:
+        """A row of a tile on every sublane."""
+        return jnp.broadcast_to(tile_ref[row : row + 1, :], (SUBLANES, self.tiling.channels))
+
+    def column(self) -> "_Column":
+        return _Column(self.tiling.channels)
 
     def each_tile(self, visit) -> None:
         """Call `visit(rows, first row, token numbers)` for the tiles of a block, in the order of the walk."""
@@ -116,41 +123,57 @@ class _Walk:
         return range(ROWS - 1, -1, -1) if self.backwards else range(ROWS)
 
 
-def _forward_kernel(a_ref, b_ref, s_ref, h_ref, last_ref, state_ref, a_tile, b_tile, h_tile, *, walk: _Walk):
+class _Column:
+    """A tile put together from rows that lie on every sublane."""
+
+    def __init__(self, channels: int):
+        self.sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, channels), 0)
+        self.parts: list = [None] * (ROWS // SUBLANES)
+
+    def put(self, row: int, value: Array) -> None:
+        part, at = divmod(row, SUBLANES)
+        before = self.parts[part]
+        self.parts[part] = value if before is None else jnp.where(self.sublane == at, value, before)
+
+    def tile(self) -> Array:
+        return jnp.concatenate(self.parts, axis=0)
+
+
+def _forward_kernel(a_ref, b_ref, s_ref, h_ref, last_ref, state_ref, a_tile, b_tile, *, walk: _Walk):
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state_ref[...] = s_ref[...]
+        state_ref[...] = walk.spread(s_ref, 0)
 
     def visit(rows, _, token):
         a, b = a_ref[rows, :].astype(F32), b_ref[rows, :].astype(F32)
         if walk.ragged:  # a token past the end leaves the state as it is
             a, b = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, b, 0.0)
         a_tile[...], b_tile[...] = a, b
-        h = state_ref[...]
+        h, out = state_ref[...], walk.column()
         for r in walk.rows():
-            h = a_tile[pl.ds(r, 1), :] * h + b_tile[pl.ds(r, 1), :]
-            h_tile[pl.ds(r, 1), :] = h
+            h = walk.spread(a_tile, r) * h + walk.spread(b_tile, r)
+            out.put(r, h)
         state_ref[...] = h
-        h_ref[rows, :] = h_tile[...].astype(h_ref.dtype)
+        h_ref[rows, :] = out.tile().astype(h_ref.dtype)
 
     walk.each_tile(visit)
 
     @pl.when(pl.program_id(2) == walk.blocks - 1)
     def _():
-        last_ref[...] = state_ref[...]
+        last_ref[...] = state_ref[0:1, :]
 
 
 def _backward_kernel(
     a_ref, h_ref, outside_ref, dh_ref, s_ref, dlast_ref,
     da_ref, db_ref, ds_ref,
-    carry_ref, a_tile, dh_tile, g_tile,
+    carry_ref, a_tile, dh_tile,
     *, walk: _Walk,
 ):  # fmt: skip
     """carry = a_{t+1} g_{t+1}, what the token just visited sends to the one before it."""
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        carry_ref[...] = dlast_ref[...]
+        carry_ref[...] = walk.spread(dlast_ref, 0)
 
     backwards, time = walk.backwards, walk.tiling.time
     first_token = 0 if backwards else walk.T - 1  # of the recurrence: it read s
@@ -161,13 +184,13 @@ def _backward_kernel(
         if walk.ragged:
             a, dh = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, dh, 0.0)
         a_tile[...], dh_tile[...] = a, dh
-        carry = carry_ref[...]
+        carry, out = carry_ref[...], walk.column()
         for r in walk.rows():
-            g = dh_tile[pl.ds(r, 1), :] + carry
-            g_tile[pl.ds(r, 1), :] = g
-            carry = a_tile[pl.ds(r, 1), :] * g
+            g = walk.spread(dh_tile, r) + carry
+            out.put(r, g)
+            carry = walk.spread(a_tile, r) * g
         carry_ref[...] = carry
-        g = g_tile[...]
+        g = out.tile()
         db_ref[rows, :] = g.astype(db_ref.dtype)
 
         # The h that each token read: the tile moved by a token, and one row from the tile that comes next.
@@ -186,4 +209,4 @@ def _backward_kernel(
 
     @pl.when(pl.program_id(2) == walk.blocks - 1)
     def _():
-        ds_ref[...] = carry_ref[...]
+        ds_ref[...] = carry_ref[0:1, :]
