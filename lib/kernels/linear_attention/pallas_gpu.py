@@ -16,7 +16,7 @@ from .inputs import Inputs, repeat_heads
 from .pallas_gpu_backward import gradients
 from .pallas_gpu_forward import outputs, states
 from .pallas_gpu_tiles import CHUNK, SMALLEST_LOG
-from .tiling_gpu import choose
+from .tiling_gpu import Tiling, choose
 
 _MOST_BLOCKS = 65535  # in the y and z dimensions of a CUDA grid
 
@@ -36,11 +36,10 @@ def unsupported_reason(call: Inputs) -> str | None:
 
 def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Array]:
     """The outputs [B, T, H, V] and the final state [B, H, K, V], as `reference.forward` defines them."""
-    B, T, _, K = call.q.shape
-    V, H = call.v.shape[-1], call.heads
+    T, K, V = _sizes(call)
     padded = _pad(call)
     rows = _rows(padded, T)
-    tiling = choose(B, H, padded.q.shape[-1], padded.v.shape[-1])
+    tiling = _tiling(padded)
     before, last = _states(padded, rows, tiling, interpret)
     out = outputs(
         padded.q,
@@ -61,12 +60,11 @@ def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Arra
 
 def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, interpret: bool) -> Inputs:
     """The gradient of every float input, in its shape and dtype."""
-    B, T, _, K = call.q.shape
-    V, H = call.v.shape[-1], call.heads
+    T, K, V = _sizes(call)
     padded = _pad(call)
     q, k, v = padded.q, padded.k, padded.v
     rows = _rows(padded, T)
-    tiling = choose(B, H, q.shape[-1], v.shape[-1])
+    tiling = _tiling(padded)
     log_decay, packed = _per_channel(padded), call.runs is not None
     d_out = _pad_to(cotangents[0], q.shape[1], v.shape[-1])
     d_final = _pad_to(cotangents[1], q.shape[-1], v.shape[-1], axes=(2, 3))
@@ -80,7 +78,7 @@ def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, int
         d_final,
         reverse=True,
         exclusive=call.bonus is not None,
-        heads=H,
+        heads=call.heads,
         tiling=tiling,
         interpret=interpret,
     )
@@ -132,6 +130,10 @@ def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, int
     )
 
 
+def _sizes(call: Inputs) -> tuple[int, int, int]:
+    return call.q.shape[1], call.q.shape[3], call.v.shape[3]
+
+
 class _Rows(NamedTuple):
     """Float32 numbers of each token, [B, 1 or H, T / CHUNK, CHUNK]; a decay per channel is not in them."""
 
@@ -144,7 +146,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(padded: Inputs, T: int) -> _Rows:
-    B, length, H, _ = (*padded.q.shape[:2], padded.heads, None)
+    (B, length), H = padded.q.shape[:2], padded.heads
     shape = (B, 1, length // CHUNK, CHUNK)
     run = jnp.zeros(shape, jnp.int32) if padded.runs is None else padded.runs.reshape(shape)
     end = run[..., -1:]
@@ -173,11 +175,16 @@ def _rows(padded: Inputs, T: int) -> _Rows:
     )
 
 
+def _tiling(padded: Inputs) -> Tiling:
+    B, K, V = padded.q.shape[0], padded.q.shape[-1], padded.v.shape[-1]
+    return choose(B, padded.heads, K, V, _per_channel(padded) is not None)
+
+
 def _per_channel(padded: Inputs) -> Array | None:
     return padded.log_decay if padded.log_decay is not None and padded.log_decay.ndim == 4 else None
 
 
-def _states(padded: Inputs, rows: _Rows, tiling, interpret: bool) -> tuple[Array, Array]:
+def _states(padded: Inputs, rows: _Rows, tiling: Tiling, interpret: bool) -> tuple[Array, Array]:
     return states(
         padded.k,
         padded.v,
@@ -194,7 +201,7 @@ def _states(padded: Inputs, rows: _Rows, tiling, interpret: bool) -> tuple[Array
 
 def _pad(call: Inputs) -> Inputs:
     """T to whole chunks, K and V to whole blocks. Zero keys add nothing, zero log-decays keep the state."""
-    T, K, V = (-(-size // 64) * 64 for size in (*call.q.shape[1::2], call.v.shape[-1]))
+    T, K, V = (-(-size // 64) * 64 for size in _sizes(call))
     log_decay, bonus, state, runs = call.log_decay, call.bonus, call.initial_state, call.runs
     if log_decay is not None and log_decay.ndim == 4:
         kind = jnp.bfloat16 if log_decay.dtype == jnp.bfloat16 else jnp.float32

@@ -18,18 +18,17 @@ from .pallas_gpu_tiles import (
     F32,
     LEVELS,
     ROWS,
+    SQUARE,
     Tiles,
     after,
     along_columns,
     along_rows,
     is_query,
-    pairs_of,
+    opposite,
     smem,
     towards_border,
     up_to,
 )
-
-SQUARE = (CHUNK, CHUNK)
 
 
 def gradients(
@@ -86,7 +85,7 @@ def gradients(
     )
     if per_channel:
         scratch["scaled"] = smem(SQUARE, q.dtype)
-        scratch["numbers"] = plgpu.SMEM((64,), jnp.int32)
+        scratch["tokens"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if exclusive:
         scratch["bonus_tile"] = plgpu.SMEM((64,), F32)
     scratch["d_tiles"] = [tile for tile in scratch["d_tiles"] if tile is not None]
@@ -137,11 +136,14 @@ def gradients(
             plgpu.copy_gmem_to_smem(state_ref.at[b, h, chunk, keys, values], state_tile, values_arrived)
             plgpu.copy_gmem_to_smem(d_state_ref.at[b, h, chunk, keys, values], d_state_tile, values_arrived)
             plgpu.barrier_wait(values_arrived)
-            d_lower = tiles.add_products(d_lower, (d_out_tile, tiles.transposed(v_tile)))
-            d_upper = tiles.add_products(d_upper, (v_tile, tiles.transposed(d_out_tile)))
-            d_query = tiles.add_products(d_query, (d_out_tile, tiles.transposed(state_tile)))
-            d_key = tiles.add_products(d_key, (v_tile, tiles.transposed(d_state_tile)))
+            d_lower, d_upper, d_query, d_key = tiles.add_each(
+                (d_lower, (d_out_tile, tiles.transposed(v_tile))),
+                (d_upper, (v_tile, tiles.transposed(d_out_tile))),
+                (d_query, (d_out_tile, tiles.transposed(state_tile))),
+                (d_key, (v_tile, tiles.transposed(d_state_tile))),
+            )
             passing = passing + jnp.sum(tiles.load(state_tile) * tiles.load(d_state_tile), axis=1)
+            plgpu.commit_smem()  # every warp is done with the tiles before the next ones are copied there
             return d_lower, d_upper, d_query, d_key, passing
 
         zeros, nothing = tiles.full(SQUARE, 0), tiles.cast(jnp.zeros((CHUNK,), F32), ROWS)
@@ -196,11 +198,11 @@ def gradients(
             d_query, d_key = d_query + d_query_in, d_key + d_key_in
         else:
             parts, scaled = more["parts"], more["scaled"]
-            more["numbers"][...] = tiles.cast(lax.broadcasted_iota(jnp.int32, (64,), 0), ROWS)
+            tiles.number(more["tokens"])
             sums_tile.at[0][...] = passing
             tiles.split(tiles.load(more["decay"]), parts)
             plgpu.commit_smem()
-            everything = jnp.exp(tiles.range_sums(i >= 0, parts)) * along_rows(keep, SQUARE)
+            everything = tiles.decays(i >= 0, parts) * along_rows(keep, SQUARE)
             d_decay = everything * along_columns(tiles.load(sums_tile.at[0], COLS), SQUARE)
 
             def differentiate(d_decay, d_exponent, chosen_transposed):
@@ -208,32 +210,30 @@ def gradients(
                 plgpu.commit_smem()
                 return tiles.add_products(d_decay, (chosen_transposed.astype(q.dtype), scaled))
 
-            factor = jnp.exp(tiles.range_sums(up_to(i, j, exclusive), parts)) * along_rows(
-                weigh_query, SQUARE
-            )
+            factor = tiles.decays(up_to(i, j, exclusive), parts) * along_rows(weigh_query, SQUARE)
             d_query = d_query * factor
             d_decay = differentiate(d_decay, tiles.load(q_tile) * d_query, up_to(j, i, exclusive))
-            factor = jnp.exp(tiles.range_sums(after(i, j), parts))
+            factor = tiles.decays(after(i, j), parts)
             d_key = d_key * factor * along_rows(weigh_key, SQUARE)
             d_decay = differentiate(d_decay, tiles.load(k_tile) * d_key, after(j, i))
 
             def at_level(level, sums):
                 d_query, d_key, d_decay = sums
-                # Read anew at each level, or the compiler keeps a mask of every level in registers.
-                i = along_rows(tiles.cast(more["numbers"][...], ROWS), SQUARE)
-                query = is_query(i, level)
-                factor = jnp.exp(tiles.range_sums(towards_border(i, j, level, exclusive), parts))
-                x = (jnp.where(query, tiles.load(q_tile), tiles.load(k_tile)) * factor).astype(q.dtype)
-                scaled[...] = x
+                token = tiles.cast(more["tokens"][...], ROWS)
+                query = along_rows(is_query(token, level), SQUARE)
+                factor = tiles.decays(towards_border(token, level, exclusive).holds(j), parts)
+                x = jnp.where(query, tiles.load(q_tile), tiles.load(k_tile)) * factor
+                scaled[...] = x.astype(q.dtype)
                 plgpu.commit_smem()
-                d_pairs = jnp.where(pairs_of(i, j, level), d_scores, jnp.zeros_like(d_scores))
+                d_pairs = jnp.where(opposite(token, level).holds(j), d_scores, jnp.zeros_like(d_scores))
                 d_x = tiles.multiply(SQUARE, (d_pairs, scaled))
                 d_exponent = d_x * tiles.load(scaled)
                 d_x = d_x * factor
                 d_query, d_key = d_query + jnp.where(query, d_x, 0), d_key + jnp.where(query, 0, d_x)
                 d_query, d_key, d_exponent = lax.optimization_barrier((d_query, d_key, d_exponent))
-                d_decay = differentiate(d_decay, d_exponent, towards_border(j, i, level, exclusive))
-                return d_query, d_key, d_decay
+                token = tiles.cast(more["tokens"][...], COLS)
+                chosen = towards_border(token, level, exclusive).holds(i, along_columns)
+                return d_query, d_key, differentiate(d_decay, d_exponent, chosen)
 
             d_query, d_key, d_decay = lax.fori_loop(0, LEVELS, at_level, (d_query, d_key, d_decay))
             more["decay"][...] = d_decay.astype(log_decay.dtype)

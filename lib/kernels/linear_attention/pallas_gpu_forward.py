@@ -5,6 +5,8 @@ Both run in either direction. Forward, with (x, z, y) = (q, k, v), they give the
 after each token instead of those before it.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -18,12 +20,14 @@ from .pallas_gpu_tiles import (
     F32,
     LEVELS,
     ROWS,
+    SQUARE,
     Tiles,
     after,
     along_columns,
     along_rows,
     is_query,
-    pairs_of,
+    only,
+    opposite,
     smem,
     towards_border,
     up_to,
@@ -82,26 +86,25 @@ def states(
     B, T, _, K = x.shape
     V = y.shape[-1]
     steps = T // CHUNK
-    wide = tiling.value_block
+    wide = tiling.state_values
     tile = (64, wide)
     group_x, group_y, group_rows = heads // x.shape[2], heads // y.shape[2], heads // rows.shape[1]
     tiles = Tiles(interpret)
+    stages = min(steps, tiling.stages)
     scratch = dict(
-        x_tile=smem((2, CHUNK, 64), x.dtype),
-        y_tile=smem((2, CHUNK, wide), x.dtype),
+        x_tile=smem((stages, CHUNK, 64), x.dtype),
+        y_tile=smem((stages, CHUNK, wide), x.dtype),
+        row_tile=plgpu.SMEM((stages, 2, CHUNK), F32),
         weighed=smem((CHUNK, wide if log_decay is None else 64), x.dtype),
-        state_tile=smem((2, *tile), x.dtype),
-        edge=smem(tile, F32),
-        row_tile=plgpu.SMEM((2, 2, CHUNK), F32),
-        arrived=plgpu.Barrier(num_arrivals=3 if log_decay is None else 4, num_barriers=2),
-        edge_arrived=plgpu.Barrier(),
-        **log_decay_scratch(log_decay, (2,), x.dtype),
+        state_tile=smem(tile, x.dtype),
+        arrived=plgpu.Barrier(num_arrivals=3 if log_decay is None else 4, num_barriers=stages),
+        **log_decay_scratch(log_decay, (stages,), x.dtype),
     )
     if log_decay is not None:
         scratch["ones"] = smem((CHUNK, 64), x.dtype)
     operands = [a for a in (x, y, rows, log_decay, initial) if a is not None]
 
-    def body(*refs, x_tile, y_tile, weighed, state_tile, edge, row_tile, arrived, edge_arrived, **decays):
+    def body(*refs):
         refs = list(refs)
         x_ref, y_ref, row_ref = (refs.pop(0) for _ in range(3))
         decay_ref = refs.pop(0) if log_decay is not None else None
@@ -111,67 +114,87 @@ def states(
         keys = pl.ds(lax.div(block, V // wide) * 64, 64)
         values = pl.ds(lax.rem(block, V // wide) * wide, wide)
 
-        def fetch(chunk, slot):
-            when, barrier = pl.ds(chunk * CHUNK, CHUNK), arrived.at[slot]
-            plgpu.copy_gmem_to_smem(x_ref.at[b, when, lax.div(h, group_x), keys], x_tile.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(y_ref.at[b, when, lax.div(h, group_y), values], y_tile.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(row_ref.at[b, lax.div(h, group_rows), chunk], row_tile.at[slot], barrier)
-            if decay_ref is not None:
-                plgpu.copy_gmem_to_smem(decay_ref.at[b, when, h, keys], decays["decay"].at[slot], barrier)
-
-        def chunk_of(step):
-            return steps - 1 - step if reverse else step
-
-        fetch(chunk_of(0), 0)
-        state = tiles.full(tile, 0)
-        if initial_ref is not None:
-            plgpu.copy_gmem_to_smem(initial_ref.at[b, h, keys, values], edge, edge_arrived)
-            plgpu.barrier_wait(edge_arrived)
+        def read_edge(edge, arrived):
+            plgpu.copy_gmem_to_smem(initial_ref.at[b, h, keys, values], edge, arrived)
+            plgpu.barrier_wait(arrived)
             state = tiles.load(edge)
-        if decay_ref is not None:
-            decays["ones"][...] = tiles.full((CHUNK, 64), 1, x.dtype)
-            plgpu.commit_smem()
+            plgpu.commit_smem()  # every warp has read before the memory is used again
+            return state
 
-        def one(step, state):
-            slot = lax.rem(step, 2)
-            chunk = chunk_of(step)
-            plgpu.wait_smem_to_gmem(1)
-            state_tile.at[slot][...] = state.astype(x.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(state_tile.at[slot], states_ref.at[b, h, chunk, keys, values])
-            plgpu.barrier_wait(arrived.at[slot])
+        def walk(state, x_tile, y_tile, row_tile, weighed, state_tile, arrived, **decays):
+            def chunk_of(step):
+                return steps - 1 - step if reverse else step
 
-            @pl.when(step + 1 < steps)
-            def _():
-                fetch(chunk_of(step + 1), 1 - slot)
-
-            weight = tiles.load(row_tile.at[slot, 0], ROWS)
-            keep = tiles.load(row_tile.at[slot, 1], ROWS)
-            if decay_ref is None:
-                y_scaled = tiles.load(y_tile.at[slot]) * along_rows(weight, (CHUNK, wide))
-                weighed[...] = y_scaled.astype(x.dtype)
-                pair = tiles.transposed(x_tile.at[slot]), weighed
-            else:
-                parts = decays["parts"]
-                tiles.split(tiles.load(decays["decay"].at[slot]), parts)
-                plgpu.commit_smem()
-                i, s = tiles.row_and_column()
-                to_edge = up_to(i, s, exclusive) if reverse else after(i, s)
-                factor = jnp.exp(tiles.range_sums(to_edge, parts)) * along_rows(weight, (CHUNK, 64))
-                weighed[...] = (tiles.load(x_tile.at[slot]) * factor).astype(x.dtype)
-                pair = tiles.transposed(weighed), y_tile.at[slot]
-                total = tiles.multiply(
-                    (64, 64), *((tiles.transposed(part), decays["ones"]) for part in parts)
+            def fetch(step):
+                slot, chunk = lax.rem(step, stages), chunk_of(step)
+                when, barrier = pl.ds(chunk * CHUNK, CHUNK), arrived.at[slot]
+                plgpu.copy_gmem_to_smem(
+                    x_ref.at[b, when, lax.div(h, group_x), keys], x_tile.at[slot], barrier
                 )
-                keep = keep * jnp.exp(jnp.max(total, axis=1))
-            plgpu.commit_smem()
-            return tiles.add_products(state * along_rows(keep, tile), pair)
+                plgpu.copy_gmem_to_smem(
+                    y_ref.at[b, when, lax.div(h, group_y), values], y_tile.at[slot], barrier
+                )
+                plgpu.copy_gmem_to_smem(
+                    row_ref.at[b, lax.div(h, group_rows), chunk], row_tile.at[slot], barrier
+                )
+                if decay_ref is not None:
+                    plgpu.copy_gmem_to_smem(decay_ref.at[b, when, h, keys], decays["decay"].at[slot], barrier)
 
-        state = lax.fori_loop(0, steps, one, state)
-        edge[...] = state
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(edge, last_ref.at[b, h, keys, values])
-        plgpu.wait_smem_to_gmem(0)
+            for step in range(stages - 1):
+                fetch(jnp.int32(step))
+            if decay_ref is not None:
+                decays["ones"][...] = tiles.full((CHUNK, 64), 1, x.dtype)
+                plgpu.commit_smem()
+
+            def one(step, state):
+                slot = lax.rem(step, stages)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                state_tile[...] = state.astype(x.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(state_tile, states_ref.at[b, h, chunk_of(step), keys, values])
+
+                @pl.when(step + stages - 1 < steps)
+                def _():
+                    fetch(step + stages - 1)
+
+                plgpu.barrier_wait(arrived.at[slot])
+                weight = tiles.load(row_tile.at[slot, 0], ROWS)
+                keep = tiles.load(row_tile.at[slot, 1], ROWS)
+                if decay_ref is None:
+                    y_scaled = tiles.load(y_tile.at[slot]) * along_rows(weight, (CHUNK, wide))
+                    weighed[...] = y_scaled.astype(x.dtype)
+                    pair = tiles.transposed(x_tile.at[slot]), weighed
+                else:
+                    parts = decays["parts"]
+                    tiles.split(tiles.load(decays["decay"].at[slot]), parts)
+                    plgpu.commit_smem()
+                    i, s = tiles.row_and_column()
+                    to_edge = up_to(i, s, exclusive) if reverse else after(i, s)
+                    factor = tiles.decays(to_edge, parts) * along_rows(weight, SQUARE)
+                    weighed[...] = (tiles.load(x_tile.at[slot]) * factor).astype(x.dtype)
+                    pair = tiles.transposed(weighed), y_tile.at[slot]
+                    sums = ((tiles.transposed(part), decays["ones"]) for part in parts)
+                    total = tiles.multiply(SQUARE, *sums)
+                    keep = keep * jnp.exp2(jnp.max(total, axis=1))
+                plgpu.commit_smem()
+                return tiles.add_products(state * along_rows(keep, tile), pair)
+
+            state = lax.fori_loop(0, steps, one, state)
+            plgpu.wait_smem_to_gmem(0)
+            return state
+
+        def write_edge(edge):
+            edge[...] = state
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(edge, last_ref.at[b, h, keys, values])
+            plgpu.wait_smem_to_gmem(0)
+
+        # One after the other, so that the three share their memory.
+        state = tiles.full(tile, 0)
+        if initial is not None:
+            state = pl.run_scoped(read_edge, smem(tile, F32), plgpu.Barrier())
+        state = pl.run_scoped(partial(walk, state), **scratch)
+        pl.run_scoped(write_edge, smem(tile, F32))
 
     return plgpu.kernel(
         body,
@@ -179,7 +202,6 @@ def states(
             jax.ShapeDtypeStruct((B, heads, steps, K, V), x.dtype),
             jax.ShapeDtypeStruct((B, heads, K, V), F32),
         ),
-        scratch_types=scratch,
         grid=(B, heads, K // 64 * (V // wide)),
         grid_names=("b", "h", "block"),
         compiler_params=parameters(),
@@ -222,28 +244,28 @@ def outputs(
     """
     B, T, _, K = x.shape
     H, V = states.shape[1], y.shape[-1]
-    wide = tiling.value_block
-    blocks, slots = K // 64, min(2, K // 64)
-    square, tile = (CHUNK, CHUNK), (CHUNK, wide)
+    wide = tiling.output_values
+    tile = (CHUNK, wide)
     per_channel = log_decay is not None
     diagonal_apart = per_channel or bonus is not None
     groups = [H // a.shape[2] for a in (x, z, y)]
     group_rows = H // rows.shape[1]
     tiles = Tiles(interpret)
     scratch = dict(
-        x_tile=smem((slots, CHUNK, 64), x.dtype),
-        z_tile=smem((slots, CHUNK, 64), x.dtype),
-        state_tile=smem((slots, 64, wide), x.dtype),
+        x_tile=smem(SQUARE, x.dtype),
+        z_tile=smem(SQUARE, x.dtype),
+        state_tile=smem(tile, x.dtype),
         y_tile=smem(tile, x.dtype),
         row_tile=plgpu.SMEM((4, CHUNK), F32),
-        arrived=plgpu.Barrier(num_arrivals=3 + per_channel + (bonus is not None), num_barriers=slots),
+        arrived=plgpu.Barrier(num_arrivals=3 + per_channel + (bonus is not None)),
         rest_arrived=plgpu.Barrier(num_arrivals=2),
-        **log_decay_scratch(log_decay, (slots,), x.dtype),
+        **log_decay_scratch(log_decay, (), x.dtype),
     )
     if per_channel:
-        scratch["scaled"] = smem(square, x.dtype)
+        scratch["scaled"] = smem(SQUARE, x.dtype)
+        scratch["tokens"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if bonus is not None:
-        scratch["bonus_tile"] = plgpu.SMEM((slots, 64), F32)
+        scratch["bonus_tile"] = plgpu.SMEM((64,), F32)
     operands = [a for a in (x, z, y, rows, states, log_decay, bonus) if a is not None]
 
     def body(*refs, x_tile, z_tile, y_tile, state_tile, row_tile, arrived, rest_arrived, **more):
@@ -258,83 +280,82 @@ def outputs(
         when = pl.ds(chunk * CHUNK, CHUNK)
         head_x, head_z, head_y = (lax.div(h, group) for group in groups)
 
-        def fetch(step, slot):
-            keys, barrier = pl.ds(step * 64, 64), arrived.at[slot]
-            plgpu.copy_gmem_to_smem(x_ref.at[b, when, head_x, keys], x_tile.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(z_ref.at[b, when, head_z, keys], z_tile.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(state_ref.at[b, h, chunk, keys, values], state_tile.at[slot], barrier)
-            if per_channel:
-                plgpu.copy_gmem_to_smem(decay_ref.at[b, when, h, keys], more["decay"].at[slot], barrier)
-            if bonus is not None:
-                plgpu.copy_gmem_to_smem(bonus_ref.at[h, keys], more["bonus_tile"].at[slot], barrier)
-
-        fetch(0, 0)
         plgpu.copy_gmem_to_smem(y_ref.at[b, when, head_y, values], y_tile, rest_arrived)
         plgpu.copy_gmem_to_smem(row_ref.at[b, lax.div(h, group_rows), chunk], row_tile, rest_arrived)
         plgpu.barrier_wait(rest_arrived)
         weight = tiles.load(row_tile.at[0], ROWS)
+        if per_channel:
+            tiles.number(more["tokens"])
         i, j = tiles.row_and_column()
         before = i < j if reverse else j < i  # [i, j]: row i sums over column j
 
         def one(step, sums):
             scores, out, diagonal = sums
-            slot = lax.rem(step, slots)
-
-            @pl.when(step + 1 < blocks)
-            def _():
-                fetch(step + 1, lax.rem(step + 1, slots))
-
-            plgpu.barrier_wait(arrived.at[slot])
-            x_now, z_now = x_tile.at[slot], z_tile.at[slot]
+            keys = pl.ds(step * 64, 64)
+            plgpu.copy_gmem_to_smem(x_ref.at[b, when, head_x, keys], x_tile, arrived)
+            plgpu.copy_gmem_to_smem(z_ref.at[b, when, head_z, keys], z_tile, arrived)
+            plgpu.copy_gmem_to_smem(state_ref.at[b, h, chunk, keys, values], state_tile, arrived)
+            if per_channel:
+                plgpu.copy_gmem_to_smem(decay_ref.at[b, when, h, keys], more["decay"], arrived)
+            if bonus is not None:
+                plgpu.copy_gmem_to_smem(bonus_ref.at[h, keys], more["bonus_tile"], arrived)
+            plgpu.barrier_wait(arrived)
             if diagonal_apart:
-                xz = tiles.load(x_now) * tiles.load(z_now)
+                xz = tiles.load(x_tile) * tiles.load(z_tile)
                 if bonus is not None:
-                    xz = xz * along_columns(tiles.load(more["bonus_tile"].at[slot], COLS), square)
+                    xz = xz * along_columns(tiles.load(more["bonus_tile"], COLS), SQUARE)
                 diagonal = diagonal + jnp.sum(xz, axis=1)
             if not per_channel:
-                scores = tiles.add_products(scores, (x_now, tiles.transposed(z_now)))
-                return scores, tiles.add_products(out, (x_now, state_tile.at[slot])), diagonal
+                scores, out = tiles.add_each(
+                    (scores, (x_tile, tiles.transposed(z_tile))), (out, (x_tile, state_tile))
+                )
+                plgpu.commit_smem()  # every warp is done with the tiles before the next ones are copied there
+                return scores, out, diagonal
             parts, scaled = more["parts"], more["scaled"]
-            tiles.split(tiles.load(more["decay"].at[slot]), parts)
+            tiles.split(tiles.load(more["decay"]), parts)
             plgpu.commit_smem()
             to_edge = after(i, j) if reverse else up_to(i, j, bonus is not None)
-            factor = jnp.exp(tiles.range_sums(to_edge, parts)) * along_rows(weight, square)
-            decayed = (tiles.load(x_now) * factor).astype(x.dtype)
-            out = tiles.add_products(out, (decayed, state_tile.at[slot]))
-            queries, keys = (z_now, x_now) if reverse else (x_now, z_now)
+            factor = tiles.decays(to_edge, parts) * along_rows(weight, SQUARE)
+            decayed = (tiles.load(x_tile) * factor).astype(x.dtype)
+            out = tiles.add_products(out, (decayed, state_tile))
+            as_query, as_key = (z_tile, x_tile) if reverse else (x_tile, z_tile)
 
             def add_level(level, scores):
-                factor = jnp.exp(tiles.range_sums(towards_border(i, j, level, bonus is not None), parts))
-                row = jnp.where(is_query(i, level), tiles.load(queries), tiles.load(keys))
+                token = tiles.cast(more["tokens"][...], ROWS)
+                query = is_query(token, level)
+                factor = tiles.decays(towards_border(token, level, bonus is not None).holds(j), parts)
+                row = jnp.where(along_rows(query, SQUARE), tiles.load(as_query), tiles.load(as_key))
                 scaled_rows = (row * factor).astype(x.dtype)
                 scaled[...] = scaled_rows
                 plgpu.commit_smem()
-                pairs = tiles.multiply(square, (scaled_rows, tiles.transposed(scaled)))
-                return scores + jnp.where(before & pairs_of(i, j, level), pairs, 0)
+                pairs = tiles.multiply(SQUARE, (scaled_rows, tiles.transposed(scaled)))
+                seen = only(~query if reverse else query, opposite(token, level)).holds(j)
+                return scores + jnp.where(seen, pairs, 0)
 
             scores = lax.fori_loop(0, LEVELS, add_level, scores)
+            plgpu.commit_smem()
             return scores, out, diagonal
 
-        sums = tiles.full(square, 0), tiles.full(tile, 0), tiles.cast(jnp.zeros((CHUNK,), F32), ROWS)
-        scores, out, diagonal = lax.fori_loop(0, blocks, one, sums)
+        sums = tiles.full(SQUARE, 0), tiles.full(tile, 0), tiles.cast(jnp.zeros((CHUNK,), F32), ROWS)
+        scores, out, diagonal = lax.fori_loop(0, K // 64, one, sums)
         seen = before if diagonal_apart else before | (i == j)
         if packed:
             runs = tiles.load(row_tile.at[3], ROWS), tiles.load(row_tile.at[3], COLS)
-            seen = seen & (along_rows(runs[0], square) == along_columns(runs[1], square))
+            seen = seen & (along_rows(runs[0], SQUARE) == along_columns(runs[1], SQUARE))
         if not per_channel:
             out = out * along_rows(weight, tile)
             as_query, as_key = (
                 tiles.load(row_tile.at[n], COLS if reverse == (n == 1) else ROWS) for n in (1, 2)
             )
             if reverse:
-                exponent = along_columns(as_query, square) - along_rows(as_key, square)
+                exponent = along_columns(as_query, SQUARE) - along_rows(as_key, SQUARE)
             else:
-                exponent = along_rows(as_query, square) - along_columns(as_key, square)
+                exponent = along_rows(as_query, SQUARE) - along_columns(as_key, SQUARE)
             scores = scores * jnp.exp(jnp.where(seen, exponent, -jnp.inf))
         elif packed:
             scores = jnp.where(seen, scores, 0)
         if diagonal_apart:
-            scores = jnp.where(i == j, along_rows(diagonal, square), scores)
+            scores = jnp.where(i == j, along_rows(diagonal, SQUARE), scores)
         out = tiles.add_products(out, ((scores * scale).astype(x.dtype), y_tile))
         y_tile[...] = out.astype(x.dtype)
         plgpu.commit_smem()

@@ -11,6 +11,8 @@ gates cost no digits.
 """
 
 import dataclasses
+import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64
 LEVELS = 6  # 2**6 == CHUNK
+SQUARE = (CHUNK, CHUNK)
 F32 = jnp.float32
 TILE = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of a tile
@@ -82,14 +85,20 @@ class Tiles:
 
     def add_products(self, total: Array, *pairs) -> Array:
         """`total` plus the products, in total's registers."""
+        return self.add_each((total, *pairs))[0]
+
+    def add_each(self, *sums) -> tuple[Array, ...]:
+        """Several (total, pair, ...) at once: one wait for all."""
         if self.interpret:
-            return total + self._interpreted(pairs)
+            return tuple(total + self._interpreted(pairs) for total, *pairs in sums)
 
-        def body(accumulator):
-            for a, b in pairs:
-                plgpu.wgmma(accumulator, a, b)
+        def body(accumulators):
+            for accumulator, (_, *pairs) in zip(accumulators, sums, strict=True):
+                for a, b in pairs:
+                    plgpu.wgmma(accumulator, a, b)
 
-        return lax.optimization_barrier(pl.run_state(body)(plgpu.ACC.init(total)))
+        totals = tuple(plgpu.ACC.init(total) for total, *_ in sums)
+        return tuple(lax.optimization_barrier(pl.run_state(body)(totals)))
 
     def _interpreted(self, pairs) -> Array:
         def wide(x):
@@ -99,24 +108,28 @@ class Tiles:
 
     def row_and_column(self) -> tuple[Array, Array]:
         """i and j at every [i, j] of a [CHUNK, CHUNK] tile."""
-        shape = (CHUNK, CHUNK)
-        return tuple(self.cast(lax.broadcasted_iota(jnp.int32, shape, axis)) for axis in (0, 1))
+        return tuple(self.cast(lax.broadcasted_iota(jnp.int32, SQUARE, axis)) for axis in (0, 1))
 
     def split(self, log_decay: Array, parts: list) -> None:
-        """Write the bfloat16 tiles (one or two) that the log-decays are the sum of."""
-        left = jnp.maximum(log_decay, SMALLEST_LOG)
+        """Write the bfloat16 tiles (one or two) that the log-decays, to base 2, are the sum of."""
+        left = jnp.maximum(log_decay, SMALLEST_LOG) * math.log2(math.e)
         for part in parts:
             rounded = left.astype(part.dtype)
             part[...] = rounded
             left = left - rounded.astype(F32)
 
-    def range_sums(self, chosen: Array, parts: list) -> Array:
-        """For every i, the sum of the log-decays of the tokens s where `chosen` [i, s]."""
+    def decays(self, chosen: Array, parts: list) -> Array:
+        """For every i, the product of the decays of the tokens s where `chosen` [i, s]."""
         matrix = chosen.astype(parts[0].dtype)
-        return self.multiply((CHUNK, 64), *((matrix, part) for part in parts))
+        return jnp.exp2(self.multiply(SQUARE, *((matrix, part) for part in parts)))
+
+    def number(self, tokens) -> None:
+        """Write 0, 1, ... to a buffer: what depends on indices read from it stays inside a loop."""
+        tokens[...] = self.cast(lax.broadcasted_iota(jnp.int32, (CHUNK,), 0), ROWS)
 
 
-# Which token pairs [row, column] a 0/1 matrix holds; swap the first two arguments for its transpose.
+# Which tokens s a row of a 0/1 matrix picks. The first two functions take tiles of indices; exchange these
+# for the transposed matrix. The others take vectors of indices, and give for each a range of tokens.
 
 
 def up_to(i: Array, s: Array, exclusive: bool) -> Array:
@@ -129,18 +142,35 @@ def after(j: Array, s: Array) -> Array:
     return s > j
 
 
+class Range(NamedTuple):
+    first: Array
+    length: Array
+
+    def holds(self, s: Array, along=along_rows) -> Array:
+        """At each place of a tile: is s in the range of the place's row (or column)?"""
+        distance = s - along(self.first, SQUARE)  # below the first, it wraps around to a large number
+        return distance.astype(jnp.uint32) < along(self.length, SQUARE).astype(jnp.uint32)
+
+
 def is_query(i: Array, level: int | Array) -> Array:
     """At `level`, token i reads; otherwise it is read."""
     return ((i >> level) & 1) == 1
 
 
-def towards_border(i: Array, s: Array, level: int | Array, exclusive: bool) -> Array:
-    """The decay of token s lies between token i and the border of its block at `level`."""
-    query = is_query(i, level)
-    reach = (query & up_to(i, s, exclusive)) | (~query & after(i, s))
-    return ((i >> level) == (s >> level)) & reach
+def towards_border(i: Array, level: int | Array, exclusive: bool) -> Range:
+    """The tokens whose decays lie between token i and the border in its block at `level`."""
+    query, start = is_query(i, level), (i >> level) << level
+    first = jnp.where(query, start, i + 1)
+    end = jnp.where(query, i + (0 if exclusive else 1), start + (1 << level))
+    return Range(first, end - first)
 
 
-def pairs_of(i: Array, j: Array, level: int | Array) -> Array:
-    """i and j lie in opposite halves of one block at `level`; in both orders."""
-    return ((i >> level) ^ (j >> level)) == 1
+def opposite(i: Array, level: int | Array) -> Range:
+    """The tokens in the other half of token i's block at `level`."""
+    length = (i ^ i) + (1 << level)  # a vector in i's layout: a scalar's can't be broadcast
+    return Range(((i >> level) ^ 1) << level, length)
+
+
+def only(chosen: Array, range_: Range) -> Range:
+    """The range where `chosen`, nothing elsewhere."""
+    return Range(range_.first, jnp.where(chosen, range_.length, 0))

@@ -1,22 +1,27 @@
-"""Block sizes of the Mosaic GPU kernels."""
+"""Block sizes of the Mosaic GPU kernels, chosen so that two programs share a processor's 227 KB of memory."""
 
 import dataclasses
 
-# Streaming multiprocessors of the smallest Hopper part; the H200 has 132.
-_PROCESSORS = 114
+_PROCESSORS = 114  # streaming multiprocessors of the smallest Hopper; an H200 has 132
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How one call is cut up. A block is 64 in time and in keys: the M of one wgmma, and a 128-byte row."""
+    """Channels of v that one program works on, and how many chunks it has in flight.
 
-    chunk: int  # tokens
-    key_block: int  # channels of q and k that one step of a kernel works on
-    value_block: int  # channels of v that one program of the state and output kernels keeps
+    Time and keys go in blocks of 64: the M of one wgmma, and rows of 128 bytes.
+    """
+
+    state_values: int  # in the pass over the states, which has a program for each block of keys and of values
+    output_values: int  # in the pass over the outputs, which repeats the scores for each block of values
+    stages: int  # chunks in flight in the pass over the states
 
 
-def choose(batch: int, heads: int, keys: int, values: int) -> Tiling:
-    """The tiling for padded sizes: wide value blocks where that still leaves a program for each processor."""
-    programs = batch * heads * (keys // 64) * (values // 128)
-    wide = values % 128 == 0 and programs >= _PROCESSORS
-    return Tiling(chunk=64, key_block=64, value_block=128 if wide else 64)
+def choose(batch: int, heads: int, keys: int, values: int, per_channel: bool) -> Tiling:
+    """The tiling for padded sizes."""
+    wide = 128 if values % 128 == 0 else 64
+    if per_channel:  # whose tiles of log-decays take the room
+        return Tiling(64, wide, 2)
+    if batch * heads * (keys // 64) * (values // wide) < _PROCESSORS:
+        return Tiling(64, wide, 4)
+    return Tiling(wide, wide, 3 if wide == 128 else 4)

@@ -66,5 +66,5 @@ def test_kernels_fit(decay):
     assert names == {"states", "outputs", "states_reverse", "outputs_reverse", "gradients"}
     for kernel in kernels:
         assert kernel.wgmma > 0
-        assert kernel.spill_stores <= 64, kernel
-        assert kernel.shared_bytes <= 232448, kernel
+        assert kernel.spill_stores <= 160, kernel  # bytes, of the 1,020 that a thread's registers hold
+        assert 2 * (kernel.shared_bytes + 1024) <= 233472, kernel  # two programs on a processor

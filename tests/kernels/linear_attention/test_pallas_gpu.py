@@ -5,33 +5,38 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from frugax.kernels.linear_attention import pallas_gpu, pallas_gpu_tiles
+from frugax.kernels.linear_attention import pallas_gpu
+from frugax.kernels.linear_attention import pallas_gpu_tiles as tiles
 from frugax.kernels.linear_attention.inputs import check
 from frugax.kernels.linear_attention.tiling_gpu import Tiling, choose
 from tests.errors import assert_close
 
 from .cases import FLOATS, Case, expected
 
-CHUNK, LEVELS = pallas_gpu_tiles.CHUNK, pallas_gpu_tiles.LEVELS
+CHUNK, LEVELS = tiles.CHUNK, tiles.LEVELS
+
+
+def matrix(chosen) -> np.ndarray:
+    return np.asarray(chosen.holds(jnp.broadcast_to(jnp.arange(CHUNK), (CHUNK, CHUNK))))
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_levels_hold_every_pair_once_and_its_decay_in_two_factors(exclusive):
     """For i > j, one level has i as a query, j as a key, and their ranges make up the tokens j < s <= i."""
-    i, j = (jnp.asarray(x) for x in np.mgrid[:CHUNK, :CHUNK])
+    tokens = jnp.arange(CHUNK)
     covered = np.zeros((CHUNK, CHUNK), int)
     for level in range(LEVELS):
-        lower = np.asarray(pallas_gpu_tiles.pairs_of(i, j, level) & (i > j))
-        query = np.asarray(pallas_gpu_tiles.is_query(i, level))
-        assert query[lower].all()
-        assert not query.T[lower].any()
+        query = tiles.is_query(tokens, level)
+        lower = matrix(tiles.only(query, tiles.opposite(tokens, level)))
+        upper = matrix(tiles.only(~query, tiles.opposite(tokens, level)))
+        np.testing.assert_array_equal(lower, upper.T)
         covered += lower
-        reach = np.asarray(pallas_gpu_tiles.towards_border(i, j, level, exclusive), int)
-        for a, b in zip(*np.nonzero(lower), strict=True):
+        reach = matrix(tiles.towards_border(tokens, level, exclusive)).astype(int)
+        for i, j in zip(*np.nonzero(lower), strict=True):
             between = np.zeros(CHUNK, int)
-            between[b + 1 : a if exclusive else a + 1] = 1
-            np.testing.assert_array_equal(reach[a] + reach[b], between)
-    np.testing.assert_array_equal(covered, i > j)
+            between[j + 1 : i if exclusive else i + 1] = 1
+            np.testing.assert_array_equal(reach[i] + reach[j], between)
+    np.testing.assert_array_equal(covered, np.tril(np.ones((CHUNK, CHUNK), int), -1))
 
 
 def run(arguments: dict, K: int) -> tuple[dict, dict]:
@@ -60,7 +65,7 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
     ids=str,
 )
 def test_several_blocks_and_padded_sizes(monkeypatch, case, wide):
-    monkeypatch.setattr(pallas_gpu, "choose", lambda *_: Tiling(64, 64, wide))
+    monkeypatch.setattr(pallas_gpu, "choose", lambda *_: Tiling(wide, wide, 3))
     arguments = case.arguments()
     values, gradients = run(arguments, case.K)
     want_values, want_gradients = expected(arguments)
@@ -96,7 +101,8 @@ def test_reasons_name_what_is_in_the_way():
     assert "32" in reason(jnp.bfloat16, 16, 64)
 
 
-def test_value_blocks_are_wide_only_where_programs_abound():
-    assert choose(1, 96, 128, 128).value_block == 128
-    assert choose(1, 8, 128, 128).value_block == 64
-    assert choose(8, 96, 128, 192).value_block == 64
+def test_state_blocks_are_wide_only_where_programs_abound():
+    assert choose(1, 96, 128, 128, per_channel=False).state_values == 128
+    assert choose(1, 8, 128, 128, per_channel=False).state_values == 64
+    assert choose(8, 96, 128, 192, per_channel=False).state_values == 64
+    assert choose(1, 96, 128, 128, per_channel=True).state_values == 64
