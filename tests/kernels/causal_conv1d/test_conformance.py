@@ -117,7 +117,7 @@ def test_forward_and_every_gradient(case, backend):
     check_against_definition(case, jnp.float32, backend)
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=str)
+@pytest.mark.parametrize("case", [CASES[5]], ids=str)
 def test_bfloat16(case, backend):
     check_against_definition(case, jnp.bfloat16, backend)
 
