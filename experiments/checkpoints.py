@@ -5,6 +5,7 @@ iterator's place, one file a process) and about (the config, and a checksum of e
 """
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ class Checkpoints:
           CheckpointError: this save, or the one before it, failed; the checkpoints before are whole.
         """
         items = _split(state)
-        about = {"config": as_json(config), "checksums": {name: _checksums(x) for name, x in items.items()}}
+        checksums = {name: _checksums(x) for name, x in items.items()} | {"data": _crc(batches.get_state())}
+        about = {"config": as_json(config), "checksums": checksums}
+        about["checksum"] = _crc(about)
         args = {name: ocp.args.StandardSave(x) for name, x in items.items()}
         args |= {"about": ocp.args.JsonSave(about), "data": grain.checkpoint.CheckpointSave(batches)}
         try:
@@ -96,7 +99,10 @@ class Checkpoints:
 
     def about(self, step: int) -> dict[str, Any]:
         """The config and the checksums stored at `step`."""
-        return self._read(step, {"about": ocp.args.JsonRestore()})["about"]
+        about = self._read(step, {"about": ocp.args.JsonRestore()})["about"]
+        if about.pop("checksum", None) != _crc(about):
+            raise self._read_error(step, "about is not what was written")
+        return about
 
     def restore(self, step: int, like: TrainState, batches: Any) -> TrainState:
         """Read a checkpoint back and move the data iterator to its place.
@@ -115,6 +121,8 @@ class Checkpoints:
         read = self._read(step, args)
         read = {name: _own(read[name]) for name in items}
         self._check(step, read)
+        if self.about(step)["checksums"]["data"] != _crc(batches.get_state()):
+            raise self._read_error(step, "data is not what was written")
         return TrainState(params=read["params"], ema=read.get("ema"), **read["training"])
 
     def restore_params(self, step: int, like: Any, *, ema: bool) -> Any:
@@ -185,6 +193,11 @@ def _split(state: TrainState) -> dict[str, Any]:
     training = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
     items = {"params": state.params, "training": training}
     return items if state.ema is None else items | {"ema": state.ema}
+
+
+def _crc(tree: Any) -> int:
+    """A checksum of JSON."""
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 
 @jax.jit

@@ -70,8 +70,11 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             f"optimizer.options: {config.name} takes no {', '.join(unknown)}; {', '.join(takes)} fit"
         )
     if config.name == "muon":
-        # One learning rate serves both halves: Muon's orthogonal update is scaled to AdamW's usual size.
+        # Muon's orthogonal update is scaled to AdamW's usual size, so one learning rate can serve both halves.
         options = {"consistent_rms": 0.2, **options, "muon_weight_dimension_numbers": _muon_axes}
+        if "adam_learning_rate" in options:  # a peak of its own, on the same schedule
+            ratio = options["adam_learning_rate"] / config.learning_rate
+            options["adam_learning_rate"] = lambda step: ratio * rate(step)
     if config.weight_decay:
         if "weight_decay" not in takes:
             raise ValueError(f"optimizer.weight_decay: {config.name} takes none; 0 fits")

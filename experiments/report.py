@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from experiments.baselines import gzip_bits_per_byte, order3_bits_per_byte
-from experiments.data import Corpus, Tokenizer, heldout_batches, limit_bytes
+from experiments.data import Corpus, Tokenizer
+from experiments.evaluate import compare
 from experiments.metrics import plot_loss
 from experiments.sampling import sample_text
-from experiments.state import TrainState, bits_per_byte
+from experiments.state import TrainState
 
 
 def tree_bytes(tree: Any) -> int:
@@ -43,28 +43,24 @@ def report(
     """
     params = state.params if state.ema is None else state.ema
     start = time.monotonic()
-    limit = config.evaluation.max_bytes or None
-    sizes = dict(batch_size=config.evaluation.batch_size, seq_len=config.evaluation.sequence_length)
-    held_out = bits_per_byte(module, params, heldout_batches(corpus, tokenizer, **sizes, limit_bytes=limit))
+    comparison = compare(module, params, corpus, tokenizer, config.evaluation)
     evaluation_seconds = time.monotonic() - start
-    spans = limit_bytes(corpus.heldout, limit)
-    others = {
-        "gzip -9": gzip_bits_per_byte(spans),
-        "order-3 bytes": order3_bits_per_byte(corpus.train, spans),
-    }
-    prompt, options = (
+    pieces = sample_text(
+        module,
+        {"params": params},
+        tokenizer,
         config.sample.prompt,
-        dict(steps=config.sample.tokens, temperature=config.sample.temperature),
+        steps=config.sample.tokens,
+        temperature=config.sample.temperature,
+        key=jax.random.key(config.seed),
     )
-    key = jax.random.key(config.seed)
-    pieces = sample_text(module, {"params": params}, tokenizer, prompt, key=key, **options)
-    text = prompt + "".join(pieces)
+    text = config.sample.prompt + "".join(pieces)
 
     summary = {
-        "held_out_bits_per_byte": held_out,
-        "gzip_bits_per_byte": others["gzip -9"],
-        "order3_bits_per_byte": others["order-3 bytes"],
-        "held_out_bytes": sum(map(len, spans)),
+        "held_out_bits_per_byte": comparison.model,
+        "gzip_bits_per_byte": comparison.gzip,
+        "order3_bits_per_byte": comparison.order3,
+        "held_out_bytes": comparison.num_bytes,
         "step": int(state.step),
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "parameter_bytes": tree_bytes(state.params),
@@ -77,11 +73,10 @@ def report(
     run_dir = Path(config.run_dir)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
-    picture = plot_loss(run_dir, {"held out": held_out, **others})
+    lines = {"held out": comparison.model, "gzip -9": comparison.gzip, "order-3 bytes": comparison.order3}
+    picture = plot_loss(run_dir, lines)
 
-    say(f"\nheld out, {summary['held_out_bytes']:,} bytes   bits per byte")
-    for name, bits in ("this model", held_out), *others.items():
-        say(f"  {name:<26} {bits:8.3f}")
+    say(f"\n{comparison}")
     sizes = [f"{tree_bytes(tree) / 1e6:.1f} MB" for tree in (state.params, state.optimizer)]
     say(f"parameters: {summary['parameters']:,}, {sizes[0]}; the optimizer's state {sizes[1]}")
     for name in sorted(name for name in summary if name.endswith("_seconds")):

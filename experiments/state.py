@@ -1,11 +1,11 @@
 """What training carries from step to step, and the step."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -91,7 +91,7 @@ def make_train_step(
             "loss": loss,
             "bits_per_byte": loss
             * total_weight
-            / np.log(2)
+            / math.log(2)
             / jnp.maximum(over_devices(jnp.sum(batch["bytes"])), 1),
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
@@ -111,4 +111,4 @@ def bits_per_byte(module, params, batches) -> float:
         return jnp.sum(losses_BT * batch["weights"])
 
     total = sum(float(nats(params, batch)) for batch in batches)
-    return total / np.log(2) / sum(int(batch["bytes"].sum()) for batch in batches)
+    return total / math.log(2) / sum(int(batch["bytes"].sum()) for batch in batches)

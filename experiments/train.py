@@ -113,11 +113,11 @@ def train(config: ConfigDict) -> dict[str, Any] | None:
         else:
             times = {}
         checkpoints.close()
-        return (
-            report(config, module, layout.take(state), corpus, tokenizer, times, say=metrics.say)
-            if is_first
-            else None
-        )
+        if not is_first:
+            return None
+        # This process's copy: what only one process computes must not involve the devices of the others.
+        mine = jax.tree.map(lambda x: x.addressable_data(0), layout.take(state))
+        return report(config, module, mine, corpus, tokenizer, times, say=metrics.say)
     finally:
         metrics.close()
 
@@ -135,6 +135,7 @@ def run_steps(config, layout, step_function, state, done, batches, checkpoints, 
         values = {name: float(x) for name, x in jax.device_get(values).items()}
         if not all(math.isfinite(x) for x in values.values()):
             found = ", ".join(f"{name} {x}" for name, x in values.items())
+            checkpoints.wait()
             last = checkpoints.latest_step()
             kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
             raise FloatingPointError(f"step {number} is not finite ({found}); {kept} in {checkpoints.folder}")

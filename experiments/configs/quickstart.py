@@ -18,23 +18,27 @@ def get_config(variant: str = "") -> ConfigDict:
     """The config; variant "smoke" ends in seconds."""
     check_variant(variant)
     config = defaults()
-    config.steps = 600
-    config.batch_size = 8
+    config.steps = 1100
+    config.batch_size = 4
     config.data.sequence_length = 512
 
-    config.model.width = 192
+    config.model.width = 128
     config.model.repeats = 4
+    config.model.tie_embeddings = False
     config.model.pattern = ("gla",)
     config.model.blocks.gla = block(
         mixer="GatedLinearAttention",
         channel="GLU",
-        mixer_args=dict(heads=3, conv_width=4),
+        mixer_args=dict(heads=2, conv_width=4),
         channel_args=dict(expand=2.0),
     )
 
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 5e-3
-    config.optimizer.warmup_steps = 30
+    config.optimizer.learning_rate = 0.012  # of matrices
+    config.optimizer.options.adam_learning_rate = 0.004  # of the rest
+    config.optimizer.options.ns_steps = 4
+    config.optimizer.warmup_steps = 15
+    config.evaluation.max_bytes = 400_000
 
     if variant == "smoke":
         shrink(config)

@@ -1,0 +1,29 @@
+"""Two real processes that share each batch have the losses of one."""
+
+import socket
+
+import numpy as np
+
+from tests.errors import bound
+from tests.experiments.runs import command, finish, logged, start, write_corpus
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fields = dict(steps=6, batch_size=4, accumulate=2, checkpoint__every=3)
+    together = fields | dict(
+        distributed__enabled=True, distributed__coordinator=f"localhost:{port}", distributed__processes=2
+    )
+    two = [start(command(corpus, tmp_path / "two", **together, distributed__process=i)) for i in range(2)]
+    one = start(command(corpus, tmp_path / "one", **fields))
+    outputs = [finish(process) for process in (*two, one)]
+
+    assert "held out" in outputs[0]
+    assert "held out" not in outputs[1]  # only the first process writes
+    expected, actual = (logged(tmp_path / name, "loss", "grad_norm") for name in ("one", "two"))
+    assert len(expected) == 6
+    # The same sums in another order, through six updates.
+    np.testing.assert_allclose(actual, expected, rtol=10 * bound("float32"))
