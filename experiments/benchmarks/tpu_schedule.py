@@ -92,8 +92,9 @@ def count_bundles(text: str) -> list[int]:
         if kind == "LB":
             loops.append([depth, 1])
         within.append(tuple(loops))
-        if exit_test := re.search(r"scmp\.ge\S* \S+, (\d+) /\* loop exit test", body):
-            loops[-1][1] = int(exit_test[1])
+        if exit_test := re.search(r"scmp\.ge\S* (\S+), (\d+) /\* loop exit test", body):
+            step = re.search(rf"{re.escape(exit_test[1])} = sadd\.s32 (\d+), ", text)
+            loops[-1][1] = int(exit_test[2]) // int(step[1] if step else 1)
         if depth == 1 and (skip := re.search(r"br\.rel \([^)]*\) target = \$region(\d+)", body)):
             skips.append((place, skip[1]))
         if kind == "PF":

@@ -31,12 +31,14 @@ def unsupported_reason(call: Inputs) -> str | None:
 
 def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Array]:
     """(out [B, T, H, V] in v's dtype, final_state [B, H, K, V] in float32)."""
-    return forward_tiled(call, scale, choose(call, backward=False), interpret=interpret)
+    return forward_tiled(call, scale, choose(call, backward=False, interpret=interpret), interpret=interpret)
 
 
 def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, interpret: bool) -> Inputs:
     """The gradient of each input, in its shape and dtype; None where the input is None."""
-    return backward_tiled(call, cotangents, scale, choose(call, backward=True), interpret=interpret)
+    return backward_tiled(
+        call, cotangents, scale, choose(call, backward=True, interpret=interpret), interpret=interpret
+    )
 
 
 def forward_tiled(call: Inputs, scale: float, tiling: Tiling, *, interpret: bool) -> tuple[Array, Array]:
@@ -225,6 +227,10 @@ class _Launch:
 
     def run(self, name: str, body: Callable, scratch: dict[str, tuple[int, ...]]) -> dict[str, Array]:
         plan = Plan(self.tiling, self.cuts, self.scale)
+        if "rows" in self.operands and not plan.channels:
+            chunks, C = self.tiling.block // self.tiling.chunk, self.tiling.chunk
+            parts = (3 if self.call.k.dtype == jnp.float32 else 2) * SUBLANES
+            scratch = {**scratch, "decay_rows": (chunks, parts, C), "decay_columns": (chunks, C, parts)}
         names = [*self.operands, *self.results, *scratch]
         out = pl.pallas_call(
             lambda *refs: body(plan, dict(zip(names, refs, strict=True))),

@@ -10,23 +10,28 @@ from .pallas_tpu_decay import (
     HeadDecay,
     across,
     dot,
-    head_decays,
     iota,
     log_decay_gradient,
-    parted,
+    masked_sums,
+    join,
+    ranks,
     split,
 )
 from .pallas_tpu_forward import (
     Plan,
     _aligned,
     channel_scores,
+    chunk_decay,
     chunk_levels,
-    chunk_rows,
-    level_operands,
+    level_keys,
+    level_queries,
     own_scores,
+    prepare_block,
     recomputed_state,
     set_diagonal,
+    staggered,
 )
+from .tiling import LANES
 
 
 def diagonal(x: Array) -> Array:
@@ -35,46 +40,60 @@ def diagonal(x: Array) -> Array:
 
 
 def head_gradients(q, k, v, d_out, state, d_state, decay: HeadDecay, bonus, scale: float):
-    """A chunk of one head with one decay.
+    """A chunk of one head with one decay; a generator, for `staggered`.
 
     Args:
       state, d_state: [V, K], the state before the chunk, and the gradient of the state after it.
 
     Returns:
       dict of dq, dk [C, K], dv [C, V] in float32, d_bonus [1, K], the gradient of the state before, and what
-      depends on the decays: reads [C, 1] and writes [C, 1] (of the weights of i and j with the states), pairs
-      [C, C], carry [1, 1].
+      depends on the decays: reads [C, 1] and writes [C, 1] (of the weights of i and j with the states, and i's with
+      its pairs), columns [1, C] (of j's with its pairs), carry [1, 1].
     """
     dtype = q.dtype
     q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-    scores = dot(q, k, "nt") * decay.pairs * scale
+    read = across(decay.read, q.shape[1])
+    weights = decay.pairs * scale
+    scores = dot(q, k, "nt") * weights
     d_scores = dot(d_out, v, "nt")
-    pairs = scores * d_scores
-    inner = (d_scores * decay.pairs * scale).astype(dtype)
-    dq_state = dot(d_out, state.astype(dtype), "nn") * across(decay.read, q.shape[1]) * scale
+    inner = (d_scores * weights).astype(dtype)
+    # A token's weight in its own output depends on no decay; with a bonus, nor does its weight in the next one's.
+    row, column = iota(scores.shape, 0), iota(scores.shape, 1)
+    pairs = jnp.where(row > column + (0 if bonus is None else 1), scores * d_scores, 0.0)
+    own = None
+    if bonus is not None:
+        own = diagonal(d_scores) * scale
+        scores = set_diagonal(scores, own_scores(q32, k32, bonus) * scale)
+    scores = scores.astype(dtype)
+    yield
+    dq_state = dot(d_out, state.astype(dtype), "nn") * (read * scale)
     dk_state = dot(v, d_state.astype(dtype), "nn") * decay.write
+    dv = dot(scores, d_out, "tn") + dot(k, d_state.astype(dtype), "nt") * decay.write
     dq = dot(inner, k, "nn") + dq_state
     dk = dot(inner, q, "tn") + dk_state
     d_bonus = None
     if bonus is not None:
-        own = diagonal(d_scores) * scale
         dq, dk, d_bonus = own_gradients(dq, dk, q32, k32, own, bonus)
-        scores = set_diagonal(scores, own_scores(q32, k32, bonus) * scale)
-    dv = dot(scores.astype(dtype), d_out, "tn") + dot(k, d_state.astype(dtype), "nt") * decay.write
-    q_read = (q32 * (across(decay.read, q.shape[1]) * scale)).astype(dtype)
-    # A token's weight in its own output depends on no decay; with a bonus, nor does its weight in the next one's.
-    row, column = iota(pairs.shape, 0), iota(pairs.shape, 1)
+    q_read = (q32 * (read * scale)).astype(dtype)
     return dict(
         dq=dq,
         dk=dk,
         dv=dv,
         d_bonus=d_bonus,
         d_state=d_state * decay.last + dot(d_out, q_read, "tn"),
-        reads=jnp.sum(q32 * dq_state, axis=1, keepdims=True),
-        writes=jnp.sum(k32 * dk_state, axis=1, keepdims=True),
-        pairs=jnp.where(row > column + (0 if bonus is None else 1), pairs, 0.0),
+        reads=lane_sums(q32 * dq_state, pairs),
+        writes=lane_sums(k32 * dk_state),
+        columns=jnp.sum(pairs, axis=0, keepdims=True),
         carry=jnp.sum(state * d_state, keepdims=True) * decay.last,
     )
+
+
+def lane_sums(*terms: Array) -> Array:
+    """[C, 1]: the sum of every term's columns; added up register by register first, for lanes add up slowly."""
+    tiles = [x[:, n : n + LANES] for x in terms for n in range(0, x.shape[1], LANES)]
+    wide = [x for x in tiles if x.shape[1] == LANES]
+    narrow = [jnp.sum(x, axis=1, keepdims=True) for x in tiles if x.shape[1] < LANES]
+    return sum(narrow, jnp.sum(sum(wide[1:], wide[0]), axis=1, keepdims=True))
 
 
 def own_gradients(dq, dk, q32, k32, own, bonus):
@@ -89,24 +108,24 @@ def rows_gradient(heads: list[dict], *, bonus: bool) -> Array:
     The decay of token t weighs every pair j < t <= i (with a bonus, j < t < i), the incoming state as any such i
     reads it, any such j in the outgoing state, and the one in the other.
     """
-    C = heads[0]["pairs"].shape[0]
+    C = heads[0]["columns"].shape[1]
     s, t = iota((C, C), 0), iota((C, C), 1)
-    later = jnp.where(s > t if bonus else s >= t, 1.0, 0.0)
-    lane, sublane = iota((C, SUBLANES), 1), iota((SUBLANES, C), 0)
-    readers = writers = jnp.zeros((C, SUBLANES), jnp.float32)
+    lane, sublane = iota((C, 2 * SUBLANES), 1), iota((SUBLANES, C), 0)
+    reads_writes = jnp.zeros((C, 2 * SUBLANES), jnp.float32)
     columns = carries = jnp.zeros((SUBLANES, C), jnp.float32)
     for n, head in enumerate(heads):
-        read = head["reads"] + jnp.sum(head["pairs"], axis=1, keepdims=True)
-        readers = jnp.where(lane == n, read, readers)
-        writers = jnp.where(lane == n, head["writes"], writers)
-        columns = jnp.where(sublane == n, jnp.sum(head["pairs"], axis=0, keepdims=True), columns)
+        reads_writes = jnp.where(lane == n, head["reads"], reads_writes)
+        reads_writes = jnp.where(lane == n + SUBLANES, head["writes"], reads_writes)
+        columns = jnp.where(sublane == n, head["columns"], columns)
         carries = jnp.where(sublane == n, head["carry"], carries)
-    grad = carries + dot(readers.T, later, "nn") + dot(writers.T, jnp.where(s < t, 1.0, 0.0), "nn")
-    return grad - dot(columns, jnp.where(s >= t, 1.0, 0.0), "nn")
+    reads_writes = reads_writes.T
+    reads = masked_sums(reads_writes[:SUBLANES], s > t if bonus else s >= t)
+    writes = masked_sums(reads_writes[SUBLANES:], s < t)
+    return carries + reads + writes - masked_sums(columns, s >= t)
 
 
 def channel_gradients(q, k, v, d_out, state, d_state, tree, bonus, scale: float):
-    """A chunk of one head with a decay a channel: the same as `head_gradients`, and d log_decay [C, K]."""
+    """A chunk of one head with a decay a channel: the same as of `head_gradients`, and d log_decay [C, K]."""
     found, whole, total = tree
     dtype = q.dtype
     q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
@@ -116,13 +135,16 @@ def channel_gradients(q, k, v, d_out, state, d_state, tree, bonus, scale: float)
     dq_state = dot(d_out, state.astype(dtype), "nn") * whole.read * scale
     dk_state = dot(v, d_state.astype(dtype), "nn") * whole.write
     own = diagonal(d_scores)
+    yield
     one = jnp.ones((1, q.shape[1]), jnp.float32) if bonus is None else bonus
     dq, dk, d_bonus = own_gradients(dq_state, dk_state, q32, k32, own, one)
     of_levels = []
     for level in found:
-        _, q_level, k_level = level_operands(level, q32, k32, dtype)
-        dq_level = from_pairs(d_scores, k_level, level.half, "right") * level.read
-        dk_level = from_pairs(d_scores_t, q_level, level.half, "left") * level.write
+        q_level = level_queries(level, q32, dtype)
+        if level.half >= SUBLANES:
+            q_level = [join(split(q32, level.half)[0], q_level).astype(dtype)]
+        dq_level = from_pairs(d_scores, level_keys(level, k32, dtype), level.half, "right") * level.read
+        dk_level = from_pairs(d_scores_t, q_level[0], level.half, "left") * level.write
         dq, dk = dq + dq_level, dk + dk_level
         of_levels.append((q32 * dq_level, k32 * dk_level))
     carry = jnp.sum(state * d_state, axis=0, keepdims=True) * total
@@ -142,19 +164,17 @@ def channel_gradients(q, k, v, d_out, state, d_state, tree, bonus, scale: float)
 def from_pairs(d_scores: Array, operand: Array, half: int, rows: str) -> Array:
     """[C, K]: a level's share of the product of d_scores with an operand; zero in rows of the other halves."""
     C = operand.shape[0]
+    rank = ranks(C, transposed=rows == "left")
     if half < SUBLANES:
-        mask = parted(half, C, "all")
-        if rows == "left":
-            row, column = iota((C, C), 0), iota((C, C), 1)
-            mask = (((row ^ column) >> (half.bit_length() - 1)) == 1) & (row < column)
-        return dot(jnp.where(mask, d_scores, 0.0).astype(operand.dtype), operand, "nn")
-    stacked = jnp.concatenate(split(d_scores, half)[1 if rows == "right" else 0], axis=0)
-    stacked = jnp.where(parted(half, C, rows), stacked, 0.0).astype(operand.dtype)
-    product = dot(stacked, operand, "nn")
+        mine = (rank >= half) & (rank < 2 * half)
+        return dot(jnp.where(mine, d_scores, 0.0).astype(operand.dtype), operand, "nn")
+    side = 1 if rows == "right" else 0
+    blocks = zip(split(d_scores, half)[side], split(rank, half)[side], strict=True)
+    blocks = [jnp.where((r >= half) & (r < 2 * half), x, 0.0) for x, r in blocks]
+    product = dot(jnp.concatenate(blocks, axis=0).astype(operand.dtype), operand, "nn")
     blocks = [product[n : n + half] for n in range(0, C // 2, half)]
-    zeros = jnp.zeros_like(blocks[0])
-    ordered = [(zeros, x) if rows == "right" else (x, zeros) for x in blocks]
-    return jnp.concatenate([x for pair in ordered for x in pair], axis=0)
+    zeros = [jnp.zeros_like(x) for x in blocks]
+    return join(zeros, blocks) if rows == "right" else join(blocks, zeros)
 
 
 def backward_kernel(plan: Plan, refs: dict) -> None:
@@ -165,7 +185,6 @@ def backward_kernel(plan: Plan, refs: dict) -> None:
     blocks = pl.num_programs(2)
     first = (blocks - 1 - reversed_t) * tiling.block
     chunks = tiling.block // tiling.chunk
-    together = 2 if tiling.heads % 2 == 0 else 1
     has_bonus = "bonus" in refs
 
     @pl.when(reversed_t == 0)
@@ -178,10 +197,11 @@ def backward_kernel(plan: Plan, refs: dict) -> None:
     for n in range(tiling.heads):
         refs["chunk_states"][0, n] = refs["states"][0, n, 0]
 
+    prepare_block(plan, refs, bonus=has_bonus)
+
     def recompute(index, _):
-        start = _aligned(index, tiling)
         for n in range(tiling.heads):
-            state = recomputed_state(plan, refs, n, start, first, refs["chunk_states"][index, n])
+            state = recomputed_state(plan, refs, n, index, first, refs["chunk_states"][index, n])
             refs["chunk_states"][index + 1, n] = state
         return 0
 
@@ -190,27 +210,26 @@ def backward_kernel(plan: Plan, refs: dict) -> None:
     def chunk(reversed_index, _):
         index = chunks - 1 - reversed_index
         start = _aligned(index, tiling)
-        if not plan.channels:
-            rows = chunk_rows(plan, refs, start)
-            decays = head_decays(rows, tiling.chunk, tiling.heads, bonus=has_bonus, exact=cuts["q"].dtype == jnp.float32)
-        found = []
-        for group in range(0, tiling.heads, together):
-            for n in range(group, group + together):
-                q, k, v = (cuts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
-                d_out = cuts["out"].load(refs["d_out"], n, start, first)
-                states = refs["chunk_states"][index, n], refs["d_state"][n]
-                bonus = refs["bonus"][0, n : n + 1] if has_bonus else None
-                if plan.channels:
-                    tree = chunk_levels(plan, refs, n, start, first, has_bonus)
-                    grads = channel_gradients(q, k, v, d_out, *states, tree, bonus, plan.scale)
-                else:
-                    grads = head_gradients(q, k, v, d_out, *states, decays[n], bonus, plan.scale)
-                refs["d_state"][n] = grads["d_state"]
-                if has_bonus:
-                    refs["d_bonus"][0, 0, n : n + 1] += grads["d_bonus"]
-                found.append(grads)
-            for name in ("dq", "dk", "dv", *(("d_log_decay",) if plan.channels else ())):
-                cuts[name].store(refs[name], group, start, [x[name] for x in found[group:]])
+
+        def head(n):
+            q, k, v = (cuts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
+            d_out = cuts["out"].load(refs["d_out"], n, start, first)
+            states = refs["chunk_states"][index, n], refs["d_state"][n]
+            bonus = refs["bonus"][0, n : n + 1] if has_bonus else None
+            if plan.channels:
+                tree = chunk_levels(plan, refs, n, start, first, has_bonus)
+                grads = yield from channel_gradients(q, k, v, d_out, *states, tree, bonus, plan.scale)
+            else:
+                decay = chunk_decay(plan, refs, n, index, bonus=has_bonus)
+                grads = yield from head_gradients(q, k, v, d_out, *states, decay, bonus, plan.scale)
+            refs["d_state"][n] = grads["d_state"]
+            if has_bonus:
+                refs["d_bonus"][0, 0, n : n + 1] += grads["d_bonus"]
+            return grads
+
+        found = staggered([head(n) for n in range(tiling.heads)], tiling.heads)
+        for name in ("dq", "dk", "dv", *(("d_log_decay",) if plan.channels else ())):
+            cuts[name].store(refs[name], 0, start, [x[name] for x in found])
         if "d_rows" in refs:
             refs["d_rows"][0, 0, :, pl.ds(start, tiling.chunk)] = rows_gradient(found, bonus=has_bonus)
         return 0

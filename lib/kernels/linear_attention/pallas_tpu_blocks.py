@@ -72,10 +72,14 @@ class Cut:
         n, block = self.tiling.heads, self.tiling.block
         if self.time_major:
             return pl.BlockSpec((1, block, n, self.width), lambda b, h, t: (b, time(t), h, 0))
-        mine = max(1, n // self.group)
-        return pl.BlockSpec(
-            (1, mine, block, self.width), lambda b, h, t: (b, h * n // self.group // mine, time(t), 0)
-        )
+        if self.group <= n:
+            return pl.BlockSpec((1, n // self.group, block, self.width), lambda b, h, t: (b, h, time(t), 0))
+        steps = self.group // n  # grid steps that read the same head
+
+        def index(b, h, t):  # `h // steps` would not do: its lowering asks for the chip, where there is none
+            return b, jax.lax.div(h, jnp.int32(steps)), time(t), 0
+
+        return pl.BlockSpec((1, 1, block, self.width), index)
 
     def load(self, ref, head: int, start, first) -> Array:
         """Tokens [chunk, D'] of one head: from `start` in the block, whose own first token is `first`."""

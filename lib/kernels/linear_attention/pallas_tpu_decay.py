@@ -43,39 +43,67 @@ class HeadDecay:
     last: Array | float  # [1, 1] weight of the incoming state in the outgoing one
 
 
-def head_decays(rows: Array | None, chunk: int, heads: int, *, bonus: bool, exact: bool) -> list[HeadDecay]:
-    """The decay of each head from log decays [8, C] (heads in rows); None for no decay.
+def prepare_decays(rows: Array, *, bonus: bool, exact: bool) -> tuple[Array, Array]:
+    """What `head_decay` needs of a chunk's log decays [8, C], heads in rows: as rows [24, C], as columns [C, 24].
 
-    `exact` keeps the digits of mild gates beside strong ones, for float32.
+    Rows: the tokens' weights in the outgoing state, and the running sums, in two parts if `exact` (which keeps the
+    digits of mild gates beside strong ones, for float32), else [16, C] with whole ones. Columns: the same weights,
+    and the sums that a token reads with.
     """
-    C = chunk
-    i, j = iota((C, C), 0), iota((C, C), 1)
-    seen = i > j if bonus else i >= j
-    if rows is None:
-        return [HeadDecay(jnp.where(seen, 1.0, 0.0), 1.0, 1.0, 1.0, 1.0)] * heads
-    # Sums of multiples of 1/16 are exact, so what strong gates add up to takes no digits from mild ones' sums.
-    coarse = jnp.round(rows * 16) / 16
-    parts = (coarse, rows - coarse)
-    sums = [dot(part, jnp.where(i <= j, 1.0, 0.0), "nn") for part in parts]  # [8, C], over tokens up to each
+    parts, sums = running_sums(rows)
     reads = sums
     if bonus:  # a token reads before its own decay, but after its own restart
         own = rows > (RESTART + FLOOR) / 2
         reads = [total - jnp.where(own, part, 0.0) for total, part in zip(sums, parts, strict=True)]
-    ends = [x[:, C - 1 :] for x in sums]  # [8, 1]
-    write_rows = jnp.exp((ends[0] - sums[0]) + (ends[1] - sums[1]))
-    writes = write_rows.T
-    lasts = jnp.exp(ends[0] + ends[1])
+    ends = [x[:, -1:] for x in sums]
+    writes = jnp.exp((ends[0] - sums[0]) + (ends[1] - sums[1]))
     if not exact:
         sums, reads = [sums[0] + sums[1]], [reads[0] + reads[1]]
-    columns = [x.T for x in reads]  # [C, 8]
-    decays = []
-    for n in range(heads):
-        head = slice(n, n + 1)
-        wide = [jnp.broadcast_to(x[:, head], (C, LANES)) for x in columns]
-        exponent = sum(x[:, :C] - y[head] for x, y in zip(wide, sums, strict=True))
-        pairs = jnp.exp(jnp.where(seen, exponent, -jnp.inf))
-        decays.append(HeadDecay(pairs, jnp.exp(sum(wide)), writes[:, head], write_rows[head], lasts[head]))
-    return decays
+    return jnp.concatenate([writes, *sums], axis=0), jnp.concatenate([writes, *reads], axis=0).T
+
+
+def head_decay(prepared: tuple[Array, Array] | None, n: int, chunk: int, *, bonus: bool) -> HeadDecay:
+    """The decay of head n, from `prepare_decays`; None for no decay."""
+    C = chunk
+    i, j = iota((C, C), 0), iota((C, C), 1)
+    seen = i > j if bonus else i >= j
+    if prepared is None:
+        return HeadDecay(jnp.where(seen, 1.0, 0.0), 1.0, 1.0, 1.0, 1.0)
+    rows, columns = prepared
+    totals = [rows[p + n : p + n + 1] for p in range(SUBLANES, rows.shape[0], SUBLANES)]
+    reads = [columns[:, p + n : p + n + 1] for p in range(SUBLANES, rows.shape[0], SUBLANES)]
+    wide = [jnp.broadcast_to(x, (C, LANES)) for x in reads]
+    exponent = sum(x[:, :C] - y for x, y in zip(wide, totals, strict=True))
+    pairs = jnp.exp(jnp.where(seen, exponent, -jnp.inf))
+    last = jnp.exp(sum(x[:, C - 1 :] for x in totals))
+    return HeadDecay(pairs, jnp.exp(sum(wide)), columns[:, n : n + 1], rows[n : n + 1], last)
+
+
+def running_sums(rows: Array) -> tuple[tuple[Array, Array], list[Array]]:
+    """Rows [8, C] as a coarse and a fine part, and each part's sums up to every column, the column included.
+
+    Multiples of 1/2 add up exactly, so what strong gates amount to takes no digits from the sums of mild ones.
+    """
+    C = rows.shape[1]
+    coarse = jnp.round(rows * 2) / 2
+    parts = coarse, rows - coarse
+    sums = masked_sums(jnp.concatenate(parts, axis=0), iota((C, C), 0) <= iota((C, C), 1))
+    return parts, [sums[:SUBLANES], sums[SUBLANES:]]
+
+
+def masked_sums(rows: Array, mask: Array) -> Array:
+    """[n, C]: for each column t, the sum of a row's entries s where mask[s, t], as good as in float32.
+
+    Three bfloat16 pieces hold a float32 number whole, and ones are exact: one pass of the matrix unit for all.
+    """
+    pieces, left = [], rows
+    for _ in range(3):
+        pieces.append(left.astype(jnp.bfloat16).astype(jnp.float32))
+        left = left - pieces[-1]
+    ones = jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
+    sums = dot(jnp.concatenate(pieces, axis=0).astype(jnp.bfloat16), ones, "nn")
+    n = rows.shape[0]
+    return sums[:n] + (sums[n : 2 * n] + sums[2 * n :])
 
 
 def across(weight: Array | float, width: int) -> Array | float:
@@ -104,6 +132,8 @@ def swap_halves(x: Array, half: int) -> Array:
     """Row i gets row i ^ half; half is below SUBLANES."""
     C, K = x.shape
     x = x.reshape(C // SUBLANES, SUBLANES, K)
+    if 2 * half == SUBLANES:
+        return pltpu.roll(x, half, 1).reshape(C, K)
     right = (iota(x.shape, 1) & half) != 0
     swapped = jnp.where(right, pltpu.roll(x, half, 1), pltpu.roll(x, SUBLANES - half, 1))
     return swapped.reshape(C, K)
@@ -159,18 +189,13 @@ def levels(decay: Array, keep: Array | None, *, bonus: bool) -> tuple[list[Level
     return found, Level(C, read, write), totals[0]
 
 
-def parted(level_half: int, C: int, rows: str) -> Array:
-    """Which pairs (row, column) a level holds: rows "all" [C, C], or only the "right" (or "left") halves [C/2, C].
+def ranks(C: int, *, transposed: bool = False) -> Array:
+    """[C, C]: row ^ column where the row is the later token (if transposed, the earlier one), else 0.
 
-    With "left" the row is the earlier token j and the column the later one, else the other way round.
+    A pair belongs to the level of the highest bit: the last one whose half is no more than its rank.
     """
-    shift = level_half.bit_length() - 1
-    if rows == "all":
-        row, column = iota((C, C), 0), iota((C, C), 1)
-        return (((row ^ column) >> shift) == 1) & (row > column)
-    stacked, column = iota((C // 2, C), 0), iota((C // 2, C), 1)
-    skipped = (stacked >> shift) + (1 if rows == "right" else 0)
-    return (((stacked + (skipped << shift)) ^ column) >> shift) == 1
+    row, column = iota((C, C), 0), iota((C, C), 1)
+    return jnp.where(row < column if transposed else row > column, row ^ column, 0)
 
 
 def log_decay_gradient(found: list[Level], grads: list[tuple[Array, Array]], whole, *, bonus: bool) -> Array:

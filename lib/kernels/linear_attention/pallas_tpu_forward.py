@@ -1,6 +1,8 @@
 """Forward TPU kernels: a grid over (batch, head groups, time), the state carried in VMEM from block to block."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,24 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from .pallas_tpu_blocks import Cut
-from .pallas_tpu_decay import SUBLANES, HeadDecay, Level, across, dot, head_decays, iota, join, levels, parted, split
+from .pallas_tpu_decay import (
+    SUBLANES,
+    HeadDecay,
+    Level,
+    across,
+    dot,
+    head_decay,
+    iota,
+    join,
+    levels,
+    prepare_decays,
+    ranks,
+    split,
+)
 from .tiling import Tiling
+
+
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
@@ -35,39 +53,44 @@ def chunk_levels(plan: Plan, refs: dict, n: int, start, first, bonus: bool):
     return levels(decay, keep, bonus=bonus)
 
 
-def chunk_rows(plan: Plan, refs: dict, start) -> Array | None:
-    """Log decays [8, C] of the heads of a chunk, where there is one a head."""
-    return refs["rows"][0, 0, :, pl.ds(start, plan.tiling.chunk)] if "rows" in refs else None
+def prepare_block(plan: Plan, refs: dict, *, bonus: bool) -> None:
+    """Fill decay_rows and decay_columns for each chunk of the block, where heads have one decay each."""
+    if "decay_rows" not in refs:
+        return
+    C = plan.tiling.chunk
+    for index in range(plan.tiling.block // C):
+        rows = refs["rows"][0, 0, :, index * C : (index + 1) * C]
+        refs["decay_rows"][index], refs["decay_columns"][index] = prepare_decays(
+            rows, bonus=bonus, exact=plan.cuts["k"].dtype == jnp.float32
+        )
 
 
-def level_operands(level: Level, q: Array, k: Array, dtype) -> tuple[Array, Array, Array]:
-    """Decayed queries of right halves, decayed keys of left halves (other rows: kept whole, to be masked out).
-
-    Halves that fill registers are stacked: half as many queries [C/2, K] then go through the matrix unit.
-    """
-    half = level.half
-    if half < SUBLANES:
-        q_level, k_level = q * level.read, k * level.write
-        return q_level.astype(dtype), q_level.astype(dtype), k_level.astype(dtype)
-    (q_left, q_right), (k_left, k_right) = split(q, half), split(k, half)
-    q_right = [a * b for a, b in zip(q_right, split(level.read, half)[1], strict=True)]
-    k_left = [a * b for a, b in zip(k_left, split(level.write, half)[0], strict=True)]
-    stacked = jnp.concatenate(q_right, axis=0).astype(dtype)
-    return stacked, join(q_left, q_right).astype(dtype), join(k_left, k_right).astype(dtype)
+def chunk_decay(plan: Plan, refs: dict, n: int, index, *, bonus: bool) -> HeadDecay:
+    """Head n's decay in a chunk of the block, where there is one a head, or none."""
+    prepared = None
+    if "decay_rows" in refs:
+        prepared = refs["decay_rows"][index], refs["decay_columns"][index]
+    return head_decay(prepared, n, plan.tiling.chunk, bonus=bonus)
 
 
-def place(scores: Array, stacked: Array, half: int, C: int, rows: str) -> Array:
-    """Put a level's pairs into the chunk's scores [C, C]."""
-    mask = parted(half, C, "all" if half < SUBLANES else rows)
-    if half < SUBLANES:
-        return jnp.where(mask, stacked, scores)
-    lefts, rights = split(scores, half)
-    old = rights if rows == "right" else lefts
-    new = [
-        jnp.where(mask[n * half : (n + 1) * half], stacked[n * half : (n + 1) * half], x)
-        for n, x in enumerate(old)
-    ]
-    return join(lefts, new) if rows == "right" else join(new, rights)
+def level_queries(level: Level, q: Array, dtype) -> list[Array]:
+    """Queries of the right halves with their decay, as blocks of `half` rows; one block of all rows if they are
+    smaller than a register."""
+    if level.half < SUBLANES:
+        return [(q * level.read).astype(dtype)]
+    rights = zip(split(q, level.half)[1], split(level.read, level.half)[1], strict=True)
+    return [a * b for a, b in rights]
+
+
+def level_keys(level: Level, k: Array, dtype) -> Array:
+    """Keys [C, K], those of left halves with their decay; what others hold is not looked at."""
+    if level.half == 1:  # nothing lies between a token and the end of its half
+        return k.astype(dtype)
+    if level.half < SUBLANES:
+        return (k * level.write).astype(dtype)
+    lefts, rights = split(k, level.half)
+    writes = split(level.write, level.half)[0]
+    return join([a * b for a, b in zip(lefts, writes, strict=True)], rights).astype(dtype)
 
 
 def own_scores(q: Array, k: Array, bonus: Array | None) -> Array:
@@ -82,10 +105,18 @@ def set_diagonal(scores: Array, own: Array) -> Array:
 def channel_scores(found: list[Level], q: Array, k: Array, dtype, bonus: Array | None) -> Array:
     """[C, C] scores of a chunk whose channels decay each at their own pace; q and k in float32."""
     C = q.shape[0]
+    rank = ranks(C)
     scores = jnp.zeros((C, C), jnp.float32)
-    for level in found:
-        q_level, _, k_level = level_operands(level, q, k, dtype)
-        scores = place(scores, dot(q_level, k_level, "nt"), level.half, C, "right")
+    for level in found:  # each level overwrites what it and later ones hold
+        half = level.half
+        queries = level_queries(level, q, dtype)
+        product = dot(jnp.concatenate(queries, axis=0).astype(dtype), level_keys(level, k, dtype), "nt")
+        if half < SUBLANES:
+            scores = jnp.where(rank >= half, product, scores)
+            continue
+        lefts, rights = split(scores, half)
+        blocks = zip(split(rank, half)[1], range(0, C // 2, half), rights, strict=True)
+        scores = join(lefts, [jnp.where(r >= half, product[n : n + half], old) for r, n, old in blocks])
     return set_diagonal(scores, own_scores(q, k, bonus))
 
 
@@ -101,24 +132,45 @@ def next_head_state(state: Array, k: Array, v: Array, decay: HeadDecay) -> Array
     return state * decay.last + dot(v_written, k, "nn")
 
 
-def head_step(q: Array, k: Array, v: Array, state: Array, decay: HeadDecay, bonus, scale: float):
-    """A chunk of one head with one decay: (out [C, V] in float32, the state after it)."""
+def head_scores(q: Array, k: Array, decay: HeadDecay, bonus: Array | None) -> Array:
+    """[C, C] scores of a chunk of one head with one decay."""
     scores = dot(q, k, "nt") * decay.pairs
-    if bonus is not None:
-        scores = set_diagonal(scores, own_scores(q.astype(jnp.float32), k.astype(jnp.float32), bonus))
-    out = dot(scores.astype(v.dtype), v, "nn")
+    if bonus is None:
+        return scores
+    return set_diagonal(scores, own_scores(q.astype(jnp.float32), k.astype(jnp.float32), bonus))
+
+
+def head_step(scores, q: Array, k: Array, v: Array, state: Array, decay: HeadDecay) -> tuple[Array, Array]:
+    """A chunk of one head with one decay: (out [C, V] in float32 and not yet scaled, the state after it)."""
+    out = dot(scores, v, "nn")
     out = out + across(decay.read, v.shape[1]) * dot(q, state.astype(q.dtype), "nt")
-    return out * scale, next_head_state(state, k, v, decay)
+    return out, next_head_state(state, k, v, decay)
 
 
-def channel_step(q: Array, k: Array, v: Array, state: Array, tree, bonus, scale: float):
+def channel_step(scores, q: Array, k: Array, v: Array, state: Array, tree) -> tuple[Array, Array]:
     """The same with a decay a channel."""
-    found, whole, total = tree
-    q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-    scores = channel_scores(found, q32, k32, q.dtype, bonus)
-    out = dot(scores.astype(v.dtype), v, "nn")
-    out = out + dot((q32 * whole.read).astype(q.dtype), state.astype(q.dtype), "nt")
-    return out * scale, next_state(state, k, v, whole.write, total)
+    _, whole, total = tree
+    q_read = (q.astype(jnp.float32) * whole.read).astype(q.dtype)
+    out = dot(scores, v, "nn") + dot(q_read, state.astype(q.dtype), "nt")
+    return out, next_state(state, k, v, whole.write, total)
+
+
+def staggered(heads: list[Generator[None, None, Out]], lag: int) -> list[Out]:
+    """Run generators in turn, each to its next yield, head n beginning n steps late and advancing every `lag` steps.
+
+    The compiler keeps much of the order it is given: so one head's latencies hide behind the others' work.
+    """
+    results: dict[int, Out] = {}
+    step = 0
+    while len(results) < len(heads):
+        for n, head in enumerate(heads):
+            if n not in results and step >= n and (step - n) % lag == 0:
+                try:
+                    next(head)
+                except StopIteration as stop:
+                    results[n] = stop.value
+        step += 1
+    return [results[n] for n in range(len(heads))]
 
 
 def load_initial(refs: dict, heads: int) -> None:
@@ -137,27 +189,27 @@ def forward_kernel(plan: Plan, refs: dict) -> None:
     t = pl.program_id(2)
     first = t * tiling.block
     load_initial(refs, tiling.heads)
-    together = 2 if tiling.heads % 2 == 0 else 1  # heads that share words when they are written
+    prepare_block(plan, refs, bonus="bonus" in refs)
+
+    def head(n, index, start):
+        q, k, v = (cuts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
+        bonus = refs["bonus"][0, n : n + 1] if "bonus" in refs else None
+        if plan.channels:
+            decay = chunk_levels(plan, refs, n, start, first, bonus is not None)
+            scores = channel_scores(decay[0], q.astype(jnp.float32), k.astype(jnp.float32), q.dtype, bonus)
+        else:
+            decay = chunk_decay(plan, refs, n, index, bonus=bonus is not None)
+            scores = head_scores(q, k, decay, bonus)
+        scores = scores.astype(q.dtype)
+        yield
+        step = channel_step if plan.channels else head_step
+        out, refs["state"][n] = step(scores, q, k, v, refs["state"][n], decay)
+        return out * plan.scale
 
     def chunk(index, _):
         start = _aligned(index, tiling)
-        if not plan.channels:
-            rows = chunk_rows(plan, refs, start)
-            decays = head_decays(rows, tiling.chunk, tiling.heads, bonus="bonus" in refs, exact=cuts["q"].dtype == jnp.float32)
-        for group in range(0, tiling.heads, together):
-            outs = []
-            for n in range(group, group + together):
-                q, k, v = (cuts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
-                bonus = refs["bonus"][0, n : n + 1] if "bonus" in refs else None
-                state = refs["state"][n]
-                if plan.channels:
-                    tree = chunk_levels(plan, refs, n, start, first, bonus is not None)
-                    out, state = channel_step(q, k, v, state, tree, bonus, plan.scale)
-                else:
-                    out, state = head_step(q, k, v, state, decays[n], bonus, plan.scale)
-                refs["state"][n] = state
-                outs.append(out)
-            cuts["out"].store(refs["out"], group, start, outs)
+        outs = staggered([head(n, index, start) for n in range(tiling.heads)], tiling.heads)
+        cuts["out"].store(refs["out"], 0, start, outs)
         return 0
 
     jax.lax.fori_loop(0, tiling.block // tiling.chunk, chunk, 0)
@@ -173,27 +225,26 @@ def states_kernel(plan: Plan, refs: dict) -> None:
     tiling = plan.tiling
     first = pl.program_id(2) * tiling.block
     load_initial(refs, tiling.heads)
+    prepare_block(plan, refs, bonus=False)
     for n in range(tiling.heads):
         refs["states"][0, n, 0] = refs["state"][n]
 
     def chunk(index, _):
-        start = _aligned(index, tiling)
         for n in range(tiling.heads):
-            refs["state"][n] = recomputed_state(plan, refs, n, start, first, refs["state"][n])
+            refs["state"][n] = recomputed_state(plan, refs, n, index, first, refs["state"][n])
         return 0
 
     jax.lax.fori_loop(0, tiling.block // tiling.chunk, chunk, 0)
 
 
-def recomputed_state(plan: Plan, refs: dict, n: int, start, first, state: Array) -> Array:
-    """The state after head n's chunk, from the one before it."""
+def recomputed_state(plan: Plan, refs: dict, n: int, index, first, state: Array) -> Array:
+    """The state after a chunk of head n, from the one before it."""
+    start = _aligned(index, plan.tiling)
     k, v = (plan.cuts[x].load(refs[x], n, start, first) for x in ("k", "v"))
     if plan.channels:
         _, whole, total = chunk_levels(plan, refs, n, start, first, bonus=False)
         return next_state(state, k, v, whole.write, total)
-    rows = chunk_rows(plan, refs, start)
-    decay = head_decays(rows, plan.tiling.chunk, plan.tiling.heads, bonus=False, exact=k.dtype == jnp.float32)[n]
-    return next_head_state(state, k, v, decay)
+    return next_head_state(state, k, v, chunk_decay(plan, refs, n, index, bonus=False))
 
 
 def _aligned(index, tiling: Tiling):

@@ -47,8 +47,13 @@ def vmem_bytes(call: Inputs, tiling: Tiling, *, backward: bool) -> int:
     return 2 * tokens * per_token + states + scores
 
 
-def choose(call: Inputs, *, backward: bool) -> Tiling:
-    """The largest blocks that fit VMEM; long enough chunks to fill the matrix unit, no longer than the call."""
+def choose(call: Inputs, *, backward: bool, interpret: bool = False) -> Tiling:
+    """The largest blocks that fit VMEM; long enough chunks to fill the matrix unit, no longer than the call.
+
+    An interpreted kernel is compiled by XLA for CPU, which takes long over long bodies: it gets small blocks.
+    """
+    if interpret:
+        return Tiling(32, 64, 1)
     T = call.q.shape[1]
     chunk = min(128, max(16, 1 << (T - 1).bit_length()))
     tiling = Tiling(chunk, chunk, heads_per_step(call))

@@ -1,0 +1,141 @@
+"""What is particular to the TPU kernels of linear attention, interpreted: blocks, layouts, grouped heads, long gates."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from frugax.kernels.linear_attention import pallas_tpu, reference
+from frugax.kernels.linear_attention.inputs import Inputs, check
+from frugax.kernels.linear_attention.pallas_tpu_decay import levels, masked_sums
+from frugax.kernels.linear_attention.tiling import Tiling, choose, vmem_bytes
+
+from tests.errors import assert_close
+
+from .cases import Case
+
+
+def checked(case: Case) -> Inputs:
+    a = {name: jnp.asarray(x) for name, x in case.arguments().items()}
+    names = ("q", "k", "v", "log_decay", "bonus", "initial_state", "segment_ids")
+    return check(*(a.get(name) for name in names))
+
+
+def results(case: Case, forward, backward):
+    """(out, final_state) and the gradient of every float input, for fixed random cotangents."""
+    call = checked(case)
+    rng = np.random.default_rng(5)
+    H, (B, T, _, V) = call.heads, call.v.shape
+    d_out = jnp.asarray(rng.standard_normal((B, T, H, V)), call.v.dtype)
+    d_state = jnp.asarray(rng.standard_normal((B, H, call.q.shape[3], V)), jnp.float32)
+    return jax.jit(forward)(call), jax.jit(backward)(call, (d_out, d_state))
+
+
+def definition(case: Case):
+    """The same from the token-by-token definition in float64."""
+
+    def wide(tree):
+        return jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+        )
+
+    def backward(call, cotangents):
+        floats, runs = wide(call)._replace(runs=None), call.runs
+        _, pullback = jax.vjp(lambda x: reference.forward(x._replace(runs=runs), 0.25), floats)
+        return pullback(wide(cotangents))[0]
+
+    with jax.enable_x64(True):
+        out = results(case, lambda call: reference.forward(wide(call), 0.25), backward)
+        return jax.tree.map(np.asarray, out)
+
+
+def kernel(case: Case, tiling: Tiling):
+    return results(
+        case,
+        partial(pallas_tpu.forward_tiled, scale=0.25, tiling=tiling, interpret=True),
+        partial(pallas_tpu.backward_tiled, scale=0.25, tiling=tiling, interpret=True),
+    )
+
+
+@pytest.mark.parametrize("decay", ["bth", "bthk"])
+def test_blocks_do_not_change_the_answer(decay):
+    """A chunk or a block longer than the sequence, many blocks, two heads a step or one: one answer."""
+    case = Case(T=50, decay=decay, bonus=True, state=True, packed=True, B=1, K=8, V=8)
+    want = definition(case)
+    for tiling in (Tiling(16, 16, 2), Tiling(16, 48, 1), Tiling(64, 64, 1)):
+        assert_close(kernel(case, tiling), want, "float32", name=str(tiling))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eight_heads_are_read_as_they_lie_in_memory(dtype):
+    """Eight heads of 128 lanes, told apart inside the kernel, with a last block that hangs over the end."""
+    case = Case(T=37, heads=(8, 8, 8), K=128, V=128, B=1, decay="bth", packed=True, dtype=dtype)
+    assert_close(kernel(case, Tiling(16, 32, 8)), definition(case), dtype)
+
+
+def test_eight_heads_with_a_decay_a_channel():
+    case = Case(T=20, heads=(8, 8, 8), K=128, V=128, B=1, decay="bthk", dtype="bfloat16")
+    forward = partial(pallas_tpu.forward_tiled, scale=0.25, tiling=Tiling(16, 32, 8), interpret=True)
+    got, _ = results(case, forward, lambda call, cotangents: cotangents)
+    want, _ = definition(case)
+    assert_close(got, want, "bfloat16")
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 1), (1, 1, 6), (3, 6, 2)])
+def test_grouped_heads(heads):
+    """Some of a grid step's heads share one of q's, k's or v's; or all of them do, and the next step's too."""
+    case = Case(T=20, heads=heads, decay="bth", state=True, K=8, V=8)
+    call = checked(case)
+    tiling = Tiling(16, 32, choose(call, backward=True).heads)
+    assert_close(kernel(case, tiling), definition(case), "float32")
+
+
+@pytest.mark.parametrize("decay", ["bth", "bthk"])
+@pytest.mark.parametrize("mildest", [-1e-4, -50])
+def test_strong_gates(decay, mildest):
+    """Gates down to -50 beside -1e-4, and -50 alone, where no term of d log_decay is above e^-50."""
+    case = Case(T=512, decay=decay, mildest=mildest, strongest=-50.0001, B=1, heads=(1, 1, 1), K=8, V=8)
+    assert_close(kernel(case, Tiling(64, 128, 1)), definition(case), "float32")
+
+
+def test_decay_levels_part_every_pair_once():
+    """Every pair's weight is found at the level of its highest differing bit, as a product of the decays between."""
+    C, K = 32, 3
+    decay = np.random.default_rng(0).uniform(0.2, 1, (C, K)).astype(np.float32)
+    found, whole, total = levels(jnp.asarray(decay), None, bonus=False)
+    for i in range(C):
+        np.testing.assert_allclose(whole.read[i], decay[: i + 1].prod(0), rtol=1e-5)
+        np.testing.assert_allclose(whole.write[i], decay[i + 1 :].prod(0), rtol=1e-5)
+        for j in range(i):
+            level = found[(i ^ j).bit_length() - 1]
+            np.testing.assert_allclose(
+                level.read[i] * level.write[j], decay[j + 1 : i + 1].prod(0), rtol=1e-5
+            )
+    np.testing.assert_allclose(total[0], decay.prod(0), rtol=1e-5)
+
+
+def test_masked_sums_keep_float32():
+    x = np.random.default_rng(0).standard_normal((8, 128)).astype(np.float32)
+    mask = np.arange(128)[:, None] <= np.arange(128)
+    assert_close(
+        masked_sums(jnp.asarray(x), jnp.asarray(mask)), x.astype(np.float64) @ mask, "float32", times=0.1
+    )
+
+
+def test_a_state_too_large_for_vmem_is_refused_with_its_sizes():
+    x = jax.ShapeDtypeStruct((1, 128, 8, 2048), jnp.float32)
+    reason = pallas_tpu.unsupported_reason(Inputs(x, x, x, None, None, None, None))
+    assert "2048" in reason
+    assert "MiB" in reason
+
+
+def test_blocks_shrink_until_they_fit():
+    def largest(width):
+        x = jax.ShapeDtypeStruct((1, 4096, 8, width), jnp.bfloat16)
+        call = Inputs(x, x, x, jax.ShapeDtypeStruct(x.shape, jnp.float32), None, None, None)
+        tiling = choose(call, backward=True)
+        assert tiling.block % tiling.chunk == 0
+        return tiling.block, vmem_bytes(call, tiling, backward=True)
+
+    assert largest(256)[0] <= largest(128)[0]
