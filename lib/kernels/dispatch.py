@@ -75,7 +75,11 @@ def run(
 
     def placed(backend: str, interpret: bool) -> Callable[..., Out]:
         f = implementation(backend, interpret)
-        return f if axes is None else per_shard(f, axes, independent, opaque=backend in PLATFORM_OF)
+        if axes is None:
+            return f
+        opaque = backend in PLATFORM_OF
+        partitioner = backend == "pallas_gpu" and not interpret  # what interprets it on CPU has effects
+        return per_shard(f, axes, independent, opaque=opaque, partitioner=partitioner)
 
     branches = {}
     for platform, name in chosen.items():

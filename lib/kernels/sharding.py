@@ -1,8 +1,10 @@
 """Run an opaque function (a Pallas kernel) on every shard of its arguments, however the caller shards them.
 
 XLA can't split a kernel by itself. What splits is said once, as the axes of every array: "b t h k" with b and
-h independent. Under `jit` with automatic axes the partitioner's choice is followed (custom partitioning);
-explicit axes are read from the arrays' types; inside a caller's `shard_map` or `pmap` it runs as it is.
+h independent. Explicit mesh axes are read from the arrays' types; inside a caller's `shard_map` or `pmap` the
+function runs as it is. For automatic axes XLA's partitioner says how arrays lie (custom partitioning), except
+on TPU, whose compiler has no such hook: there each splits batch if it can, else heads; those named like
+`HEAD_MESH_AXES` heads before batch.
 """
 
 import math
@@ -19,6 +21,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from . import compat
 from .splits import MeshAxes, as_axes, choose, divides, shardy_rule, sizes_of, specs_of, sum_shards
 
+HEAD_MESH_AXES = ("model", "mdl", "tensor", "tp", "mp", "heads")
+
 
 class Axes(NamedTuple):
     """The axes of an operation's arrays: pytrees of strings, shaped like its arguments and its results."""
@@ -28,7 +32,12 @@ class Axes(NamedTuple):
 
 
 def per_shard(
-    fn: Callable[..., Any], axes: Axes, independent: Sequence[str] = ("b", "h"), *, opaque: bool = True
+    fn: Callable[..., Any],
+    axes: Axes,
+    independent: Sequence[str] = ("b", "h"),
+    *,
+    opaque: bool = True,
+    partitioner: bool = True,
 ) -> Callable[..., Any]:
     """`fn`, run per shard over the axes in `independent`; every other axis is whole in each shard.
 
@@ -40,6 +49,7 @@ def per_shard(
         is then shared by neighbouring shards where there are more shards than heads.
       independent: the axes that may be split.
       opaque: False for a function that XLA can partition: then only explicit mesh axes are handled here.
+      partitioner: whether the compiler can ask how to split (custom partitioning); TPU's can't.
 
     Returns:
       A function of the same arguments, for use under `jit`, `vmap`, `scan`, `shard_map`; not differentiable
@@ -61,7 +71,8 @@ def per_shard(
 
         names = tuple(tuple(x.split()) for x in names)
         result_names = tuple(tuple(x.split()) for x in result_names)
-        return result_treedef.unflatten(_place(flat, names, result_names, tuple(independent), opaque, leaves))
+        placed = _place(flat, names, result_names, tuple(independent), opaque, partitioner, leaves)
+        return result_treedef.unflatten(placed)
 
     return call
 
@@ -90,7 +101,7 @@ def vary_like(x: Array, tree: Any) -> Array:
     return compat.vary(x, frozenset().union(*(compat.varying_axes(y) for y in jax.tree.leaves(tree))))
 
 
-def _place(fn, names, result_names, independent, opaque, args) -> list[Array]:
+def _place(fn, names, result_names, independent, opaque, partitioner, args) -> list[Array]:
     """Pick the way to split by the kind of mesh axes around the call."""
     mesh = _mesh_of(args)
     kinds = _kinds(mesh) if mesh is not None else {}
@@ -100,10 +111,10 @@ def _place(fn, names, result_names, independent, opaque, args) -> list[Array]:
         return _in_shard_map(fn, names, result_names, independent, opaque, mesh, args)
     if not opaque:
         return fn(*args)
-    if manual:
+    if manual or not partitioner:
         if math.prod(mesh.shape[a] for a in free) > 1:  # kernels need every axis to be manual
             return _in_shard_map(fn, names, result_names, independent, opaque, mesh, args)
-        return _as_it_is(fn, args)
+        return _as_it_is(fn, args) if manual else fn(*args)
     return _batchable(fn, names, result_names, independent)(*args)
 
 
@@ -160,13 +171,14 @@ def _free(kinds: dict[str, AxisType]) -> list[str]:
 
 
 def _split_by_types(names, args, independent, mesh) -> dict[str, MeshAxes]:
-    """Explicit axes split what types say; automatic ones, which types don't show, the first that divides."""
+    """Explicit axes split what types say; automatic ones, not in types, the first they divide."""
     sizes = sizes_of(names, [x.shape for x in args], independent)
     split = choose(names, args, [jax.typeof(x).sharding.spec for x in args], sizes, mesh.shape)
     kinds = _kinds(mesh)
     for axis in _free(kinds):
         if kinds[axis] is AxisType.Auto:
-            fits = (f for f in independent if divides((*split[f], axis), sizes[f], mesh.shape))
+            order = independent[::-1] if axis in HEAD_MESH_AXES else independent
+            fits = (f for f in order if divides((*split[f], axis), sizes[f], mesh.shape))
             factor = next(fits, None)
             if factor is not None:
                 split[factor] += (axis,)
@@ -195,7 +207,11 @@ def _batchable(fn, names, result_names, independent):
         results = _batchable(batched, rows, [(new, *x) for x in result_names], (new, *independent))(*args)
         return results, [True] * len(results)
 
-    return call
+    def partitioned(*args):
+        outside_jit = not any(isinstance(x, jax.core.Tracer) for x in args)
+        return (jax.jit(call) if outside_jit else call)(*args)
+
+    return partitioned
 
 
 def _partitioned(fn, names, result_names, independent):
@@ -232,7 +248,7 @@ def _partitioned(fn, names, result_names, independent):
     call.def_partition(
         partition=partition, infer_sharding_from_operands=infer, sharding_rule=rule, decode_shardings=False
     )
-    return lambda *args: list(jax.jit(call)(*args))  # jit: a call outside of it is partitioned too
+    return lambda *args: list(call(*args))
 
 
 def _by_primes(mesh: Mesh, sharding) -> Mesh:

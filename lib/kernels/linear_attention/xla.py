@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..sharding import vary_like
 from .inputs import Inputs, accumulator, repeat_heads
 
 CHUNK = 64
@@ -39,7 +40,7 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     if inputs.runs is not None:
         runs = jnp.pad(inputs.runs, ((0, 0), (0, N * C - T)), mode="edge").reshape(B, N, C).swapaxes(0, 1)
         entering = jnp.concatenate([jnp.zeros_like(runs[:1, :, 0]), runs[:-1, :, -1]])  # [N, B]
-    state = jnp.zeros((B, H, K, V), dtype)
+    state = vary_like(jnp.zeros((B, H, K, V), dtype), inputs)
     if inputs.initial_state is not None:
         state = inputs.initial_state.astype(dtype)
 

@@ -1,0 +1,253 @@
+"""Sequence parallelism: the operations of `frugax.kernels` on one shard of time, inside `jax.shard_map`.
+
+Over a stretch of time a linear recurrence is an affine map of the state before it, S_out = decay * S_in + S.
+So shards exchange their maps, of a state's size, and no tokens; each folds those of the shards before it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from .. import kernels
+from ..kernels.causal_conv1d import inputs as conv
+from ..kernels.dispatch import Backend
+from ..kernels.linear_attention import inputs as attention
+from ..kernels.sharding import vary_like
+
+
+def linear_attention(
+    q: Float[Array, "b t hq k"],
+    k: Float[Array, "b t hk k"],
+    v: Float[Array, "b t hv v"],
+    log_decay: Float[Array, "h"] | Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    *,
+    axis_name: str,
+    bonus: Float[Array, "h k"] | None = None,
+    scale: float | None = None,
+    initial_state: Float[Array, "b h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+    """`frugax.kernels.linear_attention` with time split over the mesh axis `axis_name`.
+
+    Each shard makes the state its tokens leave (one matmul of K x V a token), the shards gather these states
+    and total decays, and the kernel then runs once, from the right initial state. Adding q_t S_in to a local
+    output would take as many FLOPs, and one more float32 array of the output's size to read and write.
+
+    Args:
+      q, k, v, log_decay, bonus, scale, segment_ids, backend: as there; of those with time, one shard of it.
+      axis_name: a manual mesh axis of the `shard_map` around the call; shards are in the order of time.
+      initial_state: the state before the first shard's first token, the same on every shard.
+
+    Returns:
+      This shard's out [B, T, H, V], and the state after the last shard's last token, the same on every shard.
+
+    Raises:
+      ValueError: as `frugax.kernels.linear_attention`.
+
+    Source: LASP-2 (arXiv 2502.07563), whose all-gather of states takes the place of LASP's ring (2404.02882).
+
+    Example:
+        >>> import frugax, jax, functools
+        >>> from jax.sharding import PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("time",))
+        >>> q = k = v = jax.numpy.ones((1, 64, 2, 16))
+        >>> f = functools.partial(frugax.parallel.linear_attention, axis_name="time")
+        >>> split = P(None, "time")
+        >>> out, state = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=(split, P())))(q, k, v)
+        >>> out.shape
+        (1, 64, 2, 16)
+    """
+    call = attention.check(q, k, v, log_decay, bonus, initial_state, segment_ids)
+    S_BHKV, total_BHK = _state_left(call)
+    entering = _entering_state(total_BHK, S_BHKV, initial_state, segment_ids, axis_name)
+    out, final_state = kernels.linear_attention(
+        q,
+        k,
+        v,
+        log_decay,
+        bonus=bonus,
+        scale=scale,
+        initial_state=entering,
+        segment_ids=segment_ids,
+        backend=backend,
+    )
+    return out, _of_last_shard(final_state, axis_name)
+
+
+def linear_recurrence(
+    a: Float[Array, "b t d"],
+    b: Float[Array, "b t d"],
+    *,
+    axis_name: str,
+    initial_state: Float[Array, "b d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+    """`frugax.kernels.linear_recurrence` with time split over the mesh axis `axis_name`.
+
+    Here a state is as small as a token, so the recurrence runs from zero, and what enters the shard is added
+    with the running product of a, which is the same recurrence with b = 0 started from one.
+
+    Args:
+      a, b, segment_ids, backend: as there; one shard of time.
+      axis_name: a manual mesh axis of the `shard_map` around the call; shards are in the order of time.
+      initial_state: the state before the first shard's first token, the same on every shard.
+
+    Returns:
+      This shard's h [B, T, D], and the state after the last shard's last token, the same on every shard.
+
+    Raises:
+      ValueError: as `frugax.kernels.linear_recurrence`.
+
+    Source: Martin and Cundy 2018 (arXiv 1709.04057), whose scan composes the same maps.
+
+    Example:
+        >>> import frugax, jax, functools
+        >>> from jax.sharding import PartitionSpec as P
+        >>> mesh, split = jax.make_mesh((1,), ("time",)), P(None, "time")
+        >>> f = functools.partial(frugax.parallel.linear_recurrence, axis_name="time")
+        >>> x = jax.numpy.ones((1, 64, 16))
+        >>> h, state = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=(split, P())))(x, x)
+        >>> float(state[0, 0])
+        64.0
+    """
+    call = dict(segment_ids=segment_ids, backend=backend)
+    h_BTD, left_BD = kernels.linear_recurrence(a, b, **call)
+    product_BTD, total_BD = kernels.linear_recurrence(
+        a, jnp.zeros_like(b), initial_state=vary_like(jnp.ones_like(left_BD), (a, b)), **call
+    )
+    entering_BD = _entering_state(total_BD, left_BD, initial_state, segment_ids, axis_name, logs=False)
+    h_BTD = (h_BTD + product_BTD * entering_BD[:, None]).astype(b.dtype)
+    return h_BTD, _of_last_shard(left_BD + total_BD * entering_BD, axis_name)
+
+
+def causal_conv1d(
+    x: Float[Array, "b t d"],
+    weight: Float[Array, "w d"],
+    bias: Float[Array, "d"] | None = None,
+    *,
+    axis_name: str,
+    activation: str | None = None,
+    initial_state: Float[Array, "b w-1 d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
+    """`frugax.kernels.causal_conv1d` with time split over the mesh axis `axis_name`: W-1 tokens move on.
+
+    Args:
+      x, weight, bias, activation, segment_ids, backend: as there; one shard of time of those that have it.
+      axis_name: a manual mesh axis of the `shard_map` around the call; shards are in the order of time.
+      initial_state: the W-1 inputs before the first shard's first token, the same on every shard.
+
+    Returns:
+      This shard's y [B, T, D], and the last shard's last W-1 inputs, the same on every shard.
+
+    Raises:
+      ValueError: as `frugax.kernels.causal_conv1d`, and for a shard of fewer than W-1 tokens.
+
+    Source: Mamba (arXiv 2312.00752), where it comes before the scan.
+
+    Example:
+        >>> import frugax, jax, functools
+        >>> from jax.sharding import PartitionSpec as P
+        >>> mesh, split = jax.make_mesh((1,), ("time",)), P(None, "time")
+        >>> f = functools.partial(frugax.parallel.causal_conv1d, axis_name="time")
+        >>> f = jax.shard_map(f, mesh=mesh, in_specs=(split, P()), out_specs=(split, P()))
+        >>> y, state = jax.jit(f)(jax.numpy.ones((1, 64, 16)), jax.numpy.ones((4, 16)))
+        >>> y.shape, state.shape
+        ((1, 64, 16), (1, 3, 16))
+    """
+    call = conv.check(x, weight, bias, initial_state, segment_ids)
+    if x.shape[1] < weight.shape[0] - 1:
+        raise ValueError(
+            f"x: got {x.dtype}{list(x.shape)} on a shard; at least {weight.shape[0] - 1} tokens (W-1) fit"
+        )
+    shards = jax.lax.axis_size(axis_name)
+    right = [(i, i + 1) for i in range(shards - 1)]  # the first shard receives zeros
+    entering = jax.lax.ppermute(conv.final_state(call._replace(initial_state=None)), axis_name, right)
+    if segment_ids is not None:
+        left_id = jax.lax.ppermute(segment_ids[:, -1], axis_name, right)
+        entering = jnp.where((left_id == segment_ids[:, 0])[:, None, None], entering, 0)
+    first = jax.lax.axis_index(axis_name) == 0
+    entering = jnp.where(first, 0 if call.initial_state is None else call.initial_state, entering)
+    y, final_state = kernels.causal_conv1d(
+        x,
+        weight,
+        bias,
+        activation=activation,
+        initial_state=entering.astype(x.dtype),
+        segment_ids=segment_ids,
+        backend=backend,
+    )
+    return y, _of_last_shard(final_state, axis_name)
+
+
+def _state_left(call: attention.Inputs) -> tuple[Array, Array]:
+    """The state S_BHKV that a shard's tokens leave, and the log of their total decay, [B, H, 1 or K]."""
+    dtype = attention.accumulator(call.q.dtype)
+    H = call.heads
+    k_BTHK, v_BTHV = attention.repeat_heads(call.k, H), attention.repeat_heads(call.v, H)
+    B, T = k_BTHK.shape[:2]
+    g = jnp.zeros((H,), dtype) if call.log_decay is None else call.log_decay.astype(dtype)
+    g = vary_like(g, call)
+    g_BTHk = jnp.broadcast_to(
+        g if g.ndim > 1 else g[None, None], (B, T, *g.shape[-(1 if g.ndim < 4 else 2) :])
+    )
+    g_BTHk = g_BTHk if g.ndim == 4 else g_BTHk[..., None]
+    later_BTHk = jnp.pad(g_BTHk[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+    to_end_BTHk = jax.lax.cumsum(later_BTHk, axis=1, reverse=True)  # sums of decays only: never positive
+    weight_BTHk = jnp.exp(to_end_BTHk)
+    if call.runs is not None:
+        in_last_BT = call.runs == call.runs[:, -1:]
+        weight_BTHk = jnp.where(in_last_BT[..., None, None], weight_BTHk, 0)
+    if g.ndim == 4:
+        k_BTHK = (k_BTHK * weight_BTHk).astype(call.k.dtype)
+    else:
+        v_BTHV = (v_BTHV * weight_BTHk).astype(call.v.dtype)
+    S_BHKV = jnp.einsum("bthk,bthv->bhkv", k_BTHK, v_BTHV, preferred_element_type=dtype, precision="highest")
+    return S_BHKV, to_end_BTHk[:, 0] + g_BTHk[:, 0]
+
+
+def _entering_state(total, left, initial_state, segment_ids, axis_name, *, logs=True) -> Array:
+    """The state before this shard, from every shard's (decay, state left) and where documents end.
+
+    Args:
+      total: what a shard multiplies the state by, [B, H, 1 or K] (its log, if `logs`) or [B, D].
+      left: the state its tokens leave, [B, H, K, V] or [B, D].
+    """
+    if logs:  # as one more column of the state, for a single all-gather
+        column = jnp.broadcast_to(total[..., None], (*left.shape[:-1], 1))
+        packed = jnp.concatenate([left, column], axis=-1)
+    else:
+        packed = jnp.stack([left, total], axis=-1)
+    maps = jax.lax.all_gather(packed, axis_name)  # [shards, ...]; its transpose scatters the sum of gradients
+    left, total = maps[..., :-1], maps[..., -1:]
+    decay = jnp.exp(total) if logs else total
+    here = jax.lax.axis_index(axis_name)
+    state = jnp.zeros_like(left[0])
+    if initial_state is not None:
+        state = initial_state.astype(state.dtype).reshape(state.shape)
+    if segment_ids is not None:
+        ids = jnp.stack([segment_ids[:, 0], segment_ids[:, -1], _boundaries(segment_ids)], axis=-1)
+        first, last, inside = jnp.moveaxis(jax.lax.all_gather(ids, axis_name), -1, 0)  # each [shards, B]
+        entry = jnp.concatenate([jnp.zeros_like(first[:1], bool), first[1:] != last[:-1]])
+        over = lambda cut: cut.reshape(*cut.shape, *[1] * (state.ndim - 1))  # noqa: E731
+        decay = jnp.where(over(inside > 0), 0, decay)
+    entering = state = vary_like(state, maps)
+    for shard in range(left.shape[0]):  # as many steps as shards, each of a state's size
+        if segment_ids is not None:
+            state = jnp.where(over(entry[shard]), 0, state)
+        entering = jnp.where(here == shard, state, entering)
+        state = decay[shard] * state + left[shard]
+    return entering if logs else entering[..., 0]
+
+
+def _boundaries(segment_ids: Int[Array, "b t"]) -> Array:
+    return jnp.sum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1, dtype=segment_ids.dtype)
+
+
+def _of_last_shard(x: Array, axis_name: str) -> Array:
+    last = jax.lax.axis_index(axis_name) == jax.lax.axis_size(axis_name) - 1
+    return jax.lax.psum(jnp.where(last, x, 0), axis_name)

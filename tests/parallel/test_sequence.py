@@ -1,0 +1,21 @@
+"""Operations with time split over eight devices give the numbers of one device, and exchange only states."""
+
+import jax.numpy as jnp
+import pytest
+
+from frugax import parallel
+from tests.devices import run_on_eight_devices
+
+
+@pytest.mark.parametrize("case", ["fixed", "scalar", "channel", "recurrence", "convolution"])
+def test_split_sequence_equals_whole(case):
+    run_on_eight_devices("tests.parallel.sequence_calls", case, "reference")
+
+
+def test_fast_form_splits_too():
+    run_on_eight_devices("tests.parallel.sequence_calls", "channel", "xla")
+
+
+def test_too_short_a_shard_is_named():
+    with pytest.raises(ValueError, match=r"x: got float32\[1, 2, 4\] on a shard; at least 3 tokens"):
+        parallel.causal_conv1d(jnp.ones((1, 2, 4)), jnp.ones((4, 4)), axis_name="time")
