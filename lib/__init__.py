@@ -14,7 +14,7 @@ import importlib
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "kernels", "layers"]
+__all__ = ["__version__", "kernels", "layers", "parallel"]
 
 
 def __getattr__(name: str) -> ModuleType:

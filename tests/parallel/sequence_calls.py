@@ -1,4 +1,4 @@
-"""Run by test_sequence.py on eight devices: operations with time split in eight, against the whole sequence."""
+"""Run by test_sequence.py on eight devices: operations with time split in eight, against whole ones."""
 
 import re
 import sys
@@ -85,10 +85,11 @@ def check(name, backend, packed, mesh):
         r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
         compiled.as_text(),
     )
-    # W-1 tokens, states or their maps: what eight shards gather is the most. Gradients of weights are smaller.
+    # W-1 tokens, states or their maps: what eight shards gather is the most; weights' gradients are smaller.
     shapes = [dims for result in collectives for dims in re.findall(r"[a-z]\d+\[([\d,]*)\]", result)]
     sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in shapes]
-    assert sizes and max(sizes) <= 8 * state_size, (name, shapes)
+    assert sizes, name
+    assert max(sizes) <= 8 * state_size, (name, shapes)
     assert not any(dims.startswith(f"{B},{T // 8},") for dims in shapes), (name, shapes)  # a shard's tokens
 
 
