@@ -70,7 +70,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             f"optimizer.options: {config.name} takes no {', '.join(unknown)}; {', '.join(takes)} fit"
         )
     if config.name == "muon":
-        # Muon's orthogonal update is scaled to AdamW's usual size, so one learning rate can serve both halves.
+        # Muon's orthogonal update is scaled to AdamW's usual size: one learning rate can serve both halves.
         options = {"consistent_rms": 0.2, **options, "muon_weight_dimension_numbers": _muon_axes}
         if "adam_learning_rate" in options:  # a peak of its own, on the same schedule
             ratio = options["adam_learning_rate"] / config.learning_rate

@@ -1,7 +1,7 @@
 """The quickstart's model, larger and for longer: about 25 minutes on two CPU cores, to beat gzip.
 
-Reproduces: no published run. The layer is that of Gated Linear Attention Transformers (Yang et al. 2024, arXiv
-2312.06635) behind a short convolution.
+Reproduces: no published run. The layer is that of Gated Linear Attention Transformers (Yang et al. 2024,
+arXiv 2312.06635) behind a short convolution.
 Should reach: less than gzip -9's bits per byte (about 1.6) on held-out files.
 Time: about 25 minutes on two cores, with compilation, evaluation and a sample.
 

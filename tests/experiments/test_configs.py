@@ -121,7 +121,7 @@ def test_the_schedule_warms_up_and_ends_at_its_fraction():
 
 
 def test_an_option_that_an_optimizer_does_not_take_is_named():
-    with pytest.raises(ValueError, match="adamw takes no ns_steps; .*b1"):
+    with pytest.raises(ValueError, match=r"adamw takes no ns_steps; .*b1"):
         make_optimizer(optimizer_config(options=ConfigDict({"ns_steps": 3})), 10)
 
 

@@ -1,4 +1,4 @@
-"""Stopped at any moment, a run goes on as if it had not been; what can't be gone on from is refused in words."""
+"""Stopped at any moment, a run goes on as if it had not been; other checkpoints are refused in words."""
 
 import contextlib
 import resource
@@ -100,7 +100,7 @@ def test_another_corpus_is_refused(corpus, copy):
     text = file.read_text()
     file.write_text(text + "# more\n")
     try:
-        with pytest.raises(CheckpointError, match="corpus was .* and is"):
+        with pytest.raises(CheckpointError, match=r"corpus was .* and is"):
             training.train(tiny_config(corpus, copy, steps=12, checkpoint__every=4))
     finally:
         file.write_text(text)

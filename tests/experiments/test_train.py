@@ -38,7 +38,7 @@ def run(corpus, tmp_path_factory):
 
 
 def assert_same_losses(one, other):
-    # The same sums in another order, and each step starts from where the last one's rounding led: a few bounds.
+    # The same sums in another order, and each step starts from where rounding led the last: a few bounds.
     np.testing.assert_allclose(one, other, rtol=10 * bound("float32"))
 
 
@@ -144,7 +144,10 @@ import experiments.train
 experiments.train.report = lambda *args, **kwargs: None
 corpus, folder = map(Path, sys.argv[1:])
 for name, changes in {
-    "one": dict(mesh__data=1), "jit": {}, "pmap": dict(parallel="pmap"), "pmap parts": dict(parallel="pmap", accumulate=2)
+    "one": dict(mesh__data=1),
+    "jit": {},
+    "pmap": dict(parallel="pmap"),
+    "pmap parts": dict(parallel="pmap", accumulate=2),
 }.items():
     train(tiny_config(corpus, folder / name, steps=5, batch_size=4, checkpoint__every=3, **changes))
 # What pmap saved, jit goes on from.
