@@ -47,7 +47,11 @@ def plan(op: str, backend: str | None, reasons: Mapping[str, str | None]) -> dic
     if backend is not None:
         if reasons[backend] is not None:
             raise ValueError(f"{op}: backend={backend!r} can't serve this call: {reasons[backend]}")
-        return {PLATFORM_OF[backend]: backend, "cpu": f"{backend} (interpreted)"}
+        named = {PLATFORM_OF[backend]: backend}
+        # The interpreter of Mosaic GPU has effects, which a program for a GPU can't hold, not even in a branch for CPU.
+        if backend != "pallas_gpu" or jax.default_backend() == "cpu":
+            named["cpu"] = f"{backend} (interpreted)"
+        return named
     chosen = {"cpu": "xla", "tpu": "xla", "cuda": "xla"}
     for name, reason in reasons.items():
         if reason is None:
