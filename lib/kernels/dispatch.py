@@ -48,7 +48,7 @@ def plan(op: str, backend: str | None, reasons: Mapping[str, str | None]) -> dic
         if reasons[backend] is not None:
             raise ValueError(f"{op}: backend={backend!r} can't serve this call: {reasons[backend]}")
         named = {PLATFORM_OF[backend]: backend}
-        # The interpreter of Mosaic GPU has effects, which a program for a GPU can't hold, not even in a branch for CPU.
+        # Mosaic GPU's interpreter has effects, which a program for a GPU can't hold, not even in a CPU branch.
         if backend != "pallas_gpu" or jax.default_backend() == "cpu":
             named["cpu"] = f"{backend} (interpreted)"
         return named
