@@ -1,4 +1,4 @@
-"""Run with eight devices: batch and channels split over a mesh, the numbers of one device, nothing gathered."""
+"""Run with eight devices: batch and channels split over a mesh, one device's numbers, nothing gathered."""
 
 import jax
 import jax.numpy as jnp
