@@ -38,7 +38,7 @@ class GLU(nn.Module):
         (2, 5, 16)
     """
 
-    expand: float = 8 / 3
+    expand: int | float = 8 / 3
     activation: str | None = "silu"
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -69,7 +69,7 @@ class MLP(nn.Module):
         (2, 5, 16)
     """
 
-    expand: float = 4.0
+    expand: int | float = 4.0
     activation: str | None = "relu2"
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32

@@ -85,12 +85,12 @@ class Decoder(nn.Module):
         depth = len(self.blocks) * self.repeats
         new_document, last_segment = _documents(state, segment_ids)
 
-        # Unit-size embeddings in the stream and unit-size logits, off one matrix.
-        init = nn.initializers.normal(self.width**-0.5)
+        # Small, so that a tied head starts near uniform: with unit rows it would repeat the token.
+        init = nn.initializers.normal(0.02)
         embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
         known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
         x = jnp.take(embedding, known, axis=0, mode="fill", fill_value=jnp.nan)
-        x = (x * self.width**0.5).astype(self.dtype)
+        x = x.astype(self.dtype)
 
         layers = nn.scan(
             _Layers,

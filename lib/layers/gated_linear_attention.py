@@ -47,10 +47,10 @@ class GatedLinearAttention(Mixer):
     """
 
     heads: int = 4
-    expand_k: float = 0.5
-    expand_v: float = 1.0
+    expand_k: int | float = 0.5
+    expand_v: int | float = 1.0
     gate_rank: int = 16
-    gate_temperature: float = 16.0
+    gate_temperature: int | float = 16.0
     conv_width: int | None = None
 
     @nn.compact

@@ -123,7 +123,7 @@ def _init_theta(key: Array, shape: tuple[int, int], dtype) -> Array:
     return (10000.0 ** (-2 * jnp.arange(channels) / channels)).reshape(shape).astype(dtype)
 
 
-def transnormer_block(heads: int = 4, *, expand: float = 8 / 3, lrpe: bool = False) -> Block:
+def transnormer_block(heads: int = 4, *, expand: int | float = 8 / 3, lrpe: bool = False) -> Block:
     """TransNormerLLM's layer: LightningAttention, then SGLU, each after a SimpleRMSNorm.
 
     Args:

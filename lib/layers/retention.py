@@ -43,7 +43,7 @@ class Retention(Mixer):
     """
 
     heads: int = 4
-    expand_v: float = 2.0
+    expand_v: int | float = 2.0
 
     @nn.compact
     def __call__(

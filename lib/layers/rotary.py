@@ -41,7 +41,7 @@ def positions(
 
 
 def rotary(
-    x: Float[Array, "b t h d"], positions: Int[Array, "b t"], *, base: float = 10000.0
+    x: Float[Array, "b t h d"], positions: Int[Array, "b t"], *, base: int | float = 10000.0
 ) -> Float[Array, "b t h d"]:
     """Turn channel pairs (i, i + D/2) of each head by position * base^(-2i/D) radians.
 
