@@ -15,6 +15,7 @@ from .. import compat
 from .inputs import Inputs, repeat_heads
 from .pallas_gpu_backward import gradients
 from .pallas_gpu_forward import outputs, states
+from .pallas_gpu_fused import walk
 from .pallas_gpu_tiles import CHUNK, SMALLEST_LOG
 from .tiling_gpu import Tiling, choose
 
@@ -40,6 +41,21 @@ def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Arra
     padded = _pad(call)
     rows = _rows(padded, T)
     tiling = _tiling(padded)
+    if tiling.fused:
+        weights = [rows.query * scale, rows.sum_as_query, rows.sum_as_key, rows.run, rows.key, rows.keep]
+        out, last, _ = walk(
+            padded.q,
+            padded.k,
+            padded.v,
+            jnp.stack(weights, 3),
+            padded.initial_state,
+            scale,
+            heads=call.heads,
+            reverse=False,
+            packed=call.runs is not None,
+            interpret=interpret,
+        )
+        return out[:, :T, :, :V], last[:, :, :K, :V]
     before, last = _states(padded, rows, tiling, interpret)
     out = outputs(
         padded.q,
@@ -70,32 +86,7 @@ def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, int
     d_final = _pad_to(cotangents[1], q.shape[-1], v.shape[-1], axes=(2, 3))
 
     before, _ = _states(padded, rows, tiling, interpret)
-    d_after, d_initial = states(
-        q,
-        d_out,
-        log_decay,
-        jnp.stack([rows.query * scale, rows.keep], 3),
-        d_final,
-        reverse=True,
-        exclusive=call.bonus is not None,
-        heads=call.heads,
-        tiling=tiling,
-        interpret=interpret,
-    )
-    d_v = outputs(
-        k,
-        q,
-        d_out,
-        log_decay,
-        padded.bonus,
-        jnp.stack([rows.key, rows.sum_as_query, rows.sum_as_key, rows.run], 3),
-        d_after,
-        scale,
-        reverse=True,
-        packed=packed,
-        tiling=tiling,
-        interpret=interpret,
-    )
+    d_v, d_initial, d_after = _walk_back(padded, rows, tiling, d_out, d_final, scale, interpret)
     weights = [rows.query * scale, rows.key, rows.keep, rows.sum_as_query, rows.sum_as_key, rows.run]
     d_q, d_k, d_decay = gradients(
         q,
@@ -177,7 +168,7 @@ def _rows(padded: Inputs, T: int) -> _Rows:
 
 def _tiling(padded: Inputs) -> Tiling:
     B, K, V = padded.q.shape[0], padded.q.shape[-1], padded.v.shape[-1]
-    return choose(B, padded.heads, K, V, _per_channel(padded) is not None)
+    return choose(B, padded.heads, K, V, _per_channel(padded) is not None, padded.bonus is not None)
 
 
 def _per_channel(padded: Inputs) -> Array | None:
@@ -197,6 +188,54 @@ def _states(padded: Inputs, rows: _Rows, tiling: Tiling, interpret: bool) -> tup
         tiling=tiling,
         interpret=interpret,
     )
+
+
+def _walk_back(
+    padded: Inputs, rows: _Rows, tiling: Tiling, d_out: Array, d_final: Array, scale: float, interpret: bool
+) -> tuple[Array, Array, Array]:
+    """d_v, d_initial_state, and the gradient of the state after each chunk."""
+    q, k, log_decay, packed = padded.q, padded.k, _per_channel(padded), padded.runs is not None
+    if tiling.fused:
+        weights = [rows.key, rows.sum_as_query, rows.sum_as_key, rows.run, rows.query * scale, rows.keep]
+        return walk(
+            k,
+            q,
+            d_out,
+            jnp.stack(weights, 3),
+            d_final,
+            scale,
+            heads=padded.heads,
+            reverse=True,
+            packed=packed,
+            interpret=interpret,
+        )
+    d_after, d_initial = states(
+        q,
+        d_out,
+        log_decay,
+        jnp.stack([rows.query * scale, rows.keep], 3),
+        d_final,
+        reverse=True,
+        exclusive=padded.bonus is not None,
+        heads=padded.heads,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    d_v = outputs(
+        k,
+        q,
+        d_out,
+        log_decay,
+        padded.bonus,
+        jnp.stack([rows.key, rows.sum_as_query, rows.sum_as_key, rows.run], 3),
+        d_after,
+        scale,
+        reverse=True,
+        packed=packed,
+        tiling=tiling,
+        interpret=interpret,
+    )
+    return d_v, d_initial, d_after
 
 
 def _pad(call: Inputs) -> Inputs:

@@ -15,13 +15,15 @@ class Tiling:
     state_values: int  # in the pass over the states, which has a program for each block of keys and of values
     output_values: int  # in the pass over the outputs, which repeats the scores for each block of values
     stages: int  # chunks in flight in the pass over the states
+    fused: bool = False  # states and outputs in one walk, which needs a program's state to fit its registers
 
 
-def choose(batch: int, heads: int, keys: int, values: int, per_channel: bool) -> Tiling:
+def choose(batch: int, heads: int, keys: int, values: int, per_channel: bool, bonus: bool = False) -> Tiling:
     """The tiling for padded sizes."""
     wide = 128 if values % 128 == 0 else 64
     if per_channel:  # whose tiles of log-decays take the room
         return Tiling(64, wide, 2)
+    fused = keys <= 128 and not bonus and batch * heads * (values // 64) >= _PROCESSORS
     if batch * heads * (keys // 64) * (values // wide) < _PROCESSORS:
-        return Tiling(64, wide, 4)
-    return Tiling(wide, wide, 3 if wide == 128 else 4)
+        return Tiling(64, wide, 4, fused)
+    return Tiling(wide, wide, 3 if wide == 128 else 4, fused)

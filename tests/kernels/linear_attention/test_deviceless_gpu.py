@@ -58,12 +58,23 @@ def test_forward_and_backward_compile(decay, K, V, more):
     assert program.count("mosaic_gpu") >= 6
 
 
-@pytest.mark.parametrize("decay", ["bth", "bthk"])
-def test_kernels_fit(decay):
+TWO_PASSES = {"states", "outputs", "states_reverse", "outputs_reverse", "gradients"}
+
+
+@pytest.mark.parametrize(
+    ("decay", "heads", "expected"),
+    [
+        ("bth", 4, TWO_PASSES),
+        ("bth", 64, {"walk", "walk_reverse", "states", "gradients"}),
+        ("bthk", 4, TWO_PASSES),
+    ],
+)
+def test_kernels_fit(decay, heads, expected):
     """Products run on wgmma, registers stay in registers but for a few, and shared memory suffices."""
-    kernels = kernels_for_h200(*call_of(decay, 128, 128, T=192))
-    names = {kernel.name.removeprefix("linear_attention_").rstrip("_0123456789") for kernel in kernels}
-    assert names == {"states", "outputs", "states_reverse", "outputs_reverse", "gradients"}
+    kernels = kernels_for_h200(*call_of(decay, 128, 128, T=192, heads=(heads,) * 3))
+    assert {
+        kernel.name.removeprefix("linear_attention_").rstrip("_0123456789") for kernel in kernels
+    } == expected
     for kernel in kernels:
         assert kernel.wgmma > 0
         assert kernel.spill_stores <= 160, kernel  # bytes, of the 1,020 that a thread's registers hold

@@ -57,15 +57,32 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize(
-    ("case", "wide"),
+    ("case", "tiling"),
     [
-        (Case(T=70, B=1, heads=(1, 1, 1), K=128, V=128, decay="bthk", dtype="bfloat16"), 128),
-        (Case(T=5, B=1, heads=(2, 1, 1), K=80, V=40, decay="bth", bonus=True, dtype="bfloat16"), 64),
+        (Case(T=70, B=1, heads=(1, 1, 1), K=128, V=128, decay="bthk", dtype="bfloat16"), Tiling(128, 128, 3)),
+        (
+            Case(T=5, B=1, heads=(2, 1, 1), K=80, V=40, decay="bth", bonus=True, dtype="bfloat16"),
+            Tiling(64, 64, 3),
+        ),
+        (
+            Case(
+                T=150,
+                B=1,
+                heads=(2, 1, 1),
+                K=128,
+                V=64,
+                decay="bth",
+                state=True,
+                packed=True,
+                dtype="bfloat16",
+            ),
+            Tiling(64, 64, 2, fused=True),
+        ),
     ],
     ids=str,
 )
-def test_several_blocks_and_padded_sizes(monkeypatch, case, wide):
-    monkeypatch.setattr(pallas_gpu, "choose", lambda *_: Tiling(wide, wide, 3))
+def test_every_tiling_and_padded_sizes(monkeypatch, case, tiling):
+    monkeypatch.setattr(pallas_gpu, "choose", lambda *_: tiling)
     arguments = case.arguments()
     values, gradients = run(arguments, case.K)
     want_values, want_gradients = expected(arguments)
