@@ -1,9 +1,8 @@
 """Stopped at any moment, a run goes on as if it had not been; other checkpoints are refused in words."""
 
-import contextlib
-import resource
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -143,28 +142,26 @@ def test_what_the_error_says_helps(corpus, copy):
     assert [step for (step,) in logged(copy)] == list(range(1, 11))
 
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """What writes past `size` bytes of any file fails, as on a full disk, and needs no disk of its own."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+# What writes past the limit of any file fails as on a full disk, and it takes no disk of its own to see it.
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.argv = sys.argv[1:]
+runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(corpus, tmp_path):
-    config = tiny_config(corpus, tmp_path, steps=3, model__width=160)
-    training.train(config)
+    fields = dict(model__width=160)
+    training.train(tiny_config(corpus, tmp_path, steps=3, **fields))
     before = Checkpoints(tmp_path, read_only=True).about(3)
-    config.steps = 6
-    with files_of_at_most(100_000), pytest.raises(CheckpointError) as error:
-        training.train(config)
-    assert str(tmp_path / "checkpoints") in str(error.value)
-    assert "the last whole checkpoint is step 3" in str(error.value)
+
+    arguments = command(corpus, tmp_path, steps=6, **fields)
+    output = finish(start([sys.executable, "-c", LIMITED, *arguments[2:]]), status=1)
+    assert f"experiments.train: {tmp_path / 'checkpoints'} could not be written: " in output
+    assert "the last whole checkpoint is step 3" in output
     assert Checkpoints(tmp_path, read_only=True).latest_step() == 3
     assert Checkpoints(tmp_path, read_only=True).about(3) == before
 
-    training.train(config)
+    training.train(tiny_config(corpus, tmp_path, steps=6, **fields))
     assert [step for (step,) in logged(tmp_path)] == [1, 2, 3, 4, 5, 6]
