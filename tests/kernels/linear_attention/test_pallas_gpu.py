@@ -78,6 +78,22 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
             ),
             Tiling(64, 64, 2, fused=True),
         ),
+        (  # gates that leave nothing of the past: the gradient of each is tiny, and right all the same
+            Case(
+                T=100,
+                B=1,
+                heads=(1, 1, 1),
+                K=64,
+                V=64,
+                decay="bthk",
+                mildest=-40,
+                strongest=-50,
+                bonus=True,
+                state=True,
+                dtype="bfloat16",
+            ),
+            Tiling(64, 64, 2),
+        ),
     ],
     ids=str,
 )
