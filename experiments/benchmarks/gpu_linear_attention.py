@@ -69,13 +69,13 @@ def jax_runner(attend: Callable[..., Any], shape: Shape) -> dict[str, Callable[[
     forward = jax.jit(attend)
 
     @jax.jit
-    def both(*inputs):
+    def both(cotangent, *inputs):
         out, pullback = jax.vjp(attend, *inputs)
         return out, pullback(cotangent)
 
     return {
         "forward": lambda: jax.block_until_ready(forward(*inputs)),
-        "both": lambda: jax.block_until_ready(both(*inputs)),
+        "both": lambda: jax.block_until_ready(both(cotangent, *inputs)),
     }
 
 
