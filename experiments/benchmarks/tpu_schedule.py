@@ -2,10 +2,10 @@
 
     python -m experiments.benchmarks.tpu_schedule linear_attention [--chip v5e ...] [--kernel TEXT]
 
-A kernel is compiled for a chip that is not here, and the compiler's dump says which bundle (one cycle's instructions)
-lies in which loop. Bundles times trips is the number of cycles if nothing ever waits: the same at every run, and a
-bound that a real chip can't beat. It says nothing of time spent waiting for memory: for that there is the floor, the
-larger of (bytes of inputs and outputs, each once) / bandwidth and FLOPs / peak.
+A kernel is compiled for a chip that is not here, and the compiler's dump says which bundle (one cycle's
+instructions) lies in which loop. Bundles times trips is the number of cycles if nothing ever waits: the same
+at every run, and a bound that a real chip can't beat. It says nothing of time spent waiting for memory: for
+that there is the floor, the larger of (bytes of inputs and outputs, each once) / bandwidth and FLOPs / peak.
 """
 
 import argparse
@@ -25,9 +25,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
-# GHz. tpu7x's is not published: 2.2 makes its peak (1155 TFLOP/s a core) a whole number of 256 x 256 units' products,
-# 524,288 FLOPs a cycle, as v6e's 1.75 does; its cycles and shares rest on that assumption, its floor in seconds not.
+# GHz. tpu7x's is not published: 2.2 makes its peak (1155 TFLOP/s a core) 524,288 FLOPs a cycle, as 1.75
+# makes v6e's. Its floors in cycles, and so its ratios, rest on that assumption.
 CLOCK = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
+NO_TRAFFIC = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "constant"}
+NO_TRAFFIC |= {"copy-start", "copy-done"}
 SLOTS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
 
 
@@ -52,8 +54,8 @@ def linear_attention() -> list[Kernel]:
     B, T, H, K, V, C = 1, 4096, 8, 128, 128, 128
     x = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
-    # Multiply-adds a token and head, with chunks of C: q k and its product with v, q S, k v. Backward has each of
-    # them twice, and recomputes q k and k v.
+    # Multiply-adds a token and head, with chunks of C: q k and its product with v, q S, k v. Backward has
+    # each of them twice, and recomputes q k and k v.
     forward = 2 * B * T * H * (C * K + C * V + 2 * K * V)
     backward = 2 * B * T * H * (3 * C * K + 2 * C * V + 5 * K * V)
     decays = {"no decay": None, "scalar": (B, T, H), "per-channel": (B, T, H, K)}
@@ -75,8 +77,8 @@ OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {"linear_attention": linear_
 def count_bundles(text: str) -> list[int]:
     """How often each bundle of a `final_bundles` dump runs.
 
-    A loop's trips are in its exit test. The outermost loop is the grid, software-pipelined: its first and its last
-    turn skip the largest region that a branch can skip, and only move blocks. The regions inside that one
+    A loop's trips are in its exit test. The outermost loop is the grid, software-pipelined: its first and its
+    last turn skip the largest region that a branch can skip, and only move blocks. Regions inside that one
     (`pl.when`) are taken to run once, as those for the first and the last block of a sequence do.
     """
     loops: list[list[int]] = []  # [depth, trips], those open
@@ -139,7 +141,11 @@ def read_dump(folder: Path, kernel: str) -> dict[str, Any]:
 
 
 def outside_bytes(hlo: str) -> int:
-    """Bytes that XLA's own operations around the kernels read and write."""
+    """Bytes that XLA's own operations around the kernels read and write.
+
+    Not counted: asynchronous copies (copy-start, copy-done), by which XLA fetches operands into VMEM ahead of
+    a kernel, beside the one that runs.
+    """
     entry = hlo[hlo.index("\nENTRY") :]
     shapes, moved = {}, 0
     for line in entry.splitlines():
@@ -148,15 +154,7 @@ def outside_bytes(hlo: str) -> int:
             continue
         name, result, op, operands = match.groups()
         shapes[name] = _bytes(result)
-        if op not in (
-            "parameter",
-            "custom-call",
-            "bitcast",
-            "tuple",
-            "get-tuple-element",
-            "constant",
-            "copy-start",
-        ):
+        if op not in NO_TRAFFIC:
             moved += shapes[name] + sum(shapes.get(x, 0) for x in set(re.findall(r"%[\w.-]+", operands)))
     return moved
 
@@ -237,13 +235,41 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def write(operation: str, rows: list[dict[str, Any]]) -> Path:
+    """Write the results so far, with what they were measured on."""
+    import importlib.metadata
+
+    about = {
+        "operation": operation,
+        "shapes": OPERATIONS[operation].__doc__,
+        "date": datetime.date.today().isoformat(),
+        "jax": importlib.metadata.version("jax"),
+        "libtpu": importlib.metadata.version("libtpu"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, compiling for chips that are not here",
+        "clock_ghz": CLOCK,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"tpu_schedule_{operation}.json"
+    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+LEGEND = """\
+cycles: bundles x trips. copies: XLA's own operations around the kernel, bytes / bandwidth. floor: inputs and
+outputs once over the bandwidth, or FLOPs over the peak. ratio: (cycles, or memory if larger, + copies) /
+floor. matrix: FLOPs / (cycles x peak). slots: how busy the matrix unit is, padding included. MiB: of VMEM."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=LEGEND
     )
     parser.add_argument("operation", choices=sorted(OPERATIONS))
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
-    parser.add_argument("--kernel", default="", help="only kernels whose label contains this")
+    parser.add_argument(
+        "--kernel", default="", help="only kernels whose label contains this; nothing is written"
+    )
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -251,41 +277,21 @@ def main() -> None:
         print(json.dumps(measure(args.operation, label, chip, Path(folder))))
         return
 
-    import jax
-
     print(
         f"{'kernel':24} {'chip':6} {'cycles':>9} {'copies':>8} {'floor':>9} {'bound by':11} {'ratio':>6} "
         f"{'matrix':>6} {'slots':>6} {'spills':>9} {'MiB':>6}",
         flush=True,
     )
     rows = []
+    whole = not args.kernel and tuple(args.chip) == CHIPS
     for kernel in OPERATIONS[args.operation]():
         for chip in args.chip:
             if args.kernel in kernel.label:
                 rows.append(in_subprocess(args.operation, kernel.label, chip))
                 print(line(rows[-1]), flush=True)
-    print(
-        "cycles: bundles x trips. copies: XLA's own operations around the kernel, bytes / bandwidth. floor: inputs and"
-        "\noutputs once over the bandwidth, or FLOPs over the peak. ratio: (cycles, or memory if larger, + copies) /"
-        "\nfloor. matrix: FLOPs / (cycles x peak). slots: how busy the matrix unit is, padding included."
-    )
-    if not args.kernel and tuple(args.chip) == CHIPS:
-        import libtpu
-
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "jax": jax.__version__,
-            "libtpu": getattr(libtpu, "__version__", "unknown"),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "clock_ghz": CLOCK,
-            "operation": args.operation,
-            "shapes": OPERATIONS[args.operation].__doc__,
-        }
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"tpu_schedule_{args.operation}.json"
-        path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+                if whole:
+                    write(args.operation, rows)
+    print(LEGEND)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def unsupported_reason(call: Inputs) -> str | None:
     needed = max(vmem_bytes(call, choose(call, backward=b), backward=b) for b in (False, True))
     if needed > VMEM_LIMIT:
         return (
-            f"K={call.q.shape[-1]} and V={call.v.shape[-1]}: states and blocks would take {needed >> 20} MiB of "
-            f"VMEM, {VMEM_LIMIT >> 20} are served"
+            f"K={call.q.shape[-1]} and V={call.v.shape[-1]}: states and blocks would take "
+            f"{needed >> 20} MiB of VMEM, {VMEM_LIMIT >> 20} are served"
         )
     return None
 
@@ -197,8 +197,11 @@ class _Launch:
             self.add(name, cut.arrange(x), cut.spec(self.time))
 
     def _rows(self) -> Array | None:
-        """[B or 1, H / heads or 1, 8, T']: log decays of the heads that have one each, RESTART where a document
-        starts; or, a decay a channel, only zero where one starts, else one. None if there is nothing to say."""
+        """Log decays of heads that have one each, [B or 1, H / heads or 1, 8, T'].
+
+        RESTART where a document starts. With a decay a channel, only zero where one starts, else one. None if
+        there is nothing to say.
+        """
         call, n = self.call, self.tiling.heads
         decay, starts = call.log_decay, None if call.runs is None else _starts(call.runs)[:, None]
         T = call.q.shape[1]

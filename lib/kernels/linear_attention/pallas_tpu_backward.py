@@ -1,4 +1,4 @@
-"""Backward TPU kernel: blocks in reverse, the gradient of the state carried, the states inside a block recomputed."""
+"""Backward TPU kernel: blocks in reverse, the state's gradient carried, states inside a block recomputed."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from .pallas_tpu_decay import (
     across,
     dot,
     iota,
+    join,
     log_decay_gradient,
     masked_sums,
-    join,
     ranks,
     split,
 )
@@ -47,8 +47,8 @@ def head_gradients(q, k, v, d_out, state, d_state, decay: HeadDecay, bonus, scal
 
     Returns:
       dict of dq, dk [C, K], dv [C, V] in float32, d_bonus [1, K], the gradient of the state before, and what
-      depends on the decays: reads [C, 1] and writes [C, 1] (of the weights of i and j with the states, and i's with
-      its pairs), columns [1, C] (of j's with its pairs), carry [1, 1].
+      depends on the decays: reads [C, 1] (of token i's weights with the state and earlier tokens), writes
+      [C, 1] (of j's with the next state), columns [1, C] (of j's with later tokens), carry [1, 1].
     """
     dtype = q.dtype
     q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
@@ -57,7 +57,8 @@ def head_gradients(q, k, v, d_out, state, d_state, decay: HeadDecay, bonus, scal
     scores = dot(q, k, "nt") * weights
     d_scores = dot(d_out, v, "nt")
     inner = (d_scores * weights).astype(dtype)
-    # A token's weight in its own output depends on no decay; with a bonus, nor does its weight in the next one's.
+    # A token's weight in its own output depends on no decay; with a bonus, nor does its weight in the next
+    # one's.
     row, column = iota(scores.shape, 0), iota(scores.shape, 1)
     pairs = jnp.where(row > column + (0 if bonus is None else 1), scores * d_scores, 0.0)
     own = None
@@ -89,7 +90,7 @@ def head_gradients(q, k, v, d_out, state, d_state, decay: HeadDecay, bonus, scal
 
 
 def lane_sums(*terms: Array) -> Array:
-    """[C, 1]: the sum of every term's columns; added up register by register first, for lanes add up slowly."""
+    """[C, 1]: the sum of all columns of all terms; registers are added up first, for lanes add up slowly."""
     tiles = [x[:, n : n + LANES] for x in terms for n in range(0, x.shape[1], LANES)]
     wide = [x for x in tiles if x.shape[1] == LANES]
     narrow = [jnp.sum(x, axis=1, keepdims=True) for x in tiles if x.shape[1] < LANES]
@@ -105,8 +106,8 @@ def own_gradients(dq, dk, q32, k32, own, bonus):
 def rows_gradient(heads: list[dict], *, bonus: bool) -> Array:
     """d log_decay [8, C] of a chunk's heads.
 
-    The decay of token t weighs every pair j < t <= i (with a bonus, j < t < i), the incoming state as any such i
-    reads it, any such j in the outgoing state, and the one in the other.
+    The decay of token t weighs every pair j < t <= i (with a bonus, j < t < i), the incoming state as such an
+    i reads it, such a j in the outgoing state, and the one state in the other.
     """
     C = heads[0]["columns"].shape[1]
     s, t = iota((C, C), 0), iota((C, C), 1)
@@ -162,7 +163,7 @@ def channel_gradients(q, k, v, d_out, state, d_state, tree, bonus, scale: float)
 
 
 def from_pairs(d_scores: Array, operand: Array, half: int, rows: str) -> Array:
-    """[C, K]: a level's share of the product of d_scores with an operand; zero in rows of the other halves."""
+    """[C, K]: a level's share of d_scores times an operand; zero in the other halves' rows."""
     C = operand.shape[0]
     rank = ranks(C, transposed=rows == "left")
     if half < SUBLANES:
@@ -178,8 +179,11 @@ def from_pairs(d_scores: Array, operand: Array, half: int, rows: str) -> Array:
 
 
 def backward_kernel(plan: Plan, refs: dict) -> None:
-    """refs: q, k, v, (log_decay), (rows), (bonus), d_out, d_final_state, states -> dq, dk, dv, (d_log_decay),
-    (d_rows), (d_bonus), d_initial_state; scratch: d_state [heads, V, K], chunk_states [chunks, heads, V, K]."""
+    """One grid step.
+
+    refs: q, k, v, (log_decay), (rows), (bonus), d_out, d_final_state, states -> dq, dk, dv, (d_log_decay),
+    (d_rows), (d_bonus), d_initial_state; scratch: d_state [heads, V, K], chunk_states [chunks, heads, V, K].
+    """
     tiling, cuts = plan.tiling, plan.cuts
     reversed_t = pl.program_id(2)
     blocks = pl.num_programs(2)

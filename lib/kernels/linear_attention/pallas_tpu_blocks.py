@@ -1,4 +1,4 @@
-"""How arrays [B, T, heads, D] reach a TPU kernel, one head's tokens at a time, without a copy where that can be."""
+"""How arrays [B, T, heads, D] reach a TPU kernel, a head's tokens at a time, and uncopied where they can."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from .tiling import LANES, Tiling, round_up
 class Cut:
     """The blocks of one [B, T, heads, D] array.
 
-    Eight heads of 128 lanes fill whole tiles, so such an array is read as it lies in memory ("time major") and its
-    heads are told apart in VMEM. Any other one is transposed and padded by XLA to [B, heads, T', D'] first.
+    Eight heads of 128 lanes fill whole tiles, so such an array is read as it lies in memory ("time major"),
+    and its heads are told apart in VMEM. XLA transposes and pads any other one to [B, heads, T', D'] first.
     """
 
     shape: tuple[int, int, int, int]
@@ -93,7 +93,8 @@ class Cut:
             else:
                 rows = ref.at[0, pl.ds(start, C)].reshape(C * 8, self.width)[pl.ds(head, C, stride=8)]
             return jnp.where(_iota(rows, 0) < left, rows, 0) if self.ragged else rows
-        # Two bfloat16 heads share each 32-bit word: take words of even and of odd tokens, and pair their halves.
+        # Two bfloat16 heads share each 32-bit word: take words of even and of odd tokens, and pair their
+        # halves.
         even = _read_words(ref, self.interpret, start, C, head // 2, 8)
         odd = _read_words(ref, self.interpret, start, C, head // 2 + 4, 8)
         if self.ragged:
@@ -126,7 +127,7 @@ def _iota(like: Array, axis: int) -> Array:
 
 
 def _read_words(ref, interpret: bool, start, chunk: int, offset: int, stride: int) -> Array:
-    """Every `stride`-th row, from `offset`, of the block's words: row 4 t + p holds heads 2p and 2p+1 of token t."""
+    """Every `stride`-th row, from `offset`, of words: row 4 t + p holds heads 2p and 2p+1 of token t."""
     width = ref.shape[3]
     if not interpret:
         words = ref.at[0, pl.ds(start, chunk)].bitcast(jnp.int32).reshape(chunk * 4, width)

@@ -11,13 +11,13 @@ from .tiling import LANES
 
 SUBLANES = 8  # rows of a float32 vector register
 
-# A log decay of RESTART is a new document. exp(-104) is already zero in float32, so clamping every other log decay
-# at FLOOR changes no result, and keeps sums of a chunk of them finite.
+# A log decay of RESTART is a new document. exp(-104) is already zero in float32, so clamping every other
+# log decay at FLOOR changes no result, and keeps sums of a chunk of them finite.
 RESTART, FLOOR = -128.0, -127.0
 
 
 def dot(a: Array, b: Array, axes: str) -> Array:
-    """Matrix product in float32; `axes` says which axis of a and of b is summed: "nn", "nt" (b transposed), "tn"."""
+    """Matrix product in float32: "nn" is a b, "nt" is a b^T, "tn" is a^T b."""
     contract = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[axes]
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
@@ -36,7 +36,7 @@ def iota(shape: tuple[int, ...], axis: int) -> Array:
 class HeadDecay:
     """One head's decay in a chunk, C tokens long."""
 
-    pairs: Array  # [C, C] weight of token j as token i reads it; zero above the diagonal (with a bonus, on it too)
+    pairs: Array  # [C, C] weight of token j as token i reads it; zero for j > i (with a bonus, for j = i too)
     read: Array | float  # [C, 128] weight of the incoming state as token i reads it, the same in every lane
     write: Array | float  # [C, 1] weight of token j in the outgoing state
     write_row: Array | float  # [1, C], the same
@@ -44,11 +44,11 @@ class HeadDecay:
 
 
 def prepare_decays(rows: Array, *, bonus: bool, exact: bool) -> tuple[Array, Array]:
-    """What `head_decay` needs of a chunk's log decays [8, C], heads in rows: as rows [24, C], as columns [C, 24].
+    """What `head_decay` needs of a chunk's log decays [8, C]: as rows [24, C], and as columns [C, 24].
 
-    Rows: the tokens' weights in the outgoing state, and the running sums, in two parts if `exact` (which keeps the
-    digits of mild gates beside strong ones, for float32), else [16, C] with whole ones. Columns: the same weights,
-    and the sums that a token reads with.
+    Rows: the tokens' weights in the outgoing state, and the running sums, in two parts if `exact` (float32
+    needs it, for mild gates beside strong ones), else whole, and 16 rows. Columns: the same weights, and the
+    sums that a token reads with.
     """
     parts, sums = running_sums(rows)
     reads = sums
@@ -82,7 +82,7 @@ def head_decay(prepared: tuple[Array, Array] | None, n: int, chunk: int, *, bonu
 def running_sums(rows: Array) -> tuple[tuple[Array, Array], list[Array]]:
     """Rows [8, C] as a coarse and a fine part, and each part's sums up to every column, the column included.
 
-    Multiples of 1/2 add up exactly, so what strong gates amount to takes no digits from the sums of mild ones.
+    Multiples of 1/2 add up exactly, so what strong gates amount to takes no digits from sums of mild ones.
     """
     C = rows.shape[1]
     coarse = jnp.round(rows * 2) / 2
@@ -94,7 +94,7 @@ def running_sums(rows: Array) -> tuple[tuple[Array, Array], list[Array]]:
 def masked_sums(rows: Array, mask: Array) -> Array:
     """[n, C]: for each column t, the sum of a row's entries s where mask[s, t], as good as in float32.
 
-    Three bfloat16 pieces hold a float32 number whole, and ones are exact: one pass of the matrix unit for all.
+    Three bfloat16 pieces hold a float32 number whole, and ones are exact: one pass of the matrix unit does.
     """
     pieces, left = [], rows
     for _ in range(3):
@@ -113,10 +113,11 @@ def across(weight: Array | float, width: int) -> Array | float:
     return jnp.concatenate([weight] * (width // LANES), axis=1)
 
 
-# One decay a channel: the weight differs by channel, so it must enter q and k before their product. Halve the chunk,
-# and its halves, down to single tokens: each pair (i, j) is parted at one level, by a boundary between j and i, and
-# its weight is (product of decays from the boundary to i) * (product from j to the boundary). A product of decays
-# is at most 1, and it loses nothing to cancellation, however strong the decays.
+# One decay a channel: the weight differs by channel, so it must enter q and k before their product. Halve
+# the chunk, and its halves, down to single tokens: each pair (i, j) is parted at one level, by a boundary
+# between j and i, and its weight is (product of decays from the boundary to i) * (product from j to the
+# boundary). A product of decays is at most 1, and it loses nothing to cancellation, however strong the
+# decays.
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,15 @@ def join(lefts: list[Array], rights: list[Array]) -> Array:
 
 
 def is_right(shape: tuple[int, int], half: int) -> Array:
-    return (iota(shape, 0) & half) != 0
+    groups, K = shape[0] // SUBLANES, shape[1]
+    # Eight rows, repeated: one register, one comparison, whatever the shape.
+    row = jnp.broadcast_to(iota((1, SUBLANES, K), 1), (groups, SUBLANES, K))
+    return (row.reshape(shape) & half) != 0
 
 
 def levels(decay: Array, keep: Array | None, *, bonus: bool) -> tuple[list[Level], Level, Array]:
-    """The levels of a chunk, the whole chunk as one more (its right half after the chunk's start, its left half
-    before its end), and the product of all its decays [1, K].
+    """The levels of a chunk, the whole chunk as one more (read since its start, write until its end), and the
+    product of all its decays [1, K].
 
     Args:
       decay: [C, K] float32 in [0, 1], zero where a document starts.
@@ -174,10 +178,13 @@ def levels(decay: Array, keep: Array | None, *, bonus: bool) -> tuple[list[Level
         found.append(Level(half, read, write))
         right, other = is_right((C, K), half), swap_halves(total, half)
         read = jnp.where(right, read * other, read)
-        write = jnp.where(right, write, write * other)
-        total = total * other
+        write = jnp.where(right, write, other if half == 1 else write * other)
+        if bonus or 4 * half <= SUBLANES:
+            total = total * other
         half *= 2
-    totals = [total[n : n + 1] for n in range(0, C, SUBLANES)]
+    if not bonus:  # the last token of eight reads with the decays of all
+        total = read
+    totals = [total[n : n + 1] for n in range(SUBLANES - 1, C, SUBLANES)]
     while half < C:
         found.append(Level(half, read, write))
         lefts, rights = split(read, half)
@@ -203,7 +210,7 @@ def log_decay_gradient(found: list[Level], grads: list[tuple[Array, Array]], who
 
     Args:
       found: the levels, as `levels` gave them.
-      grads: for each level, d log of its (read, write), [C, K]: right halves of the one, left of the other count.
+      grads: for each level, d log of its (read, write), [C, K]: of right halves, of left halves.
       whole: the same of the whole chunk, and d log of the product of all decays [1, K].
     """
     d_read, d_write, d_total = whole
@@ -218,10 +225,8 @@ def log_decay_gradient(found: list[Level], grads: list[tuple[Array, Array]], who
             for t, r, w in zip(totals, rr, lw, strict=True):
                 halves += [t + jnp.sum(r, axis=0, keepdims=True), t + jnp.sum(w, axis=0, keepdims=True)]
             totals = halves
-            ldr, rdr = split(dr, half)
-            ldw, rdw = split(dw, half)
-            d_read = join(lr, [x + y for x, y in zip(rr, rdr, strict=True)])
-            d_write = join([x + y for x, y in zip(lw, ldw, strict=True)], rw)
+            d_read = join(lr, [x + y for x, y in zip(rr, split(dr, half)[1], strict=True)])
+            d_write = join([x + y for x, y in zip(lw, split(dw, half)[0], strict=True)], rw)
         else:
             if isinstance(totals, list):
                 totals = jnp.concatenate([jnp.broadcast_to(t, (2 * half, K)) for t in totals], axis=0)

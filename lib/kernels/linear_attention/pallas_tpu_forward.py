@@ -1,4 +1,4 @@
-"""Forward TPU kernels: a grid over (batch, head groups, time), the state carried in VMEM from block to block."""
+"""Forward TPU kernels: a grid over (batch, head groups, time), the state carried in VMEM between blocks."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -25,7 +25,6 @@ from .pallas_tpu_decay import (
     split,
 )
 from .tiling import Tiling
-
 
 Out = TypeVar("Out")
 
@@ -74,8 +73,10 @@ def chunk_decay(plan: Plan, refs: dict, n: int, index, *, bonus: bool) -> HeadDe
 
 
 def level_queries(level: Level, q: Array, dtype) -> list[Array]:
-    """Queries of the right halves with their decay, as blocks of `half` rows; one block of all rows if they are
-    smaller than a register."""
+    """Queries of the right halves with their decay, as blocks of `half` rows.
+
+    One block of all rows where halves are smaller than a register.
+    """
     if level.half < SUBLANES:
         return [(q * level.read).astype(dtype)]
     rights = zip(split(q, level.half)[1], split(level.read, level.half)[1], strict=True)
@@ -156,7 +157,7 @@ def channel_step(scores, q: Array, k: Array, v: Array, state: Array, tree) -> tu
 
 
 def staggered(heads: list[Generator[None, None, Out]], lag: int) -> list[Out]:
-    """Run generators in turn, each to its next yield, head n beginning n steps late and advancing every `lag` steps.
+    """Run generators in turn, each to its next yield: head n begins at step n and advances every `lag` steps.
 
     The compiler keeps much of the order it is given: so one head's latencies hide behind the others' work.
     """

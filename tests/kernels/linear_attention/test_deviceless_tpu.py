@@ -5,10 +5,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from frugax.kernels.linear_attention import pallas_tpu
-from frugax.kernels.linear_attention.inputs import Inputs
 
 from experiments.benchmarks.deviceless_tpu import CHIPS, compile_for, has_libtpu
+from frugax.kernels.linear_attention import pallas_tpu
+from frugax.kernels.linear_attention.inputs import Inputs
 
 pytestmark = [
     pytest.mark.deviceless,

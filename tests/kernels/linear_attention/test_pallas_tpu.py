@@ -1,4 +1,4 @@
-"""What is particular to the TPU kernels of linear attention, interpreted: blocks, layouts, grouped heads, long gates."""
+"""What is particular to linear attention's TPU kernels, interpreted: blocks, layouts, groups, gates."""
 
 from functools import partial
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from frugax.kernels.linear_attention import pallas_tpu, reference
 from frugax.kernels.linear_attention.inputs import Inputs, check
 from frugax.kernels.linear_attention.pallas_tpu_decay import levels, masked_sums
 from frugax.kernels.linear_attention.tiling import Tiling, choose, vmem_bytes
-
 from tests.errors import assert_close
 
 from .cases import Case
@@ -63,7 +63,7 @@ def test_blocks_do_not_change_the_answer(decay):
     """A chunk or a block longer than the sequence, many blocks, two heads a step or one: one answer."""
     case = Case(T=50, decay=decay, bonus=True, state=True, packed=True, B=1, K=8, V=8)
     want = definition(case)
-    for tiling in (Tiling(16, 16, 2), Tiling(16, 48, 1), Tiling(64, 64, 1)):
+    for tiling in (Tiling(16, 16, 2), Tiling(64, 64, 1)):
         assert_close(kernel(case, tiling), want, "float32", name=str(tiling))
 
 
@@ -82,9 +82,9 @@ def test_eight_heads_with_a_decay_a_channel():
     assert_close(got, want, "bfloat16")
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 1), (1, 1, 6), (3, 6, 2)])
+@pytest.mark.parametrize("heads", [(4, 2, 1), (1, 1, 10)])
 def test_grouped_heads(heads):
-    """Some of a grid step's heads share one of q's, k's or v's; or all of them do, and the next step's too."""
+    """Some of a grid step's heads share one of q's, k's or v's; or all do, and the next step's too."""
     case = Case(T=20, heads=heads, decay="bth", state=True, K=8, V=8)
     call = checked(case)
     tiling = Tiling(16, 32, choose(call, backward=True).heads)
@@ -95,23 +95,26 @@ def test_grouped_heads(heads):
 @pytest.mark.parametrize("mildest", [-1e-4, -50])
 def test_strong_gates(decay, mildest):
     """Gates down to -50 beside -1e-4, and -50 alone, where no term of d log_decay is above e^-50."""
-    case = Case(T=512, decay=decay, mildest=mildest, strongest=-50.0001, B=1, heads=(1, 1, 1), K=8, V=8)
-    assert_close(kernel(case, Tiling(64, 128, 1)), definition(case), "float32")
+    case = Case(T=200, decay=decay, mildest=mildest, strongest=-50.0001, B=1, heads=(1, 1, 1), K=8, V=8)
+    assert_close(kernel(case, Tiling(32, 64, 1)), definition(case), "float32")
 
 
 def test_decay_levels_part_every_pair_once():
-    """Every pair's weight is found at the level of its highest differing bit, as a product of the decays between."""
+    """A pair's weight is found at its highest differing bit's level: the product of the decays between."""
     C, K = 32, 3
+
+    def tree(decay):
+        found, whole, total = levels(decay, None, bonus=False)
+        return [(x.read, x.write) for x in found], (whole.read, whole.write), total
+
     decay = np.random.default_rng(0).uniform(0.2, 1, (C, K)).astype(np.float32)
-    found, whole, total = levels(jnp.asarray(decay), None, bonus=False)
+    found, whole, total = jax.jit(tree)(decay)
     for i in range(C):
-        np.testing.assert_allclose(whole.read[i], decay[: i + 1].prod(0), rtol=1e-5)
-        np.testing.assert_allclose(whole.write[i], decay[i + 1 :].prod(0), rtol=1e-5)
+        np.testing.assert_allclose(whole[0][i], decay[: i + 1].prod(0), rtol=1e-5)
+        np.testing.assert_allclose(whole[1][i], decay[i + 1 :].prod(0), rtol=1e-5)
         for j in range(i):
-            level = found[(i ^ j).bit_length() - 1]
-            np.testing.assert_allclose(
-                level.read[i] * level.write[j], decay[j + 1 : i + 1].prod(0), rtol=1e-5
-            )
+            read, write = found[(i ^ j).bit_length() - 1]
+            np.testing.assert_allclose(read[i] * write[j], decay[j + 1 : i + 1].prod(0), rtol=1e-5)
     np.testing.assert_allclose(total[0], decay.prod(0), rtol=1e-5)
 
 
