@@ -29,7 +29,6 @@ CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 # makes v6e's. Its floors in cycles, and so its ratios, rest on that assumption.
 CLOCK = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
 NO_TRAFFIC = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "constant"}
-NO_TRAFFIC |= {"copy-start", "copy-done"}
 SLOTS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
 
 
@@ -143,8 +142,8 @@ def read_dump(folder: Path, kernel: str) -> dict[str, Any]:
 def outside_bytes(hlo: str) -> int:
     """Bytes that XLA's own operations around the kernels read and write.
 
-    Not counted: asynchronous copies (copy-start, copy-done), by which XLA fetches operands into VMEM ahead of
-    a kernel, beside the one that runs.
+    Not counted: asynchronous copies and slices (-start, -done), by which XLA fetches operands into VMEM ahead
+    of a kernel, beside the one that runs.
     """
     entry = hlo[hlo.index("\nENTRY") :]
     shapes, moved = {}, 0
@@ -154,7 +153,7 @@ def outside_bytes(hlo: str) -> int:
             continue
         name, result, op, operands = match.groups()
         shapes[name] = _bytes(result)
-        if op not in NO_TRAFFIC:
+        if op not in NO_TRAFFIC and not op.endswith(("-start", "-done")):
             moved += shapes[name] + sum(shapes.get(x, 0) for x in set(re.findall(r"%[\w.-]+", operands)))
     return moved
 
