@@ -33,7 +33,7 @@ class Cut:
 
     @property
     def time_major(self) -> bool:
-        return self.group == 1 and self.tiling.heads == 8 and self.shape[3] % LANES == 0
+        return self.group == 1 and self.tiling.heads == 8 and self.shape[3] == LANES
 
     @property
     def steps(self) -> int:

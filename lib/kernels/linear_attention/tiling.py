@@ -24,12 +24,12 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def heads_per_step(call: Inputs) -> int:
-    """The most heads, up to 8, that hold whole groups of each of q, k and v, or lie in one group."""
+def heads_per_step(call: Inputs) -> list[int]:
+    """Numbers of heads, most first, at most 8, that hold whole groups of q, k and v, or lie in one."""
     H = call.heads
     groups = [H // x.shape[2] for x in (call.q, call.k, call.v)]
     fits = [n for n in range(1, 9) if H % n == 0 and all(n % r == 0 or r % n == 0 for r in groups)]
-    return fits[-1]
+    return fits[::-1]
 
 
 def vmem_bytes(call: Inputs, tiling: Tiling, *, backward: bool) -> int:
@@ -56,7 +56,10 @@ def choose(call: Inputs, *, backward: bool, interpret: bool = False) -> Tiling:
         return Tiling(32, 64, 1)
     T = call.q.shape[1]
     chunk = min(128, max(16, 1 << (T - 1).bit_length()))
-    tiling = Tiling(chunk, chunk, heads_per_step(call))
+    for heads in heads_per_step(call):
+        tiling = Tiling(chunk, chunk, heads)
+        if vmem_bytes(call, tiling, backward=backward) <= VMEM_LIMIT:
+            break
     wanted = 256 if backward else 512
     while tiling.block < min(wanted, T):
         longer = Tiling(chunk, 2 * tiling.block, tiling.heads)

@@ -54,6 +54,7 @@ ODD = {
     "channels, full": dict(T=100, decay="bthk", K=64, V=100, full=True),
     "float32": dict(T=130, decay="bthk", dtype=jnp.float32),
     "wide": dict(T=129, decay="bth", K=256, V=256),
+    "eight wide heads": dict(T=64, heads=(8, 8, 8), K=256, V=384),
     "Mamba-2 groups": dict(T=200, decay="bth", heads=(1, 1, 4), V=64),
 }
 
