@@ -4,6 +4,9 @@ import os
 
 # A GPU or TPU run says so: FRUGAX_TEST_PLATFORM=cuda pytest -m gpu
 os.environ.setdefault("JAX_PLATFORMS", os.environ.get("FRUGAX_TEST_PLATFORM", "cpu"))
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of the time goes into compiling small programs once: leave LLVM's optimizer out.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # libtpu compiles for chips that are not here: it must not look for them, nor for other users of them.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

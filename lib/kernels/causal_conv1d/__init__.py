@@ -1,17 +1,13 @@
 """The depthwise causal convolution of Mamba-style mixers: the public function, dispatch and gradient."""
 
-from functools import partial
-
 import jax
 from jaxtyping import Array, Float, Int
 
-from .. import dispatch
-from ..dispatch import Backend
+from ..dispatch import Backend, Operation, names_of, only_xla
 from ..sharding import Axes, align
-from . import reference, xla
 from .inputs import Inputs, as_shaped, check, check_activation, final_state
 
-INDEPENDENT = ("b", "d")  # the axes that a mesh may split
+OPERATION = Operation("causal_conv1d", independent=("b", "d"))
 
 
 def causal_conv1d(
@@ -57,9 +53,9 @@ def causal_conv1d(
     """
     call = check(*(as_shaped(a) for a in (x, weight, bias, initial_state, segment_ids)))
     activation = check_activation(activation)
-    call = align(call, _axes(call), INDEPENDENT)
-    chosen, _ = _plan(call, backend)
-    run = _run_forward if set(chosen.values()) <= {"reference", "xla"} else _with_kernels
+    call = align(call, _axes(call), OPERATION.independent)
+    chosen, _ = OPERATION.plan(call, backend)
+    run = _forward if only_xla(chosen) else _with_kernels
     y = run(tuple(chosen.items()), activation, call)
     return y, final_state(call)  # W-1 rows: XLA's work, and its gradient, whatever runs the rest
 
@@ -68,65 +64,19 @@ def plan(x, weight, bias=None, *, activation=None, initial_state=None, segment_i
     """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
     check_activation(activation)
     call = jax.eval_shape(check, *(as_shaped(a) for a in (x, weight, bias, initial_state, segment_ids)))
-    return _plan(call, backend)
-
-
-def _plan(call: Inputs, backend: str | None) -> tuple[dict[str, str], dict[str, str | None]]:
-    from . import pallas_gpu, pallas_tpu  # here, so that `import frugax` does not import Pallas
-
-    reasons = {
-        "pallas_tpu": pallas_tpu.unsupported_reason(call),
-        "pallas_gpu": pallas_gpu.unsupported_reason(call),
-    }
-    return dispatch.plan("causal_conv1d", backend, reasons), reasons
-
-
-def _forward(backend: str, interpret: bool):
-    if backend in ("reference", "xla"):
-        return {"reference": reference, "xla": xla}[backend].forward
-    from . import pallas_gpu, pallas_tpu
-
-    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
-    return partial(kernel.forward, interpret=interpret)
-
-
-def _backward(backend: str, interpret: bool):
-    if backend in ("reference", "xla"):
-
-        def transpose(call, dy, activation):
-            floats, reach = call._replace(reach=None), call.reach
-            f = partial(_forward(backend, False), activation=activation)
-            return jax.vjp(lambda c: f(c._replace(reach=reach)), floats)[1](dy)[0]
-
-        return transpose
-    from . import pallas_gpu, pallas_tpu
-
-    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
-    return partial(kernel.backward, interpret=interpret)
+    return OPERATION.plan(call, backend)
 
 
 def _axes(call: Inputs) -> Inputs:
     """The axes of every array, for `sharding.per_shard`."""
-    names = Inputs("b t d", "w d", "d", "b s d", "b t")
-    return Inputs(*(name if a is not None else None for name, a in zip(names, call, strict=True)))
+    return names_of(call, Inputs("b t d", "w d", "d", "b s d", "b t"))
 
 
-def _run(which, chosen: tuple[tuple[str, str], ...], activation: str | None, axes: Axes, *args):
-    def implementation(*backend):
-        return partial(which(*backend), activation=activation)
-
-    if ("cpu", "pallas_gpu (interpreted)") in chosen:
-        axes = None  # the interpreter of GPU kernels has side effects, which custom partitioning can't carry
-    return dispatch.run(dict(chosen), implementation, *args, axes=axes, independent=INDEPENDENT)
+def _forward(chosen: tuple[tuple[str, str], ...], activation: str | None, call: Inputs):
+    return OPERATION.forward(dict(chosen), Axes((_axes(call),), "b t d"), call, activation=activation)
 
 
-def _run_forward(chosen: tuple[tuple[str, str], ...], activation: str | None, call: Inputs):
-    return _run(_forward, chosen, activation, Axes((_axes(call),), "b t d"), call)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_kernels(chosen: tuple[tuple[str, str], ...], activation: str | None, call: Inputs):
-    return _run_forward(chosen, activation, call)
+_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
 
 
 def _with_kernels_fwd(chosen, activation, call):
@@ -136,7 +86,7 @@ def _with_kernels_fwd(chosen, activation, call):
 def _with_kernels_bwd(chosen, activation, call, dy):
     names = _axes(call)
     axes = Axes((names, "b t d"), names._replace(reach=None))
-    return (_run(_backward, chosen, activation, axes, call, dy),)
+    return (OPERATION.backward(dict(chosen), axes, call, dy, activation=activation),)
 
 
 _with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

@@ -1,18 +1,15 @@
 """Linear attention with every kind of decay: the public function, its checks, dispatch and gradient."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from .. import dispatch
-from ..dispatch import Backend
+from ..dispatch import Backend, Operation, names_of, only_xla
 from ..sharding import Axes, align
-from . import reference, xla
 from .inputs import Inputs, as_shaped, check
 
+OPERATION = Operation("linear_attention", independent=("b", "h"))
 RESULT_AXES = ("b t h v", "b h k v")
 
 
@@ -65,15 +62,14 @@ def linear_attention(
         >>> out.shape, state.shape
         ((2, 100, 4, 32), (2, 4, 32, 32))
     """
-    call = _checked(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    call = align(call, _axes(call))
+    call = check(*(as_shaped(x) for x in (q, k, v, log_decay, bonus, initial_state, segment_ids)))
+    call = align(call, _axes(call), OPERATION.independent)
     if call.log_decay is not None:
         checkify.debug_check(jnp.all(call.log_decay <= 0), "log_decay: a value is positive; <= 0 fits")
-    chosen, _ = _plan(call, backend)
-    scale = call.q.shape[-1] ** -0.5 if scale is None else scale
-    if set(chosen.values()) <= {"reference", "xla"}:
-        return _run_forward(tuple(chosen.items()), scale, call)
-    return _with_kernels(tuple(chosen.items()), float(scale), call)
+    chosen, _ = OPERATION.plan(call, backend)
+    scale = call.q.shape[-1] ** -0.5 if scale is None else float(scale)
+    run = _forward if only_xla(chosen) else _with_kernels
+    return run(tuple(chosen.items()), scale, call)
 
 
 def plan(
@@ -81,63 +77,20 @@ def plan(
 ):
     """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
     struct = [as_shaped(x) for x in (q, k, v, log_decay, bonus, initial_state, segment_ids)]
-    call = jax.eval_shape(check, *struct)
-    return _plan(call, backend)
-
-
-def _checked(*arguments) -> Inputs:
-    return check(*(as_shaped(x) for x in arguments))
-
-
-def _plan(call: Inputs, backend: str | None) -> tuple[dict[str, str], dict[str, str | None]]:
-    from . import pallas_gpu, pallas_tpu  # here, so that CPU users never import Pallas
-
-    reasons = {
-        "pallas_tpu": pallas_tpu.unsupported_reason(call),
-        "pallas_gpu": pallas_gpu.unsupported_reason(call),
-    }
-    return dispatch.plan("linear_attention", backend, reasons), reasons
-
-
-def _forward(backend: str, interpret: bool):
-    if backend in ("reference", "xla"):
-        return {"reference": reference, "xla": xla}[backend].forward
-    from . import pallas_gpu, pallas_tpu
-
-    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
-    return partial(kernel.forward, interpret=interpret)
-
-
-def _backward(backend: str, interpret: bool):
-    if backend in ("reference", "xla"):
-
-        def transpose(call, cotangents, scale):
-            floats, runs = call._replace(runs=None), call.runs
-            f = partial(_forward(backend, False), scale=scale)
-            return jax.vjp(lambda x: f(x._replace(runs=runs)), floats)[1](cotangents)[0]
-
-        return transpose
-    from . import pallas_gpu, pallas_tpu
-
-    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
-    return partial(kernel.backward, interpret=interpret)
+    return OPERATION.plan(jax.eval_shape(check, *struct), backend)
 
 
 def _axes(call: Inputs) -> Inputs:
     """The axes of every array, for `sharding.per_shard`."""
     decay = None if call.log_decay is None else {1: "h", 3: "b t h", 4: "b t h k"}[call.log_decay.ndim]
-    names = Inputs("b t h k", "b t h k", "b t h v", decay, "h k", "b h k v", "b t")
-    return Inputs(*(name if x is not None else None for name, x in zip(names, call, strict=True)))
+    return names_of(call, Inputs("b t h k", "b t h k", "b t h v", decay, "h k", "b h k v", "b t"))
 
 
-def _run_forward(chosen: tuple[tuple[str, str], ...], scale: float, call: Inputs):
-    axes = Axes((_axes(call),), RESULT_AXES)
-    return dispatch.run(dict(chosen), lambda *which: partial(_forward(*which), scale=scale), call, axes=axes)
+def _forward(chosen: tuple[tuple[str, str], ...], scale: float, call: Inputs):
+    return OPERATION.forward(dict(chosen), Axes((_axes(call),), RESULT_AXES), call, scale=scale)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_kernels(chosen: tuple[tuple[str, str], ...], scale: float, call: Inputs):
-    return _run_forward(chosen, scale, call)
+_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
 
 
 def _with_kernels_fwd(chosen, scale, call):
@@ -147,8 +100,7 @@ def _with_kernels_fwd(chosen, scale, call):
 def _with_kernels_bwd(chosen, scale, call, cotangents):
     names = _axes(call)
     axes = Axes((names, RESULT_AXES), names._replace(runs=None))
-    which = lambda *which: partial(_backward(*which), scale=scale)  # noqa: E731
-    return (dispatch.run(dict(chosen), which, call, cotangents, axes=axes),)
+    return (OPERATION.backward(dict(chosen), axes, call, cotangents, scale=scale),)
 
 
 _with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

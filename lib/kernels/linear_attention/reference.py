@@ -1,4 +1,4 @@
-"""Linear attention as the equation says it: one token at a time. The definition that every backend is held to."""
+"""Linear attention as the equation says it, one token at a time: what every backend is held to."""
 
 from functools import partial
 

@@ -65,10 +65,11 @@ def _chunk(bonus_HK, S_BHKV, x):
         q_BGCK, k_BGCK = (repeat_heads(y, H, 1) for y in (q_BGCK, k_BGCK))
 
     # Scores, lower triangular. The diagonal stands apart: no decay lies between a token and itself.
+    qk_BGCK = q_BGCK.astype(dtype) * k_BGCK
     if bonus_HK is None:
-        u_BHC = jnp.sum(q_BGCK.astype(dtype) * k_BGCK, -1)
+        u_BHC = jnp.sum(qk_BGCK, -1)
     else:
-        u_BHC = jnp.sum(repeat_heads(q_BGCK.astype(dtype) * k_BGCK, H, 1) * bonus_HK[:, None].astype(dtype), -1)
+        u_BHC = jnp.sum(repeat_heads(qk_BGCK, H, 1) * bonus_HK[:, None].astype(dtype), -1)
     if g_BHCk is None:
         lower_CC = jnp.tril(jnp.ones((C, C), bool), 0 if bonus_HK is None else -1)
         A_BHCC = jnp.where(lower_CC, _dot("bhik,bhjk->bhij", q_BGCK, k_BGCK, dtype), 0)
@@ -110,8 +111,8 @@ def _dot(equation: str, x: Array, y: Array, dtype) -> Array:
 def _decayed(q, k, g, diagonal, exclusive: bool):
     """A[i, j] = sum_c q[i, c] k[j, c] exp(sum of g[s, c] over j < s <= i) for j < i, zero for j > i.
 
-    By halves: rows i of a right half meet columns j of its left half at the middle, exp(g from the middle to i)
-    on one side and exp(g from j to the middle) on the other. Both exponents are sums of a few gates, never
+    By halves: rows i of a right half meet columns j of its left half at the middle, exp(g from the middle to
+    i) on one side and exp(g from j to the middle) on the other. Both exponents are sums of a few gates, never
     differences of long sums: no exp of a positive number, no cancellation however strong the gates.
 
     Args:
@@ -120,7 +121,7 @@ def _decayed(q, k, g, diagonal, exclusive: bool):
       exclusive: the row's own gate does not count (sums over j < s < i).
 
     Returns:
-      A [..., C, C]; before [..., C, K], the sum of the gates up to each row (with its own unless `exclusive`);
+      A [..., C, C]; before [..., C, K], the sum of the gates up to each row (its own unless `exclusive`);
       after [..., C, K], the sum of the gates behind each column; total [..., K].
     """
     *lead, C, K = q.shape

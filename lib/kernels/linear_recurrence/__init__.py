@@ -5,12 +5,11 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, Int
 
-from .. import dispatch
-from ..dispatch import Backend
+from ..dispatch import Backend, Operation, only_xla
 from ..sharding import Axes, align
-from . import reference, xla
 from .inputs import Inputs, as_shaped, check
 
+OPERATION = Operation("linear_recurrence", independent=("b", "d"))
 AXES = Inputs("b t d", "b t d", "b d")
 RESULT_AXES = ("b t d", "b d")
 
@@ -57,64 +56,23 @@ def linear_recurrence(
         ((2, 100, 64), (2, 64))
     """
     call = check(*(as_shaped(x) for x in (a, b, initial_state, segment_ids)), reverse)
-    call = align(call, AXES, ("b", "d"))
-    chosen, _ = _plan(call, backend)
-    if set(chosen.values()) <= {"reference", "xla"}:
-        return _run(_forward, chosen.items(), reverse, Axes((AXES,), RESULT_AXES), call)
-    return _with_kernels(tuple(chosen.items()), bool(reverse), call)
+    call = align(call, AXES, OPERATION.independent)
+    chosen, _ = OPERATION.plan(call, backend)
+    run = _forward if only_xla(chosen) else _with_kernels
+    return run(tuple(chosen.items()), bool(reverse), call)
 
 
 def plan(a, b, *, initial_state=None, segment_ids=None, reverse=False, backend=None):
     """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
     arrays = [as_shaped(x) for x in (a, b, initial_state, segment_ids)]
-    return _plan(jax.eval_shape(partial(check, reverse=reverse), *arrays), backend)
+    return OPERATION.plan(jax.eval_shape(partial(check, reverse=reverse), *arrays), backend)
 
 
-def _plan(call: Inputs, backend: str | None) -> tuple[dict[str, str], dict[str, str | None]]:
-    from . import pallas_gpu, pallas_tpu  # here, so that CPU users never import Pallas
-
-    reasons = {
-        "pallas_tpu": pallas_tpu.unsupported_reason(call),
-        "pallas_gpu": pallas_gpu.unsupported_reason(call),
-    }
-    return dispatch.plan("linear_recurrence", backend, reasons), reasons
+def _forward(chosen: tuple[tuple[str, str], ...], reverse: bool, call: Inputs):
+    return OPERATION.forward(dict(chosen), Axes((AXES,), RESULT_AXES), call, reverse=reverse)
 
 
-def _forward(backend: str, interpret: bool):
-    if backend in ("reference", "xla"):
-        return {"reference": reference, "xla": xla}[backend].forward
-    from . import pallas_gpu, pallas_tpu
-
-    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
-    return partial(kernel.forward, interpret=interpret)
-
-
-def _backward(backend: str, interpret: bool):
-    if backend in ("reference", "xla"):
-
-        def transpose(call, h, cotangents, reverse):
-            return jax.vjp(lambda x: xla.forward(x, reverse), call)[1](cotangents)[0]
-
-        return transpose
-    from . import pallas_gpu, pallas_tpu
-
-    kernel = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}[backend]
-    return partial(kernel.backward, interpret=interpret)
-
-
-def _run(which, chosen, reverse: bool, axes: Axes, *args):
-    def implementation(backend, interpret):
-        return partial(which(backend, interpret), reverse=reverse)
-
-    chosen = dict(chosen)
-    if chosen["cpu"].startswith("pallas_gpu"):
-        axes = None  # jax 0.10's GPU interpreter has effects, which custom partitioning can't lower
-    return dispatch.run(chosen, implementation, *args, axes=axes, independent=("b", "d"))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _with_kernels(chosen: tuple[tuple[str, str], ...], reverse: bool, call: Inputs):
-    return _run(_forward, chosen, reverse, Axes((AXES,), RESULT_AXES), call)
+_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
 
 
 def _with_kernels_fwd(chosen, reverse, call):
@@ -125,7 +83,7 @@ def _with_kernels_fwd(chosen, reverse, call):
 def _with_kernels_bwd(chosen, reverse, saved, cotangents):
     call, h = saved
     axes = Axes((AXES, "b t d", RESULT_AXES), AXES)
-    return (_run(_backward, chosen, reverse, axes, call, h, cotangents),)
+    return (OPERATION.backward(dict(chosen), axes, call, h, cotangents, reverse=reverse),)
 
 
 _with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)
