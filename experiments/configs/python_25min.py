@@ -19,14 +19,12 @@ def get_config(variant: str = "") -> ConfigDict:
     """The config; variant "smoke" ends in seconds."""
     check_variant(variant)
     config = quickstart.get_config()
-    config.steps = 2800
-    config.batch_size = 8
+    config.steps = 3000
 
     config.model.width = 192
-    config.model.repeats = 4
     config.model.blocks.gla.mixer_args.heads = 3
 
-    config.optimizer.learning_rate = 8e-3
+    config.optimizer.learning_rate = 0.01
     config.optimizer.warmup_steps = 50
     config.checkpoint.every = 400
     config.evaluation.max_bytes = 0
