@@ -72,7 +72,7 @@ class Checkpoints:
         """
         items = _split(state)
         checksums = {name: _checksums(x) for name, x in items.items()} | {"data": _crc(batches.get_state())}
-        about = {"config": as_json(config), "checksums": checksums}
+        about: dict[str, Any] = {"config": as_json(config), "checksums": checksums}
         about["checksum"] = _crc(about)
         args = {name: ocp.args.StandardSave(x) for name, x in items.items()}
         args |= {"about": ocp.args.JsonSave(about), "data": grain.checkpoint.CheckpointSave(batches)}
@@ -183,7 +183,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

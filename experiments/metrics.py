@@ -39,7 +39,7 @@ class Metrics:
         )
         self._steps, self._shown_at, self._done = steps, 0.0, first_step
         self._started, self._first_step = time.monotonic(), first_step
-        self._smooth = None
+        self._smooth: float | None = None
 
     def log(self, step: int, values: dict[str, float], *, write: bool) -> None:
         """Show one step, and if `write` put it in the files.

@@ -1,11 +1,11 @@
-"""How tests measure an error: rmse over the rms of the reference, with a bound that follows from the dtype."""
+"""How tests measure an error: rmse over the rms of the reference, bounded by what the dtype explains."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A sum in float32 of thousands of terms loses some tens of units in the last place. A bfloat16 kernel adds up in
-# float32, so what remains is the rounding of a few operands, each half a unit at most (eps is one unit).
+# A sum in float32 of thousands of terms loses some tens of units in the last place. A bfloat16 kernel adds up
+# in float32, so what remains is the rounding of a few operands, each half a unit at most (eps is one unit).
 _UNITS = {"float64": 2**10, "float32": 2**6, "float16": 2, "bfloat16": 1}
 
 
@@ -26,7 +26,7 @@ def error(actual, expected) -> float:
 
 
 def assert_close(actual, expected, dtype, *, times: float = 1.0, name: str = "") -> None:
-    """Every leaf of `actual` within `times` bounds of `dtype` of `expected`'s, and no bound that zeros would meet."""
+    """Every leaf of `actual` within `times` bounds of `expected`'s, and no bound that zeros would meet."""
     limit = times * bound(dtype)
     assert limit < 0.5, f"{name}: a bound of {limit} is no test"
     want = jax.tree_util.tree_leaves_with_path(expected)

@@ -169,8 +169,8 @@ def measure(shapes: list[Shape], repeats: int) -> list[dict[str, Any]]:
         for name in RUNNERS:
             try:
                 errors[name] = gate(name, small)
-            except Exception as error:  # not installed, or refuses the call
-                errors[name] = f"{type(error).__name__}: {error}"[:200]
+            except Exception as problem:  # not installed, or refuses the call
+                errors[name] = f"{type(problem).__name__}: {problem}"[:200]
             print(f"gate {small} {name}: {errors[name]}", flush=True)
     for shape in shapes:
         errors = trusted[stand_in(shape)]

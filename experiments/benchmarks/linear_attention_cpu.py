@@ -106,7 +106,7 @@ def measure(repeats: int) -> None:
             raise SystemExit(
                 f"{kind}: frugax is wrong by {errors['frugax']:.1e}: no timing of a wrong answer"
             )
-        seconds = {name: [] for name in compiled}
+        seconds: dict[str, list[float]] = {name: [] for name in compiled}
         for _ in range(repeats):
             for name, f in compiled.items():
                 start = time.perf_counter()

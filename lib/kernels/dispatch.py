@@ -94,7 +94,7 @@ class Operation:
         return self._run(chosen, axes, lambda room: room.forward, (call,), options)
 
     def backward(self, chosen: Mapping[str, str], axes: Axes, *args: Any, **options: Any) -> Any:
-        """The gradient of the call; `args`: the call, what a room's `backward` wants saved, the cotangents."""
+        """The gradient of the call; `args`: the call, what `backward` wants saved, the cotangents."""
 
         def of(room):
             return getattr(room, "backward", None) or partial(_transpose, room.forward)

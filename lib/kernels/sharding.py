@@ -84,7 +84,7 @@ def align(args: Any, names: Any, independent: Sequence[str] = ("b", "h")) -> Any
     that can't stay split are gathered here, and an argument that is the same on every shard of a caller's
     `shard_map` becomes one that varies, so that its gradient is summed.
     """
-    leaves, treedef = jax.tree.flatten(args)
+    leaves = jax.tree.leaves(args)
     mesh = _mesh_of(leaves)
     if mesh is None:
         return args
@@ -93,7 +93,7 @@ def align(args: Any, names: Any, independent: Sequence[str] = ("b", "h")) -> Any
         split = _split_by_types(rows, leaves, independent, mesh)
         specs = specs_of(rows, [x.shape for x in leaves], split, mesh.shape)
         leaves = [_reshard(x, spec, mesh) for x, spec in zip(leaves, specs, strict=True)]
-    return treedef.unflatten([vary_like(x, leaves) for x in leaves])
+    return jax.tree.unflatten(jax.tree.structure(args), [vary_like(x, leaves) for x in leaves])
 
 
 def vary_like(x: Array, tree: Any) -> Array:

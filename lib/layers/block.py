@@ -85,7 +85,7 @@ def _is_class(x: Any, base: type) -> bool:
 
 
 def _find(field: str, name: str | type, names: tuple[str, ...], base: type) -> type:
-    if _is_class(name, base):
+    if isinstance(name, type) and _is_class(name, base):
         return name
     if name not in names:
         raise ValueError(f"{field}: got {name!r}; one of {', '.join(names)}, or a {base.__name__} class fits")

@@ -44,7 +44,7 @@ def floored_gate(logits: Array, floor: Array | None) -> tuple[Array, Array]:
       logits: any shape [..., D]; below -60 they count as -60, where the gate is closed but its log finite.
       floor: [D] in [0, 1); None means 0.
     """
-    floor = 0.0 if floor is None else floor
+    lowest = 0.0 if floor is None else floor
     z = jnp.maximum(logits, -60.0)
-    log_f = jax.nn.log_sigmoid(z) + jnp.log1p(floor * jnp.exp(-z))
-    return jnp.minimum(log_f, 0), (1 - floor) * jax.nn.sigmoid(-z)  # rounding can leave it above 0
+    log_f = jax.nn.log_sigmoid(z) + jnp.log1p(lowest * jnp.exp(-z))
+    return jnp.minimum(log_f, 0), (1 - lowest) * jax.nn.sigmoid(-z)  # rounding can leave it above 0

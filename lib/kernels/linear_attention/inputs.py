@@ -1,6 +1,6 @@
 """What a call of `linear_attention` is, once checked: the form that every backend takes."""
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def repeat_heads(x: Array, heads: int, axis: int = 2) -> Array:
     return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis)
 
 
-def _fail(name: str, x: Array, fits: str) -> None:
+def _fail(name: str, x: Array, fits: str) -> NoReturn:
     raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; {fits} fits")
 
 

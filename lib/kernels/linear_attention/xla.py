@@ -148,4 +148,3 @@ def _decayed(q, k, g, diagonal, exclusive: bool):
         total = left + right
         h *= 2
     return A[..., 0, :, :], before, after, total[..., 0, :]
-

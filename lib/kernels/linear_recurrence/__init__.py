@@ -55,7 +55,8 @@ def linear_recurrence(
         >>> h.shape, state.shape
         ((2, 100, 64), (2, 64))
     """
-    call = check(*(as_shaped(x) for x in (a, b, initial_state, segment_ids)), reverse)
+    arrays = [as_shaped(x) for x in (a, b, initial_state, segment_ids)]
+    call = check(*arrays, reverse=reverse)
     call = align(call, AXES, OPERATION.independent)
     chosen, _ = OPERATION.plan(call, backend)
     run = _forward if only_xla(chosen) else _with_kernels

@@ -1,4 +1,4 @@
-"""Every backend against the float64 definition: values, gradients, states, packing, odd sizes, strong gates."""
+"""Every backend against the float64 definition: values, gradients, states, packing, sizes, strong gates."""
 
 import jax
 import jax.numpy as jnp
