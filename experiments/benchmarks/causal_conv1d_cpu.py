@@ -70,7 +70,7 @@ def measure(shape: tuple[int, int, int], width: int, repeats: int) -> dict:
                 raise AssertionError(
                     f"{what}: the contenders differ by {error:.1e}; no time is worth reporting"
                 )
-    milliseconds: dict[str, list[float]] = {key: [] for key in programs}
+    milliseconds: dict[tuple[str, ...], list[float]] = {key: [] for key in programs}
     for _ in range(repeats):  # interleaved, so that what else runs here slows all alike
         for key, (compiled, args) in programs.items():
             start = time.perf_counter()

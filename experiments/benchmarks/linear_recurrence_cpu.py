@@ -68,7 +68,7 @@ def measure(shape: tuple[int, int, int], repeats: int) -> dict:
             error = float(jnp.sqrt(jnp.mean((x - y) ** 2) / jnp.mean(y**2)))
             if not error < 1e-5:
                 raise AssertionError(f"{name}, {what}: {error:.1e} from lax.scan; no time is worth reporting")
-    milliseconds: dict[str, list[float]] = {key: [] for key in programs}
+    milliseconds: dict[tuple[str, ...], list[float]] = {key: [] for key in programs}
     for _ in range(repeats):  # interleaved, so that what else runs here slows all alike
         for key, (compiled, args) in programs.items():
             start = time.perf_counter()

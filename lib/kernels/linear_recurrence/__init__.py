@@ -55,8 +55,7 @@ def linear_recurrence(
         >>> h.shape, state.shape
         ((2, 100, 64), (2, 64))
     """
-    arrays = [as_shaped(x) for x in (a, b, initial_state, segment_ids)]
-    call = check(*arrays, reverse=reverse)
+    call = check(as_shaped(a), as_shaped(b), as_shaped(initial_state), as_shaped(segment_ids), bool(reverse))
     call = align(call, AXES, OPERATION.independent)
     chosen, _ = OPERATION.plan(call, backend)
     run = _forward if only_xla(chosen) else _with_kernels
