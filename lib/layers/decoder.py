@@ -16,7 +16,15 @@ from .mixer import check_segment_ids
 
 
 class DecoderState(NamedTuple):
-    """What a decoder carries from call to call."""
+    """What a decoder carries from call to call.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> model = frugax.layers.Decoder(vocab_size=5, width=8, blocks=(frugax.layers.Block("MLGRU"),))
+        >>> (_, state), _ = model.init_with_output(jax.random.key(0), jnp.array([[1, 2]]))
+        >>> isinstance(state, frugax.layers.DecoderState), state.last_segment
+        (True, None)
+    """
 
     layers: tuple[Any, ...]  # for each block the state of its mixer, every leaf [repeats, B, ...]
     last_segment: Array | None  # [B]: the document of the last token; None where no call had segment_ids

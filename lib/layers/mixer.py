@@ -22,6 +22,16 @@ class Mixer(nn.Module):
       param_dtype: what its parameters are kept in.
       backend: handed to `frugax.kernels`; None picks by platform, "xla" has `jax.jvp` too.
       out_scale: multiplies the initial output projection; a decoder of depth L passes 1 / sqrt(2 L).
+
+    Example:
+        >>> import frugax, jax
+        >>> class Mean(frugax.layers.Mixer):  # of the tokens so far: a mixer in five lines
+        ...     def __call__(self, x, *, state=None, segment_ids=None):
+        ...         total = jax.numpy.cumsum(self.prepare(x, segment_ids), axis=1)
+        ...         return total / (1 + jax.numpy.arange(x.shape[1]))[:, None], total[:, -1]
+        >>> y, state = Mean().apply({}, jax.numpy.ones((1, 3, 2)))
+        >>> float(y[0, 2, 0]), float(state[0, 0])
+        (1.0, 3.0)
     """
 
     dtype: DTypeLike | None = None

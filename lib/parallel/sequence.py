@@ -50,8 +50,8 @@ def linear_attention(
 
     Example:
         >>> import frugax, jax, functools
-        >>> from jax.sharding import PartitionSpec as P
-        >>> mesh = jax.make_mesh((1,), ("time",))
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("time",), axis_types=(AxisType.Auto,))
         >>> q = k = v = jax.numpy.ones((1, 64, 2, 16))
         >>> f = functools.partial(frugax.parallel.linear_attention, axis_name="time")
         >>> split = P(None, "time")
@@ -105,8 +105,9 @@ def linear_recurrence(
 
     Example:
         >>> import frugax, jax, functools
-        >>> from jax.sharding import PartitionSpec as P
-        >>> mesh, split = jax.make_mesh((1,), ("time",)), P(None, "time")
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("time",), axis_types=(AxisType.Auto,))
+        >>> split = P(None, "time")
         >>> f = functools.partial(frugax.parallel.linear_recurrence, axis_name="time")
         >>> x = jax.numpy.ones((1, 64, 16))
         >>> h, state = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=(split, P())))(x, x)
@@ -151,8 +152,9 @@ def causal_conv1d(
 
     Example:
         >>> import frugax, jax, functools
-        >>> from jax.sharding import PartitionSpec as P
-        >>> mesh, split = jax.make_mesh((1,), ("time",)), P(None, "time")
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("time",), axis_types=(AxisType.Auto,))
+        >>> split = P(None, "time")
         >>> f = functools.partial(frugax.parallel.causal_conv1d, axis_name="time")
         >>> f = jax.shard_map(f, mesh=mesh, in_specs=(split, P()), out_specs=(split, P()))
         >>> y, state = jax.jit(f)(jax.numpy.ones((1, 64, 16)), jax.numpy.ones((4, 16)))

@@ -1,0 +1,161 @@
+"""The tables of README.md, from the code and from experiments/benchmarks/results: never written by hand.
+
+python -m experiments.tables           rewrite them
+python -m experiments.tables --check   say whether they are as this would write them
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import frugax
+
+README = Path(__file__).parents[1] / "README.md"
+RESULTS = Path(__file__).parent / "benchmarks" / "results"
+
+
+def what_runs_where() -> str:
+    """Which backend serves each operation on each platform, as `frugax.kernels.explain` says."""
+    rows = []
+    for op, shapes in {
+        "linear_attention": ((1, 4096, 8, 64),) * 3 + ((1, 4096, 8, 64),),
+        "linear_recurrence": ((1, 4096, 512),) * 2,
+        "causal_conv1d": ((1, 4096, 512), (4, 512)),
+    }.items():
+        for dtype in (jnp.bfloat16, jnp.float32):
+            x = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+            with contextlib.redirect_stdout(io.StringIO()):
+                lines = frugax.kernels.explain(op, *x).splitlines()[1:]
+            served = dict(line.strip().split(": ", 1) for line in lines if not line.startswith("  not "))
+            cells = [f"`{served[platform]}`" for platform in ("cpu", "tpu", "cuda")]
+            rows.append([f"`{op}`", jnp.dtype(dtype).name, *cells, "`xla`"])
+    return table(["operation", "dtype", "CPU", "TPU", "Hopper and newer", "other GPUs"], rows)
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def linear_attention_cpu() -> str:
+    result = read("linear_attention_cpu")
+    rows = [
+        [r["gate"], r["contender"], r["median_ms"], r["temporaries_mb"], f"{r['time_over_frugax']}x"]
+        for r in result["rows"]
+    ]
+    head = ["gate", "", "median ms", "temporaries MB", "time over frugax"]
+    return f"{caption(result)}\n\n{table(head, rows)}"
+
+
+def tpu_schedule() -> str:
+    result = read("tpu_schedule_linear_attention")
+    rows = []
+    for r in result["rows"]:
+        if "error" in r:
+            rows.append([r["kernel"], r["chip"], "does not compile", *[""] * 5])
+            continue
+        share = f"{100 * r['matrix_share']:.0f} %"
+        rows.append([r["kernel"], r["chip"], f"{r['cycles']:,}", f"{r['copies']:,}", f"{r['floor']:,}"])
+        rows[-1] += [f"{r['ratio']:.2f}x", share, f"{r['spills']:,}"]
+    head = ["kernel", "chip", "cycles", "copies", "floor", "total over floor", "matrix unit", "spills"]
+    versions = f"jax {result['jax']}, libtpu {result['libtpu']}"
+    about = f"{result['shapes'].splitlines()[0]} {versions}, {result['date']}."
+    return f"{about}\n\n{table(head, rows)}"
+
+
+def recurrences_cpu() -> str:
+    rows, about = [], []
+    for name in ("linear_recurrence", "causal_conv1d"):
+        result = read(f"{name}_cpu")
+        about.append(f"`{name}` {result['date']}, jax {result['jax']}, {result['machine']}")
+        for what, r in result["results"].items():
+            rows.append([f"`{name}`", what, r["median_ms"], r["temporary_MB"]])
+    return "; ".join(about) + f".\n\n{table(['operation', '', 'median ms', 'temporaries MB'], rows)}"
+
+
+def hopper() -> str:
+    result = read("gpu_linear_attention_deviceless")
+    rows = []
+    for call in result["rows"]:
+        for k in call["kernels"]:
+            where = f"{call['decay']}, {call['D']}"
+            rows.append(
+                [where, f"`{k['name']}`", k["registers"], k["spill_stores"], f"{k['shared_bytes']:,}"]
+            )
+    head = ["decay, K = V", "kernel", "registers", "bytes spilled", "shared memory, bytes"]
+    return f"{result['chip']}, jax {result['versions']['jax']}, {result['date']}.\n\n{table(head, rows)}"
+
+
+def training() -> str:
+    rows = []
+    for path in sorted(RESULTS.glob("train_*.json")):
+        r = json.loads(path.read_text())
+        minutes = (r["compile_seconds"] + r["training_seconds"] + r["evaluation_seconds"]) / 60
+        row = [f"`{path.stem.removeprefix('train_')}`", f"{r['parameters']:,}", f"{minutes:.1f}"]
+        held_out = [
+            f"{r[name]:.3f}"
+            for name in ("held_out_bits_per_byte", "gzip_bits_per_byte", "order3_bits_per_byte")
+        ]
+        rows.append(
+            [*row, *held_out, f"{r['held_out_bytes']:,}", r["machine"], f"jax {r['jax']}, {r['date']}"]
+        )
+    head = ["config", "parameters", "minutes", "held out", "gzip -9", "order-3 bytes", "bytes held out"]
+    return table([*head, "machine", "versions"], rows)
+
+
+def caption(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    machine = result["machine"]
+    where = f"{machine['cores']} cores of {machine['model']}"
+    return f"{result['benchmark']}. {where}, {versions}, {result['date']}."
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "what_runs_where": what_runs_where,
+    "linear_attention_cpu": linear_attention_cpu,
+    "recurrences_cpu": recurrences_cpu,
+    "training": training,
+    "tpu_schedule": tpu_schedule,
+    "hopper": hopper,
+}
+
+
+def rewritten(text: str) -> str:
+    """`text` with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
+        before, found, rest = text.partition(start)
+        if not found:
+            raise SystemExit(f"README.md has no place for the table {name}: {start.strip()} fits")
+        _, _, after = rest.partition(end)
+        text = before + start + make() + end + after
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if one is out of date")
+    check = parser.parse_args().check
+    text = README.read_text()
+    new = rewritten(text)
+    if check and new != text:
+        sys.exit("README.md: its tables are out of date; `python -m experiments.tables` writes them")
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
