@@ -35,7 +35,10 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     g = inputs.log_decay
     if g is not None:
         g = g.astype(dtype)[..., None] if g.ndim < 4 else g.astype(dtype)
-        g = chunks(jnp.broadcast_to(g, (B, T, H, g.shape[-1])))
+        g = chunks(jnp.broadcast_to(g, (B, T, H, g.shape[-1]))).swapaxes(2, 3)
+        if g.shape[-1] == 1:  # one decay a head: small enough to prepare for all chunks at once
+            one, exclusive = jnp.ones_like(g), inputs.bonus is not None
+            g = _decayed(one, one, g, jnp.zeros_like(one[..., 0]) if exclusive else one[..., 0], exclusive)
     runs = entering = None
     if inputs.runs is not None:
         runs = jnp.pad(inputs.runs, ((0, 0), (0, N * C - T)), mode="edge").reshape(B, N, C).swapaxes(0, 1)
@@ -44,7 +47,9 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     if inputs.initial_state is not None:
         state = inputs.initial_state.astype(dtype)
 
-    step = jax.checkpoint(partial(_chunk, inputs.bonus), prevent_cse=False)
+    # Scores per channel cost an exp for each of their factors: those are kept, all else is computed again.
+    keep = jax.checkpoint_policies.dots_saveable if g is not None and not isinstance(g, tuple) else None
+    step = jax.checkpoint(partial(_chunk, scale, inputs.bonus), prevent_cse=False, policy=keep)
     xs = (chunks(q), chunks(k), chunks(repeat_heads(inputs.v, H)), g, runs, entering)
     if N == 1:
         state, out = step(state, jax.tree.map(lambda x: x[0], xs))
@@ -52,15 +57,15 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     else:
         state, out = jax.lax.scan(step, state, xs)
     out_BTHV = jnp.moveaxis(out, 0, 1).reshape(B, N * C, H, V)[:, :T]
-    return (scale * out_BTHV).astype(inputs.v.dtype), state
+    return out_BTHV.astype(inputs.v.dtype), state
 
 
-def _chunk(bonus_HK, S_BHKV, x):
+def _chunk(scale, bonus_HK, S_BHKV, x):
     """One chunk: (state before, its tokens) -> (state after, out_BCHV)."""
     q_BGCK, k_BGCK, v_BHCV = (y.swapaxes(1, 2) for y in x[:3])  # G heads of scores, H of values and decays
-    g_BHCk, runs_BC, entering_B = x[3] if x[3] is None else x[3].swapaxes(1, 2), x[4], x[5]
+    g, runs_BC, entering_B = x[3:]
     dtype, C, H = S_BHKV.dtype, q_BGCK.shape[2], S_BHKV.shape[1]
-    per_channel = g_BHCk is not None and g_BHCk.shape[-1] > 1
+    per_channel = g is not None and not isinstance(g, tuple)
     if per_channel:
         q_BGCK, k_BGCK = (repeat_heads(y, H, 1) for y in (q_BGCK, k_BGCK))
 
@@ -70,22 +75,20 @@ def _chunk(bonus_HK, S_BHKV, x):
         u_BHC = jnp.sum(qk_BGCK, -1)
     else:
         u_BHC = jnp.sum(repeat_heads(qk_BGCK, H, 1) * bonus_HK[:, None].astype(dtype), -1)
-    if g_BHCk is None:
+    if g is None:
         lower_CC = jnp.tril(jnp.ones((C, C), bool), 0 if bonus_HK is None else -1)
         A_BHCC = jnp.where(lower_CC, _dot("bhik,bhjk->bhij", q_BGCK, k_BGCK, dtype), 0)
     elif per_channel:
-        A_BHCC, before, after, total = _decayed(q_BGCK, k_BGCK, g_BHCk, u_BHC, bonus_HK is not None)
+        A_BHCC, before, after, total = _decayed(q_BGCK, k_BGCK, g, u_BHC, bonus_HK is not None)
     else:
-        one = jnp.ones_like(g_BHCk)
-        diagonal = one[..., 0] if bonus_HK is None else jnp.zeros_like(one[..., 0])
-        decay_BHCC, before, after, total = _decayed(one, one, g_BHCk, diagonal, bonus_HK is not None)
+        decay_BHCC, before, after, total = g
         A_BHCC = repeat_heads(_dot("bhik,bhjk->bhij", q_BGCK, k_BGCK, dtype), H, 1) * decay_BHCC
     if bonus_HK is not None and not per_channel:
         A_BHCC = A_BHCC + jnp.eye(C, dtype=dtype) * u_BHC[..., None]
 
     q_BHCK, k_BHCK = (repeat_heads(y, H, 1).astype(dtype) for y in (q_BGCK, k_BGCK))
     A_BHCC = repeat_heads(A_BHCC, H, 1)
-    if g_BHCk is not None:
+    if g is not None:
         q_BHCK, k_BHCK = q_BHCK * jnp.exp(before), k_BHCK * jnp.exp(after)
         S_kept = jnp.exp(total)[..., None] * S_BHKV
     else:
@@ -100,7 +103,7 @@ def _chunk(bonus_HK, S_BHKV, x):
     out_BHCV = _dot("bhij,bhjv->bhiv", A_BHCC.astype(operand), v_BHCV, dtype)
     out_BHCV += _dot("bhik,bhkv->bhiv", q_BHCK.astype(operand), S_BHKV.astype(operand), dtype)
     S_BHKV = S_kept + _dot("bhjk,bhjv->bhkv", k_BHCK.astype(operand), v_BHCV, dtype)
-    return S_BHKV, out_BHCV.swapaxes(1, 2)
+    return S_BHKV, (scale * out_BHCV).swapaxes(1, 2)
 
 
 def _dot(equation: str, x: Array, y: Array, dtype) -> Array:
