@@ -26,7 +26,7 @@ def what_runs_where() -> str:
     """Which backend serves each operation on each platform, as `frugax.kernels.explain` says."""
     rows = []
     for op, shapes in {
-        "linear_attention": ((1, 4096, 8, 64),) * 3 + ((1, 4096, 8, 64),),
+        "linear_attention": ((1, 4096, 8, 64),) * 4,
         "linear_recurrence": ((1, 4096, 512),) * 2,
         "causal_conv1d": ((1, 4096, 512), (4, 512)),
     }.items():
@@ -74,10 +74,15 @@ def recurrences_cpu() -> str:
     rows, about = [], []
     for name in ("linear_recurrence", "causal_conv1d"):
         result = read(f"{name}_cpu")
-        about.append(f"`{name}` {result['date']}, jax {result['jax']}, {result['machine']}")
-        for what, r in result["results"].items():
-            rows.append([f"`{name}`", what, r["median_ms"], r["temporary_MB"]])
-    return "; ".join(about) + f".\n\n{table(['operation', '', 'median ms', 'temporaries MB'], rows)}"
+        about.append(f"`{name}`: {result['date']}, jax {result['jax']}, {result['machine']}")
+        found = result["results"]
+        by_shape = {str(result["shape"]): found} if "shape" in result else found
+        for shape, times in by_shape.items():
+            rows += [
+                [f"`{name}`", shape, what, r["median_ms"], r["temporary_MB"]] for what, r in times.items()
+            ]
+    head = ["operation", "shape", "", "median ms", "temporaries MB"]
+    return "; ".join(about) + f".\n\n{table(head, rows)}"
 
 
 def hopper() -> str:
@@ -107,7 +112,8 @@ def training() -> str:
             [*row, *held_out, f"{r['held_out_bytes']:,}", r["machine"], f"jax {r['jax']}, {r['date']}"]
         )
     head = ["config", "parameters", "minutes", "held out", "gzip -9", "order-3 bytes", "bytes held out"]
-    return table([*head, "machine", "versions"], rows)
+    text = "Bits per byte of files that were held out; minutes hold compilation and evaluation."
+    return f"{text}\n\n{table([*head, 'machine', 'versions'], rows)}"
 
 
 def caption(result: dict[str, Any]) -> str:

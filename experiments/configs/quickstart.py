@@ -2,7 +2,8 @@
 
 Reproduces: no published run; it shows the path from the equation to a model that writes text, byte by byte.
 The layer is that of Gated Linear Attention Transformers (Yang et al. 2024, arXiv 2312.06635).
-Should reach: 2.0 bits per byte or less on held-out files, where gzip -9 needs about 1.6.
+Should reach: about 2.1 bits per byte on held-out files, where an order-3 byte model needs 2.15 and gzip -9,
+which sees the file it compresses, 1.94.
 Time: under five minutes on two cores, with compilation, evaluation and a sample.
 
   python -m experiments.train --config=experiments/configs/quickstart.py

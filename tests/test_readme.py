@@ -1,0 +1,27 @@
+"""README.md: its example runs, and its tables are those of the code and the results."""
+
+import re
+from pathlib import Path
+
+from experiments.tables import rewritten
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_blocks_are_the_main_job_and_the_tests():
+    assert [kind for kind, _ in BLOCKS[:2]] == ["bash", "bash"]
+    assert "experiments.train --config=experiments/configs/quickstart.py" in BLOCKS[0][1]
+    assert "pytest" in BLOCKS[1][1]
+
+
+def test_the_example_runs():
+    (code,) = (code for kind, code in BLOCKS if kind == "python")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["out"].shape == (2, 100, 4, 32)
+    assert names["logits"].shape == (1, 1, 256)
+
+
+def test_tables_are_up_to_date():
+    assert rewritten(README.read_text()) == README.read_text()
