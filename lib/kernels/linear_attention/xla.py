@@ -119,7 +119,7 @@ def _decayed(q, k, g, diagonal, exclusive: bool):
     differences of long sums: no exp of a positive number, no cancellation however strong the gates.
 
     Args:
-      q, k: [..., C, K], C a power of two. g: [..., C, K], log-decays. With K = 1, the product of two columns.
+      q, k: [..., C, K], C a power of two. g: [..., C, K], log-decays.
       diagonal: [..., C], what A holds there.
       exclusive: the row's own gate does not count (sums over j < s < i).
 
@@ -136,10 +136,7 @@ def _decayed(q, k, g, diagonal, exclusive: bool):
         join = partial(jnp.reshape, shape=(*lead, C // (2 * h), 2, h, K))
         rows = join(q)[..., 1, :, :] * jnp.exp(join(before)[..., 1, :, :])
         columns = join(k)[..., 0, :, :] * jnp.exp(join(after)[..., 0, :, :])
-        if K == 1:
-            corner = rows * columns.swapaxes(-1, -2)
-        else:
-            corner = _dot("...ik,...jk->...ij", rows.astype(q.dtype), columns.astype(k.dtype), dtype)
+        corner = _dot("...ik,...jk->...ij", rows.astype(q.dtype), columns.astype(k.dtype), dtype)
         halves = A.reshape(*lead, C // (2 * h), 2, h, h)
         top = jnp.pad(halves[..., 0, :, :], [(0, 0)] * (len(lead) + 2) + [(0, h)])
         A = jnp.concatenate([top, jnp.concatenate([corner, halves[..., 1, :, :]], -1)], -2)
