@@ -4,8 +4,6 @@ from typing import Any
 
 import jax
 
-JAX_VERSION = tuple(int(part) for part in jax.__version__.split(".")[:3])
-
 
 def gpu_interpret_params() -> Any:
     """What `plgpu.kernel(..., interpret=...)` takes to run a Mosaic GPU kernel on CPU."""

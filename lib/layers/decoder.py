@@ -9,8 +9,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from ..kernels.arguments import accumulator
 from ..kernels.dispatch import Backend, check_backend
-from ..kernels.linear_attention.inputs import accumulator
 from .block import Block, BlockLayer
 from .mixer import check_segment_ids
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from ..kernels import linear_recurrence
-from ..kernels.linear_attention.inputs import accumulator
+from ..kernels.arguments import accumulator
 from .mixer import Mixer
 from .norms import RMSNorm
 from .over_depth import ForgetFloors, floored_gate

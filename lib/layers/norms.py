@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..kernels.linear_attention.inputs import accumulator
+from ..kernels.arguments import accumulator
 
 
 def rms_normalize(x: Array, epsilon: float) -> Array:

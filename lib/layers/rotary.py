@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..kernels.linear_attention.inputs import accumulator
+from ..kernels.arguments import accumulator
 
 
 def positions(

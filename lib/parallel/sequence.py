@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from .. import kernels
+from ..kernels.arguments import accumulator
 from ..kernels.causal_conv1d import inputs as conv
 from ..kernels.dispatch import Backend
 from ..kernels.linear_attention import inputs as attention
@@ -188,7 +189,7 @@ def causal_conv1d(
 
 def _state_left(call: attention.Inputs) -> tuple[Array, Array]:
     """The state S_BHKV that a shard's tokens leave, and the log of their total decay, [B, H, 1 or K]."""
-    dtype = attention.accumulator(call.q.dtype)
+    dtype = accumulator(call.q.dtype)
     H = call.heads
     k_BTHK, v_BTHV = attention.repeat_heads(call.k, H), attention.repeat_heads(call.v, H)
     B, T = k_BTHK.shape[:2]

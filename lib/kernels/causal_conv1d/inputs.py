@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..arguments import reject
+
 
 class Inputs(NamedTuple):
     """Checked arguments. Tap w reads the input W-1-w tokens back, if that is within `reach`."""
@@ -19,11 +21,6 @@ class Inputs(NamedTuple):
     @property
     def width(self) -> int:
         return self.weight.shape[0]
-
-
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of sums: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def with_history(call: Inputs) -> Array:
@@ -56,31 +53,27 @@ def _reach(segment_ids: Array, width: int) -> Array:
     return jnp.minimum(t - jax.lax.cummax(start_of, axis=1), width - 1)
 
 
-def _fail(name: str, x: Array, fits: str) -> None:
-    raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; {fits} fits")
-
-
 def check(x, weight, bias, initial_state, segment_ids) -> Inputs:
     """Raise ValueError naming the argument that can't be right, or return the checked `Inputs`."""
     for name, a in dict(x=x, weight=weight, bias=bias, initial_state=initial_state).items():
         if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
-            _fail(name, a, "a floating dtype")
+            reject(name, a, "a floating dtype")
     if x.ndim != 3 or 0 in x.shape:
-        _fail("x", x, "[batch, time, channels], every size >= 1,")
+        reject("x", x, "[batch, time, channels], every size >= 1,")
     B, T, D = x.shape
     if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != D:
-        _fail("weight", weight, f"[W, {D}] with W >= 1")
+        reject("weight", weight, f"[W, {D}] with W >= 1")
     W = weight.shape[0]
     if bias is not None and bias.shape != (D,):
-        _fail("bias", bias, f"[{D}]")
+        reject("bias", bias, f"[{D}]")
     if initial_state is not None:
         if initial_state.shape != (B, W - 1, D):
-            _fail("initial_state", initial_state, f"[{B}, {W - 1}, {D}]")
+            reject("initial_state", initial_state, f"[{B}, {W - 1}, {D}]")
         initial_state = initial_state.astype(x.dtype)
     reach = None
     if segment_ids is not None:
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            _fail("segment_ids", segment_ids, f"integers [{B}, {T}]")
+            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
         reach = _reach(segment_ids, W)
     return Inputs(x, weight, bias, initial_state, reach)
 
@@ -90,8 +83,3 @@ def check_activation(activation: str | None) -> str | None:
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation: got {activation!r}; None, 'silu' or 'swish' fits")
     return activation and "silu"
-
-
-def as_shaped(x):
-    """Anything with a shape and a dtype; lists and numpy arrays become jax arrays."""
-    return x if x is None or isinstance(x, jax.ShapeDtypeStruct | Array) else jnp.asarray(x)

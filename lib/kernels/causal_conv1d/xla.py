@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .inputs import Inputs, accumulator, with_history
+from ..arguments import accumulator
+from .inputs import Inputs, with_history
 
 
 def forward(call: Inputs, activation: str | None) -> Array:

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
+from ..arguments import as_shaped
 from ..dispatch import Backend, Operation, names_of, only_xla
 from ..sharding import Axes, align
-from .inputs import Inputs, as_shaped, check
+from .inputs import Inputs, check
 
 OPERATION = Operation("linear_attention", independent=("b", "h"))
 RESULT_AXES = ("b t h v", "b h k v")

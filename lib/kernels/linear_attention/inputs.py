@@ -1,10 +1,11 @@
 """What a call of `linear_attention` is, once checked: the form that every backend takes."""
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from ..arguments import reject
 
 
 class Inputs(NamedTuple):
@@ -23,18 +24,9 @@ class Inputs(NamedTuple):
         return max(self.q.shape[2], self.k.shape[2], self.v.shape[2])
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of states and sums: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def repeat_heads(x: Array, heads: int, axis: int = 2) -> Array:
     """Give every one of `heads` heads its own copy of the head it reads."""
     return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis)
-
-
-def _fail(name: str, x: Array, fits: str) -> NoReturn:
-    raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; {fits} fits")
 
 
 def check(q, k, v, log_decay, bonus, initial_state, segment_ids) -> Inputs:
@@ -42,45 +34,40 @@ def check(q, k, v, log_decay, bonus, initial_state, segment_ids) -> Inputs:
     floats = dict(q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, initial_state=initial_state)
     for name, x in floats.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            _fail(name, x, "a floating dtype")
+            reject(name, x, "a floating dtype")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
-            _fail(name, x, f"[batch, time, heads, {'V' if name == 'v' else 'K'}]")
+            reject(name, x, f"[batch, time, heads, {'V' if name == 'v' else 'K'}]")
         if 0 in x.shape:
-            _fail(name, x, "every size >= 1")
+            reject(name, x, "every size >= 1")
         if x.dtype != q.dtype:
-            _fail(name, x, f"q's dtype {q.dtype}")
+            reject(name, x, f"q's dtype {q.dtype}")
     B, T, _, K = q.shape
     V = v.shape[3]
     H = max(x.shape[2] for x in (q, k, v))
     if k.shape[:2] != (B, T) or k.shape[3] != K:
-        _fail("k", k, f"[{B}, {T}, heads, {K}] (q's batch, time and K)")
+        reject("k", k, f"[{B}, {T}, heads, {K}] (q's batch, time and K)")
     if v.shape[:2] != (B, T):
-        _fail("v", v, f"[{B}, {T}, heads, V] (q's batch and time)")
+        reject("v", v, f"[{B}, {T}, heads, V] (q's batch and time)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if H % x.shape[2]:
-            _fail(name, x, f"a number of heads that divides {H}")
+            reject(name, x, f"a number of heads that divides {H}")
     if log_decay is not None:
         h_axis = {1: 0, 3: 2, 4: 2}.get(log_decay.ndim)
         fits = f"None, [{H}], [{B}, {T}, {H}] or [{B}, {T}, {H}, {K}]"
         if h_axis is None or log_decay.shape[h_axis] == 0 or H % log_decay.shape[h_axis]:
-            _fail("log_decay", log_decay, fits)
+            reject("log_decay", log_decay, fits)
         if log_decay.shape[:h_axis] != (B, T)[:h_axis] or log_decay.shape[h_axis + 1 :] not in ((), (K,)):
-            _fail("log_decay", log_decay, fits)
+            reject("log_decay", log_decay, fits)
         log_decay = repeat_heads(log_decay, H, h_axis)
     if bonus is not None and bonus.shape != (H, K):
-        _fail("bonus", bonus, f"[{H}, {K}]")
+        reject("bonus", bonus, f"[{H}, {K}]")
     if initial_state is not None and initial_state.shape != (B, H, K, V):
-        _fail("initial_state", initial_state, f"[{B}, {H}, {K}, {V}]")
+        reject("initial_state", initial_state, f"[{B}, {H}, {K}, {V}]")
     runs = None
     if segment_ids is not None:
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            _fail("segment_ids", segment_ids, f"integers [{B}, {T}]")
+            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
         starts = segment_ids[:, 1:] != segment_ids[:, :-1]
         runs = jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
     return Inputs(q, k, v, log_decay, bonus, initial_state, runs)
-
-
-def as_shaped(x):
-    """Anything with a shape and a dtype; lists and numpy arrays become jax arrays."""
-    return x if x is None or isinstance(x, jax.ShapeDtypeStruct | Array) else jnp.asarray(x)

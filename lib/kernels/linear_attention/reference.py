@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..arguments import accumulator
 from ..sharding import vary_like
-from .inputs import Inputs, accumulator, repeat_heads
+from .inputs import Inputs, repeat_heads
 
 
 @partial(jax.jit, static_argnames="scale")

@@ -5,9 +5,10 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, Int
 
+from ..arguments import as_shaped
 from ..dispatch import Backend, Operation, only_xla
 from ..sharding import Axes, align
-from .inputs import Inputs, as_shaped, check
+from .inputs import Inputs, check
 
 OPERATION = Operation("linear_recurrence", independent=("b", "d"))
 AXES = Inputs("b t d", "b t d", "b d")

@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
+
+from ..arguments import accumulator, reject
 
 
 class Inputs(NamedTuple):
@@ -15,41 +16,27 @@ class Inputs(NamedTuple):
     initial_state: Array  # [B, D], in the accumulator's dtype
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of states: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _fail(name: str, x: Array, fits: str) -> None:
-    raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; {fits} fits")
-
-
 def check(a, b, initial_state, segment_ids, reverse: bool) -> Inputs:
     """Raise ValueError naming the argument that can't be right, or return the checked `Inputs`."""
     for name, x in dict(a=a, b=b, initial_state=initial_state).items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            _fail(name, x, "a floating dtype")
+            reject(name, x, "a floating dtype")
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 3:
-            _fail(name, x, "[batch, time, D]")
+            reject(name, x, "[batch, time, D]")
         if 0 in x.shape:
-            _fail(name, x, "every size >= 1")
+            reject(name, x, "every size >= 1")
     if b.shape != a.shape:
-        _fail("b", b, f"a's shape {list(a.shape)}")
+        reject("b", b, f"a's shape {list(a.shape)}")
     B, T, D = a.shape
     if initial_state is not None and initial_state.shape != (B, D):
-        _fail("initial_state", initial_state, f"[{B}, {D}]")
+        reject("initial_state", initial_state, f"[{B}, {D}]")
     dtype = accumulator(jnp.promote_types(a.dtype, b.dtype))
     h0 = jnp.zeros((B, D), dtype) if initial_state is None else initial_state.astype(dtype)
     if segment_ids is not None:
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            _fail("segment_ids", segment_ids, f"integers [{B}, {T}]")
+            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
         changes = segment_ids[:, 1:] != segment_ids[:, :-1]
         starts = jnp.pad(changes, ((0, 0), (0, 1) if reverse else (1, 0)))
         a = jnp.where(starts[:, :, None], jnp.zeros_like(a), a)
     return Inputs(a, b, h0)
-
-
-def as_shaped(x):
-    """Anything with a shape and a dtype; lists and numpy arrays become jax arrays."""
-    return x if x is None or isinstance(x, jax.ShapeDtypeStruct | Array) else jnp.asarray(x)
