@@ -1,0 +1,91 @@
+"""Number formats for stored tensors: codes in dense bytes, a scale for each group of them.
+
+A format is a value of this module (`frugax.formats.int4`) or its name (`"int4"`).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from .companded import Companded
+from .dynamic import Dynamic
+from .format import Format
+from .integer import Integer
+from .quantized_tensor import QuantizedTensor, quantize_array
+
+int2, int3, int4, int5, int6, int7, int8 = (Integer(f"int{n}", n, True) for n in range(2, 9))
+dynamic8 = Dynamic("dynamic8", 8, signed=True)
+udynamic8 = Dynamic("udynamic8", 8, signed=False)
+softsign8 = Companded("softsign8", 8, signed=True)
+sqrt8 = Companded("sqrt8", 8, signed=False)
+
+_BY_NAME = {
+    f.name: f for f in (int2, int3, int4, int5, int6, int7, int8, dynamic8, udynamic8, softsign8, sqrt8)
+}
+
+__all__ = ["Format", "QuantizedTensor", "format_named", "quantize"]
+
+
+def format_named(format: Format | str) -> Format:
+    """The format of a name; a format itself stays as it is.
+
+    Args:
+      format: a format, or the name of one of this module's.
+
+    Raises:
+      ValueError: no format has this name.
+
+    Example:
+        >>> import frugax
+        >>> frugax.formats.format_named("int4").bits
+        4
+    """
+    if isinstance(format, Format):
+        return format
+    if format not in _BY_NAME:
+        raise ValueError(f"format: got {format!r}; one of {', '.join(_BY_NAME)} fits")
+    return _BY_NAME[format]
+
+
+def quantize(
+    x: Float[Array, "..."],
+    format: Format | str,
+    *,
+    axis: int = 0,
+    group_size: int | None = None,
+    key: Key[Array, ""] | None = None,
+) -> QuantizedTensor:
+    """Store a tensor as codes, with the largest magnitude of each group of them as its scale.
+
+    Args:
+      x: floating, at least one axis.
+      format: of the codes, or its name: int2..int8 (symmetric), dynamic8 and udynamic8 (the dynamic map of
+        8-bit optimizers; u: for numbers >= 0), softsign8 and sqrt8 (an even grid behind a curve).
+      axis: along which groups run: of a matrix, the contracted one. Codes below 8 bits are packed along it.
+      group_size: elements of a group; the last may have fewer. None: the whole axis is one.
+      key: rounds stochastically, so that the stored tensor is x on average; None rounds to the nearest code.
+
+    Returns:
+      A `QuantizedTensor`, with `.dequantize(dtype)` and `.nbytes`: n * bits / 8 for codes, 4 a group.
+
+    Raises:
+      ValueError: naming the argument that can't be right.
+
+    Source: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise scales and the dynamic map.
+
+    Example:
+        >>> import frugax, jax
+        >>> x = jax.random.normal(jax.random.key(0), (256, 64))
+        >>> q = frugax.formats.quantize(x, "int4", group_size=128)
+        >>> q.shape, q.codes.shape, q.scales.shape, q.nbytes
+        ((256, 64), (128, 64), (2, 64), 8704)
+    """
+    format = format_named(format)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; a floating dtype fits")
+    if x.ndim == 0 or 0 in x.shape:
+        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; at least one axis, every size >= 1 fits")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis: got {axis} for x {list(x.shape)}; {-x.ndim}..{x.ndim - 1} fits")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size: got {group_size}; at least 1, or None, fits")
+    return quantize_array(x, format, axis, group_size, key)

@@ -1,0 +1,24 @@
+"""Integers on an even grid, symmetric about zero or from zero up."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from .format import Format, round_half_away
+
+
+class Integer(Format):
+    """n bits: -h .. h over h = 2^(n-1) - 1, or 0 .. h over h = 2^n - 1 where unsigned."""
+
+    @property
+    def lowest(self) -> int:
+        return -self.highest if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        return 2 ** (self.bits - self.signed) - 1
+
+    def encode(self, x: Array) -> Array:
+        return jnp.clip(round_half_away(x * self.highest), self.lowest, self.highest).astype(jnp.int32)
+
+    def decode(self, codes: Array) -> Array:
+        return codes.astype(jnp.float32) * (1 / self.highest)

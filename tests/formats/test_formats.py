@@ -1,0 +1,155 @@
+"""Codes against tables written from their definitions, rounding, packing, and tensors that hold them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import frugax
+
+INTEGERS = [f"int{n}" for n in range(2, 9)]
+EVERY = [*INTEGERS, "dynamic8", "udynamic8", "softsign8", "sqrt8"]
+EPS = float(np.finfo(np.float32).eps)
+
+
+def table(name: str) -> np.ndarray:
+    """Every value of a format in float64, smallest first, as its definition says."""
+    if name.startswith("int"):
+        h = 2 ** (int(name[3:]) - 1) - 1
+        return np.arange(-h, h + 1) / h
+    if name == "softsign8":
+        g = np.arange(-127, 128) / 127
+        return g / (2 - np.abs(g))
+    if name == "sqrt8":
+        return (np.arange(1, 257) / 256) ** 2
+    signed = name == "dynamic8"
+    positive = []
+    for decade in range(7):
+        edges = np.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
+        positive.extend(10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2)
+    positive = np.array(positive)
+    return np.sort(np.concatenate([-positive if signed else [], [0], positive, [1]]))
+
+
+def numbers(name: str) -> np.ndarray:
+    """Numbers over seven decades, and both sides of every place where rounding changes its mind."""
+    values = table(name)
+    middles = (values[1:] + values[:-1]) / 2
+    spread = 10 ** np.random.default_rng(0).uniform(-7, 0, 4000) * np.tile([1, -1], 2000)
+    spread = spread if values[0] < 0 else np.abs(spread)
+    edges = middles[:, None] + np.abs(middles)[:, None] * [-8 * EPS, 8 * EPS]
+    return np.concatenate([values, edges.ravel(), spread]).astype(np.float32)
+
+
+def test_dynamic_maps_have_256_values():
+    for name in ("dynamic8", "udynamic8"):
+        values = table(name)
+        assert len(np.unique(values)) == 256
+        assert values[-1] == 1
+        assert 0 in values
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_codes_are_the_table(name):
+    format, values = frugax.formats.format_named(name), table(name)
+    codes = jnp.arange(format.lowest, format.lowest + len(values))
+    assert format.highest == codes[-1]
+    np.testing.assert_allclose(format.decode(codes), values, rtol=4 * EPS, atol=0)
+    np.testing.assert_array_equal(format.encode(jnp.asarray(values, jnp.float32)), codes)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_nearest_code_is_chosen(name):
+    format, values, x = frugax.formats.format_named(name), table(name), numbers(name)
+    nearest = np.abs(x.astype(np.float64)[:, None] - values).argmin(1) + format.lowest
+    np.testing.assert_array_equal(format.encode(jnp.asarray(x)), nearest)
+
+
+def test_relative_error_over_seven_decades():
+    """What the dynamic map is for: small numbers beside large ones keep their digits, as int8's do not."""
+    x = 10.0 ** np.random.default_rng(1).uniform(-6, 0, 5000)
+    error = {}
+    for name in ("dynamic8", "udynamic8", "int8"):
+        format = frugax.formats.format_named(name)
+        error[name] = np.abs(np.asarray(format.decode(format.encode(jnp.asarray(x, jnp.float32)))) / x - 1)
+    decade = np.ceil(np.log10(x)) + 6  # 0 .. 6: a value of decade i lies within half a cell of 0.9 / 2^i
+    for name, cells in (("dynamic8", 1), ("udynamic8", 2)):
+        half = 0.45 / (cells * 2**decade) * 10.0 ** np.ceil(np.log10(x)) / x
+        assert (error[name] <= half * (1 + 1e-5) + 1e-6).all()
+    assert (error["int8"] > 0.99).mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "dynamic8", "udynamic8", "softsign8"])
+def test_stochastic_rounding_is_unbiased(name):
+    """The mean of n draws lies within five standard errors, and a draw is one of the two neighbours."""
+    format, values, n = frugax.formats.format_named(name), table(name), 4000
+    rng = np.random.default_rng(2)
+    x = 10 ** rng.uniform(-5, 0, 64) * (rng.choice([-1, 1], 64) if values[0] < 0 else 1)
+    x = np.clip(x, values[0], 1).astype(np.float32)
+    codes = format.encode_stochastic(jnp.tile(x, (n, 1)), jax.random.uniform(jax.random.key(0), (n, 64)))
+    drawn = np.asarray(format.decode(codes), np.float64)
+    above = np.clip(np.searchsorted(values, x), 1, len(values) - 1)
+    gap = values[above] - values[above - 1]
+    assert (np.abs(drawn - x) <= gap * (1 + 1e-5)).all()
+    assert (drawn.std(0) > 0).mean() > 0.9
+    assert (np.abs(drawn.mean(0) - x) < 5 * gap / 2 / np.sqrt(n)).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("signed", [False, True])
+def test_packing_is_dense_and_loses_nothing(bits, signed):
+    from frugax.formats.packing import codes_per_unit, pack, unpack
+
+    low = -(2 ** (bits - 1)) if signed else 0
+    codes = np.random.default_rng(0).integers(low, low + 2**bits, (3, 5 * codes_per_unit(bits)))
+    packed = pack(jnp.asarray(codes), bits)
+    assert packed.nbytes * 8 == codes.size * bits
+    np.testing.assert_array_equal(unpack(packed, bits, signed=signed), codes)
+
+
+@pytest.mark.parametrize("name", ["int3", "dynamic8"])
+@pytest.mark.parametrize(("shape", "axis", "group"), [((7,), 0, 4), ((33, 5), 0, 16), ((2, 3, 70), -1, None)])
+def test_tensors(name, shape, axis, group):
+    """Groups are quantized apart, over any axis and with a ragged tail; a group of zeros stays zeros."""
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x = np.moveaxis(x, axis, -1)
+    size = group or x.shape[-1]
+    x[..., :size] *= 0 if group == 4 else 1e-20
+    want, values = np.zeros_like(x), table(name)
+    for start in range(0, x.shape[-1], size):
+        part = x[..., start : start + size]
+        scale = np.abs(part).max(-1, keepdims=True)
+        unit = part / np.where(scale == 0, 1, scale)
+        nearest = np.abs(unit.astype(np.float64)[..., None] - values).argmin(-1)
+        want[..., start : start + size] = values[nearest] * scale
+    x, want = np.moveaxis(x, -1, axis), np.moveaxis(want, -1, axis)
+    stacked = jax.jit(jax.vmap(lambda x: frugax.formats.quantize(x, name, axis=axis, group_size=group)))
+    twice = stacked(jnp.stack([x, 2 * x]))
+    q = jax.tree.map(lambda x: x[0], twice)
+    assert q.shape == shape
+    assert twice.shape == (2, *shape)
+    back = jax.jit(lambda q: (q.dequantize(), q.dequantize(jnp.bfloat16)))
+    np.testing.assert_allclose(back(twice)[0], np.stack([want, 2 * want]), rtol=4 * EPS)
+    assert back(q)[1].dtype == jnp.bfloat16
+
+
+def test_bytes():
+    x = jnp.ones((256, 64))
+    sizes = {n: frugax.formats.quantize(x, n, group_size=128).nbytes for n in ("int3", "int4", "dynamic8")}
+    assert sizes == {"int3": 256 * 64 * 3 // 8 + 512, "int4": 128 * 64 + 512, "dynamic8": 256 * 64 + 512}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (dict(x=jnp.ones(3, jnp.int32)), "x: got int32"),
+        (dict(x=jnp.ones(())), "at least one axis"),
+        (dict(x=jnp.ones((2, 3)), axis=2), "axis: got 2"),
+        (dict(x=jnp.ones(3), group_size=0), "group_size: got 0"),
+        (dict(x=jnp.ones(3), format="int9"), "one of int2"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_input(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        frugax.formats.quantize(**{"format": "int8", **arguments})
