@@ -1,0 +1,163 @@
+"""The Legendre delay system of the LMU: a window of the past as a few polynomial coefficients."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, Int
+
+from .arguments import accumulator, as_shaped, reject
+
+Method = Literal["fft", "recurrent"]
+
+_FFT_FROM = 16  # tokens from which a convolution beats a loop
+
+
+def lmu(
+    u: Float[Array, "b t d"],
+    order: int,
+    theta: float,
+    *,
+    initial_state: Float[Array, "b d n"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    method: Method | None = None,
+) -> tuple[Float[Array, "b t d n"], Float[Array, "b d n"]]:
+    """Legendre memory of each channel's last `theta` samples, m_t = A m_{t-1} + B u_t.
+
+    A and B discretize the delay system by zero-order hold with one token as the step. The window is read off
+    the memory by Legendre polynomials: u_{t-s} is about sum_n P_n((2 s + 1) / theta - 1) m_t[n] for s from 0
+    to theta - 1, the better the higher the order.
+
+    Args:
+      u: the samples [B, T, D], each channel a signal of its own.
+      order: how many coefficients N >= 1.
+      theta: the window's length in tokens, > 0.
+      initial_state: the memory before the first token [B, D, N]; None means zeros.
+      segment_ids: the document of each token; the memory restarts wherever the id changes. The initial state
+        belongs to the first token's document. A convolution knows no documents: "recurrent" alone takes them.
+      method: "fft" (a convolution, parallel over time) or "recurrent" (a loop, for streams); None takes the
+        convolution for long calls without segment_ids.
+
+    Returns:
+      m [B, T, D, N] in u's dtype, and the last memory [B, D, N] in float32 (float64 for float64 inputs),
+      ready to be the next call's `initial_state`.
+
+    Raises:
+      ValueError: naming the argument that can't be right.
+
+    Differentiable in u and in the initial state, forwards and backwards, to any order.
+
+    Source: Voelker, Kajic and Eliasmith 2019 (NeurIPS, "Legendre Memory Units"); as a convolution from
+    Chilkuri and Eliasmith 2021 (arXiv 2102.11417).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> u = jnp.ones((1, 200, 1))
+        >>> m, state = frugax.kernels.lmu(u, order=4, theta=50.0)
+        >>> m.shape, abs(state).round(2).tolist()  # a constant is its own first coefficient
+        ((1, 200, 1, 4), [[[1.0, 0.0, 0.0, 0.0]]])
+    """
+    u, initial_state, segment_ids = map(as_shaped, (u, initial_state, segment_ids))
+    _check(u, order, theta, initial_state, segment_ids, method)
+    if method is None:
+        method = "fft" if u.shape[1] >= _FFT_FROM and segment_ids is None else "recurrent"
+    wide = u.astype(accumulator(u.dtype))
+    B, T, D = u.shape
+    m0 = jnp.zeros((B, D, order)) if initial_state is None else initial_state
+    m0 = m0.astype(wide.dtype)
+    if method == "fft":
+        m = _convolution(wide, int(order), float(theta))
+        if initial_state is not None:
+            m = m + _free_response(m0, T, float(theta))
+    else:
+        m = _recurrence(wide, m0, float(theta), segment_ids)
+    return m.astype(u.dtype), m[:, -1]
+
+
+@functools.lru_cache(maxsize=32)
+def _system(order: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """The discrete A [N, N] and B [N], in float64."""
+    i, j = np.mgrid[:order, :order]
+    a = (2 * i + 1) / theta * np.where(i < j, -1.0, (-1.0) ** (i - j + 1))
+    n = np.arange(order)
+    b = (2 * n + 1) / theta * (-1.0) ** n
+    # exp([[A, B], [0, 0]]) holds both: exp(A), and the integral of exp(A s) B over the step.
+    both = scipy.linalg.expm(np.block([[a, b[:, None]], [np.zeros((1, order + 1))]]))
+    return both[:order, :order], both[:order, order]
+
+
+@functools.lru_cache(maxsize=8)
+def _impulse_response(order: int, theta: float, length: int) -> np.ndarray:
+    """A^t B for t = 0 .. length - 1, in float64 [length, N]."""
+    power, b = _system(order, theta)
+    response = b[None]
+    while len(response) < length:  # twice as long each time
+        response = np.concatenate([response, response @ power.T])
+        power = power @ power
+    return response[:length]
+
+
+def _convolution(u_BTD: Array, order: int, theta: float) -> Array:
+    """m from zeros [B, T, D, N]: u convolved with what one impulse leaves behind."""
+    T = u_BTD.shape[1]
+    response_TN = jnp.asarray(_impulse_response(order, theta, T), u_BTD.dtype)
+    length = 2 << (T - 1).bit_length()  # room for the convolution not to wrap around
+    product = (
+        jnp.fft.rfft(u_BTD, length, axis=1)[..., None] * jnp.fft.rfft(response_TN, length, axis=0)[:, None]
+    )
+    return jnp.fft.irfft(product, length, axis=1)[:, :T]
+
+
+def _free_response(m_BDN: Array, T: int, theta: float) -> Array:
+    """A^(t+1) m for t = 0 .. T - 1 [B, T, D, N]: how a memory fades without input."""
+    power, _ = _system(m_BDN.shape[-1], theta)
+
+    def applied(m, power):
+        return jnp.einsum("...j,ij->...i", m, jnp.asarray(power, m.dtype), precision="highest")
+
+    m_BTDN = applied(m_BDN, power)[:, None]
+    while m_BTDN.shape[1] < T:
+        m_BTDN = jnp.concatenate([m_BTDN, applied(m_BTDN, power)], axis=1)
+        power = power @ power
+    return m_BTDN[:, :T]
+
+
+def _recurrence(u_BTD: Array, m_BDN: Array, theta: float, segment_ids: Array | None) -> Array:
+    A_NN, B_N = (jnp.asarray(x, u_BTD.dtype) for x in _system(m_BDN.shape[-1], theta))
+    starts = jnp.zeros(u_BTD.shape[:2], bool)
+    if segment_ids is not None:
+        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+
+    def step(m_BDN, token):
+        u_BD, start_B = token
+        m_BDN = jnp.where(start_B[:, None, None], 0, m_BDN)
+        m_BDN = jnp.einsum("bdj,ij->bdi", m_BDN, A_NN, precision="highest") + u_BD[..., None] * B_N
+        return m_BDN, m_BDN
+
+    tokens = (jnp.moveaxis(u_BTD, 1, 0), jnp.moveaxis(starts, 1, 0))
+    return jnp.moveaxis(jax.lax.scan(step, m_BDN, tokens)[1], 0, 1)
+
+
+def _check(u, order, theta, initial_state, segment_ids, method) -> None:
+    """Raise ValueError naming the argument that can't be right."""
+    if not jnp.issubdtype(u.dtype, jnp.floating) or u.ndim != 3 or 0 in u.shape:
+        reject("u", u, "floating [batch, time, channels], every size >= 1,")
+    if order < 1 or int(order) != order:
+        raise ValueError(f"order: got {order}; a whole number >= 1 fits")
+    if not theta > 0:
+        raise ValueError(f"theta: got {theta}; a number of tokens above 0 fits")
+    if method not in (None, "fft", "recurrent"):
+        raise ValueError(f"method: got {method!r}; 'fft', 'recurrent' or None fits")
+    B, T, D = u.shape
+    if initial_state is not None and (
+        initial_state.shape != (B, D, order) or not jnp.issubdtype(initial_state.dtype, jnp.floating)
+    ):
+        reject("initial_state", initial_state, f"floating [{B}, {D}, {order}]")
+    if segment_ids is not None:
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
+            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
+        if method == "fft":
+            raise ValueError("segment_ids: a convolution knows no documents; method 'recurrent' or None fits")

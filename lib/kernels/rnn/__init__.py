@@ -1,0 +1,116 @@
+"""Recurrent networks with a matrix for each head: the public function, its checks, dispatch and gradient."""
+
+from functools import partial
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from ..arguments import as_shaped
+from ..dispatch import Backend, Operation, names_of, only_xla
+from ..sharding import Axes, align
+from .inputs import Inputs, check
+
+OPERATION = Operation("rnn", independent=("b", "h"))
+RESULT_AXES = ("b t h d", "b s h d")
+READS_AXES = "t h r b d"  # as the kernels have it: nothing but them reads it
+
+
+def rnn(
+    gates: Float[Array, "b t h g d"],
+    recurrent: Float[Array, "h g d d"],
+    bias: Float[Array, "h g d"] | None = None,
+    *,
+    cell: str = "lstm",
+    initial_state: Float[Array, "b s h d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "b t h d"], Float[Array, "b s h d"]]:
+    """A recurrent network over time, whose heads each have a recurrent matrix for every gate.
+
+    With x_g = gates[..., g, :], R_g h = h @ recurrent[head, g], y_g = x_g + R_g h_{t-1} + b_g, s = sigmoid:
+
+        lstm   gates i, f, z, o; states h, c: c_t = s(y_f) c_{t-1} + s(y_i) tanh(y_z); h_t = s(y_o) tanh(c_t)
+        gru    gates r, z, n; state h: n = tanh(x_n + s(y_r) (R_n h_{t-1} + b_n));
+               h_t = s(y_z) h_{t-1} + (1 - s(y_z)) n
+        elman  one gate; state h: h_t = tanh(y)
+        slstm  gates i, f, z, o; states h, c, n, m: m_t = max(y_i, log s(y_f) + m_{t-1});
+               i, f = exp(y_i - m_t), exp(log s(y_f) + m_{t-1} - m_t);
+               c_t = f c_{t-1} + i tanh(y_z); n_t = f n_{t-1} + i; h_t = s(y_o) c_t / n_t
+
+    Args:
+      gates: the inputs times their matrices, W x [B, T, H, G, D]; G gates of D channels in each of H heads.
+      recurrent: R [H, G, D, D], input channels before output channels, in gates' dtype.
+      bias: b [H, G, D], in gates' dtype; None means zeros. A GRU's n has it inside the reset, as in
+        cuDNN; a second one, outside, belongs into `gates`.
+      cell: "lstm", "gru", "elman" or "slstm".
+      initial_state: the states before the first token [B, S, H, D], in the cell's order; None means zeros. An
+        sLSTM's c and m are not read where its n is zero: nothing was read yet.
+      segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
+        belongs to the first token's document.
+      backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
+        "pallas_gpu". A Pallas backend named on CPU runs interpreted. Kernels hold a head's R on chip: an
+        LSTM's up to D = 2048 in bfloat16 on TPU, 128 on Hopper, which takes bfloat16 alone; larger heads get
+        "xla", and `explain` says which limit is in the way.
+
+    Returns:
+      h [B, T, H, D] in gates' dtype, and the states after the last token [B, S, H, D] in float32 (float64 for
+      float64 gates), ready to be the next call's `initial_state`.
+
+    Raises:
+      ValueError: naming the argument that can't be right, or the reason why a named backend can't serve.
+
+    Differentiable in every float input. The gradient keeps h and what a cell reads (c; h; none; c, n, m) of
+    every token. `jax.jvp` and second derivatives: with backend "reference" or "xla".
+
+    Source: FlashRNN, Pöppel et al. 2024 (arXiv 2412.07752); the sLSTM is xLSTM's (2405.04517). FlashRNN's
+    code also keeps n at 1 or more, which it is after any token.
+
+    Example:
+        >>> import frugax, jax
+        >>> keys = jax.random.split(jax.random.key(0))
+        >>> gates = jax.random.normal(keys[0], (2, 100, 4, 4, 32))
+        >>> recurrent = jax.random.normal(keys[1], (4, 4, 32, 32)) / 32**0.5
+        >>> h, state = frugax.kernels.rnn(gates, recurrent, cell="lstm")
+        >>> h.shape, state.shape
+        ((2, 100, 4, 32), (2, 2, 4, 32))
+    """
+    arrays = [as_shaped(x) for x in (gates, recurrent, bias, initial_state, segment_ids)]
+    call = check(*arrays, cell=cell)
+    call = align(call, _axes(call), OPERATION.independent)
+    chosen, _ = OPERATION.plan(call, backend)
+    run = _forward if only_xla(chosen) else _with_kernels
+    return run(tuple(chosen.items()), call)
+
+
+def plan(gates, recurrent, bias=None, *, cell="lstm", initial_state=None, segment_ids=None, backend=None):
+    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
+    arrays = [as_shaped(x) for x in (gates, recurrent, bias, initial_state, segment_ids)]
+    return OPERATION.plan(jax.eval_shape(partial(check, cell=cell), *arrays), backend)
+
+
+def _axes(call: Inputs) -> Inputs:
+    """The axes of every array, for `sharding.per_shard`."""
+    return names_of(call, Inputs("b t h g d", "h g i d", "h g d", "b s h d", "b t"))
+
+
+def _forward(chosen: tuple[tuple[str, str], ...], call: Inputs):
+    return OPERATION.forward(dict(chosen), Axes((_axes(call),), RESULT_AXES), call)
+
+
+_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+
+
+def _with_kernels_fwd(chosen, call):
+    axes = Axes((_axes(call),), (*RESULT_AXES, READS_AXES))
+    h, state, reads = OPERATION.forward(dict(chosen), axes, call, keep=True)
+    return (h, state), (call, h, reads)
+
+
+def _with_kernels_bwd(chosen, saved, cotangents):
+    call, h, reads = saved
+    names = _axes(call)
+    axes = Axes((names, "b t h d", READS_AXES, RESULT_AXES), names._replace(starts=None))
+    return (OPERATION.backward(dict(chosen), axes, call, h, reads, cotangents),)
+
+
+_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

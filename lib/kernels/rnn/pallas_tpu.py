@@ -1,0 +1,295 @@
+"""The cells on TPU: a head's R stays in VMEM over all steps, as states do; gates pass by in blocks of time.
+
+Time is in front and the batch on sublanes, [time, gates, batch, channels], so that a step is one index and
+its product has the batch for rows. The walk back gets pre-activations from one product over all tokens
+before it, returns their gradient, and R's gradient is one product over all tokens after it.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from .cells import Cell
+from .inputs import Inputs
+from .tiling import LANES, VMEM_LIMIT, Shape, TPUTiling, for_tpu, round_up
+from .tokens import matrix_gradients, pre_activations
+
+F32 = jnp.float32
+
+
+def unsupported_reason(call: Inputs) -> str | None:
+    """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
+    if call.gates.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the TPU kernel reads float32 and bfloat16, not {call.gates.dtype}"
+    reasons = (_tiling(call, backward)[1] for backward in (False, True))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def forward(call: Inputs, keep: bool = False, *, interpret: bool) -> tuple[Array, ...]:
+    """h [B, T, H, D], the last state [B, S, H, D]; with `keep` also what steps read [T, H, R, B, D]."""
+    B, T, H, G, D = call.gates.shape
+    cell, dtype = call.cell, call.gates.dtype
+    walk = _Walk(call, backward=False)
+    S, R = len(cell.states), len(cell.reads) if keep else 0
+    out_shape = [walk.tokens(1, dtype), walk.states(S)] + ([walk.tokens(R, F32)] if R else [])
+    h, state, *reads = walk.run(
+        partial(_forward_kernel, cell=cell, walk=walk, keep=R > 0),
+        [walk.time_first(call.gates, dtype), call.recurrent, call.bias[:, :, None], call.initial_state],
+        [walk.block(G), walk.matrix(G), walk.bias(G), walk.state(S)],
+        out_shape,
+        [walk.block(1), walk.state(S)] + ([walk.block(R)] if R else []),
+        [pltpu.VMEM((walk.tiling.batch, walk.D), dtype)],
+        "rnn_forward",
+        interpret,
+    )
+    results = walk.batch_first(h)[:, :, :, 0], walk.trim_state(state)
+    if not keep:
+        return results
+    return (*results, reads[0][:T, :, :, :B, :D] if reads else jnp.zeros((T, H, 0, B, D), F32))
+
+
+def backward(
+    call: Inputs, h: Array, reads: Array, cotangents: tuple[Array, Array], *, interpret: bool
+) -> Inputs:
+    """The gradients, as `Inputs`, from what `forward` returned."""
+    cell, dtype = call.cell, call.gates.dtype
+    walk = _Walk(call, backward=True)
+    P, S, R, G = cell.pre_activations, len(cell.states), len(cell.reads), cell.gates
+    dh, dstate = cotangents
+    operands = [
+        walk.time_first(pre_activations(call, h), F32),
+        *([_pad(reads, walk.tokens(R, F32).shape)] if R else []),
+        walk.time_first(dh[:, :, :, None], dtype),
+        jnp.swapaxes(call.recurrent, 2, 3),
+        dstate,
+    ]
+    specs = [walk.block(P), *([walk.block(R)] if R else []), walk.block(1), walk.matrix(G), walk.state(S)]
+    dpre, dstate = walk.run(
+        partial(_backward_kernel, cell=cell, walk=walk),
+        operands,
+        specs,
+        [walk.tokens(P, dtype), walk.states(S)],
+        [walk.block(P), walk.state(S)],
+        [],
+        "rnn_backward",
+        interpret,
+    )
+    return matrix_gradients(call, h, walk.batch_first(dpre))._replace(initial_state=walk.trim_state(dstate))
+
+
+def _tiling(call: Inputs, backward: bool) -> tuple[TPUTiling | None, str | None]:
+    B, T, H, _, D = call.gates.shape
+    shape = Shape(B, T, H, D, call.gates.dtype.itemsize, call.starts is not None)
+    return for_tpu(call.cell, shape, backward=backward)
+
+
+class _Walk:
+    """The grid (head, batch, time), time maybe backwards, and the views of arrays that go with it."""
+
+    def __init__(self, call: Inputs, *, backward: bool):
+        tiling, _ = _tiling(call, backward)
+        assert tiling is not None  # unsupported_reason
+        self.call, self.tiling, self.backward = call, tiling, backward
+        self.B, self.T, self.H, _, size = call.gates.shape
+        self.D = round_up(size, LANES)
+        self.batches = pl.cdiv(self.B, tiling.batch)
+        self.blocks = pl.cdiv(self.T, tiling.time)
+        self.ragged = self.T % tiling.time != 0
+        self.packed = call.starts is not None
+        self.columns = range(0, self.D, tiling.columns)
+
+    def at(self, i):
+        """Which block of time grid step i visits."""
+        return self.blocks - 1 - i if self.backward else i
+
+    def block(self, n: int) -> pl.BlockSpec:
+        """Of [T, H, n, B, D]: n rows of channels for each token and sequence."""
+        shape = (self.tiling.time, None, n, self.tiling.batch, self.D)
+        return pl.BlockSpec(shape, lambda h, b, i: (self.at(i), h, 0, b, 0))
+
+    def matrix(self, n: int) -> pl.BlockSpec:
+        """Of [H, n, D, D]: fetched once a head, so that there is no second one to overlap with."""
+        return pl.BlockSpec(
+            (None, n, self.D, self.D), lambda h, b, i: (h, 0, 0, 0), pipeline_mode=pl.Buffered(1)
+        )
+
+    def bias(self, n: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, n, 1, self.D), lambda h, b, i: (h, 0, 0, 0))
+
+    def state(self, n: int) -> pl.BlockSpec:
+        """Of [H, n, B, D]."""
+        return pl.BlockSpec((None, n, self.tiling.batch, self.D), lambda h, b, i: (h, 0, b, 0))
+
+    def tokens(self, n: int, dtype) -> jax.ShapeDtypeStruct:
+        rows, time = self.batches * self.tiling.batch, self.blocks * self.tiling.time
+        return jax.ShapeDtypeStruct((time, self.H, n, rows, self.D), dtype)
+
+    def states(self, n: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.H, n, self.batches * self.tiling.batch, self.D), F32)
+
+    def time_first(self, x: Array, dtype) -> Array:
+        """[B, T, H, n, D] -> [T', H, n, B', D'], whole blocks."""
+        return _pad(jnp.transpose(x.astype(dtype), (1, 2, 3, 0, 4)), self.tokens(x.shape[3], dtype).shape)
+
+    def batch_first(self, x: Array) -> Array:
+        """[T', H, n, B', D'] -> [B, T, H, n, D]."""
+        x = x[: self.T, :, :, : self.B, : self.call.gates.shape[-1]]
+        return jnp.transpose(x, (3, 0, 1, 2, 4))
+
+    def trim_state(self, x: Array) -> Array:
+        """[H, S, B', D'] -> [B, S, H, D]."""
+        return jnp.transpose(x[:, :, : self.B, : self.call.gates.shape[-1]], (2, 1, 0, 3))
+
+    def run(self, kernel, operands, in_specs, out_shape, out_specs, scratch, name, interpret):
+        """Launch `kernel`; the last operand is a state [B, S, H, D]; starts, if any, come after it."""
+        *operands, state = operands
+        for i, spec in enumerate(in_specs[:-1]):  # matrices and biases: whole lanes
+            if operands[i].shape[0] == self.H:
+                operands[i] = _pad(operands[i], (self.H, *spec.block_shape[1:]))
+        S = state.shape[1]
+        operands.append(_pad(jnp.transpose(state, (2, 1, 0, 3)), self.states(S).shape))
+        if self.packed:
+            starts_TB1 = self.call.starts.T[..., None].astype(F32)
+            rows, time = self.batches * self.tiling.batch, self.blocks * self.tiling.time
+            operands.append(_pad(starts_TB1, (time, rows, 1)))
+            in_specs = [
+                *in_specs,
+                pl.BlockSpec((self.tiling.time, self.tiling.batch, 1), lambda h, b, i: (self.at(i), b, 0)),
+            ]
+        return pl.pallas_call(
+            kernel,
+            grid=(self.H, self.batches, self.blocks),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            out_shape=out_shape,
+            scratch_shapes=[pltpu.VMEM((S, self.tiling.batch, self.D), F32), *scratch],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            ),
+            interpret=interpret,
+            name=name,
+        )(*operands)
+
+    def each_token(self, visit) -> None:
+        """Call `visit(place in the block, whether the token exists; None: all do)` in the walk's order."""
+        time = self.tiling.time
+        first = self.at(pl.program_id(2)) * time
+
+        def step(i, _):
+            t = time - 1 - i if self.backward else i
+            visit(t, first + t < self.T if self.ragged else None)
+            return 0
+
+        lax.fori_loop(0, time, step, 0)
+
+    def each_columns(self, visit) -> None:
+        """Call `visit(slice of channels)` for all of them."""
+        if len(self.columns) == 1:
+            visit(pl.ds(0, self.D))
+            return
+
+        def step(i, _):
+            visit(pl.ds(pl.multiple_of(i * self.tiling.columns, LANES), self.tiling.columns))
+            return 0
+
+        lax.fori_loop(0, len(self.columns), step, 0)
+
+
+def _forward_kernel(x_ref, matrix_ref, bias_ref, first_ref, *refs, cell: Cell, walk: _Walk, keep: bool):
+    starts_ref, *refs = refs if walk.packed else (None, *refs)
+    h_ref, last_ref, *refs = refs
+    reads_ref, *refs = refs if keep else (None, *refs)
+    state_ref, operand_ref = refs  # the states, float32, and h once more, in the matrix unit's dtype
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state_ref[...] = first_ref[...]
+        operand_ref[...] = first_ref[0].astype(operand_ref.dtype)
+
+    def visit(t, exists):
+        if walk.packed:
+            fresh = starts_ref[t] != 0
+            state_ref[...] = jnp.where(fresh[None], 0.0, state_ref[...])
+            operand_ref[...] = jnp.where(fresh, 0.0, operand_ref[...].astype(F32)).astype(operand_ref.dtype)
+
+        def columns(d):
+            r = [
+                _dot(operand_ref[...], matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32)
+                for g in range(cell.gates)
+            ]
+            x = [x_ref[t, g, :, d].astype(F32) for g in range(cell.gates)]
+            before = [state_ref[s, :, d] for s in range(len(cell.states))]
+            reads = [before[s] for s in cell.reads]
+            if keep:
+                for n, read in enumerate(reads):
+                    reads_ref[t, n, :, d] = read
+            state = cell.step(cell.combine(x, r), reads)
+            h_ref[t, 0, :, d] = state[0].astype(h_ref.dtype)
+            for s, value in enumerate(state):
+                state_ref[s, :, d] = value if exists is None else jnp.where(exists, value, before[s])
+
+        walk.each_columns(columns)
+        operand_ref[...] = h_ref[t, 0]
+
+    walk.each_token(visit)
+
+    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    def _():
+        last_ref[...] = state_ref[...]
+
+
+def _backward_kernel(pre_ref, *refs, cell: Cell, walk: _Walk):
+    """What the states send back, from token to token; each token's share of the pre-activations' gradient."""
+    reads_ref, *refs = refs if cell.reads else (None, *refs)
+    dh_ref, matrix_ref, dlast_ref, *refs = refs
+    starts_ref, *refs = refs if walk.packed else (None, *refs)
+    dpre_ref, dfirst_ref, dstate_ref = refs
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        dstate_ref[...] = dlast_ref[...]
+
+    states = range(len(cell.states))
+
+    def visit(t, exists):
+        def pointwise(d):
+            pre = [pre_ref[t, p, :, d] for p in range(cell.pre_activations)]
+            reads = [reads_ref[t, n, :, d] for n in range(len(cell.reads))]
+            dstate = [dstate_ref[s, :, d] for s in states]
+            whole = (dstate[0] + dh_ref[t, 0, :, d].astype(F32), *dstate[1:])
+            dpre, dreads = cell.pullback(pre, reads, whole)
+            sent = dict(zip(cell.reads, dreads, strict=True))
+            for p, value in enumerate(dpre):
+                value = value if exists is None else jnp.where(exists, value, 0.0)
+                dpre_ref[t, p, :, d] = value.astype(dpre_ref.dtype)
+            for s in states:
+                value = sent.get(s, jnp.zeros_like(dstate[0]))
+                dstate_ref[s, :, d] = value if exists is None else jnp.where(exists, value, dstate[s])
+
+        def through_the_matrix(d):
+            sent = sum(_dot(dpre_ref[t, p], matrix_ref[g, :, d]) for g, p in enumerate(cell.recurrent))
+            dstate_ref[0, :, d] += sent
+
+        walk.each_columns(pointwise)
+        walk.each_columns(through_the_matrix)
+        if walk.packed:
+            dstate_ref[...] = jnp.where((starts_ref[t] != 0)[None], 0.0, dstate_ref[...])
+
+    walk.each_token(visit)
+
+    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    def _():
+        dfirst_ref[...] = dstate_ref[...]
+
+
+def _dot(x: Array, y: Array) -> Array:
+    precision = lax.Precision.HIGHEST if x.dtype == F32 else None
+    return jnp.dot(x, y, preferred_element_type=F32, precision=precision)
+
+
+def _pad(x: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)]) if x.shape != shape else x

@@ -1,0 +1,174 @@
+"""Block sizes of the kernels: a search through all that a chip's limits allow, ranked by what a step costs.
+
+FlashRNN's way: sizes are integers, limits are inequalities and divisibilities between them, and the search is
+small enough to be exhaustive. Where nothing is feasible, the limit that is in the way says so.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .cells import Cell
+
+LANES = 128
+VMEM_LIMIT = 48 * 2**20  # bytes a kernel may hold on the smallest of v5e, v5p, v6e and tpu7x (64 MiB)
+
+
+class Limit(NamedTuple):
+    """`amount` of every choice must be at most `most`."""
+
+    what: str
+    most: int
+    amount: Callable[..., int]
+
+
+class Found(NamedTuple):
+    """The best feasible choice, or None and why there is none."""
+
+    sizes: dict[str, int] | None
+    reason: str | None
+
+
+def search(space: Mapping[str, Iterable[int]], limits: Iterable[Limit], cost: Callable[..., Any]) -> Found:
+    """The cheapest choice of one number of each range in `space` that keeps every limit.
+
+    Args:
+      space: name -> the numbers to try. They already divide what they must.
+      limits: inequalities; `amount(**choice)` at most `most`.
+      cost: what to minimize; of equals, the first.
+    """
+    limits = list(limits)
+    choices = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
+    feasible = [c for c in choices if all(limit.amount(**c) <= limit.most for limit in limits)]
+    if feasible:
+        return Found(min(feasible, key=lambda c: cost(**c)), None)
+    if not choices:
+        empty = next(name for name, values in space.items() if not list(values))
+        return Found(None, f"no size of {empty} divides what it must")
+    for limit in limits:
+        least = min(limit.amount(**c) for c in choices)
+        if least > limit.most:
+            return Found(None, f"at least {least:,} {limit.what}, {limit.most:,} are there")
+    return Found(None, "no choice of sizes keeps all of: " + ", ".join(limit.what for limit in limits))
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@dataclasses.dataclass(frozen=True)
+class TPUTiling:
+    """A program walks `batch` sequences of one head, `time` tokens a grid step, `columns` channels at once.
+
+    R stays in VMEM as long as the head does.
+    """
+
+    batch: int
+    time: int
+    columns: int
+
+
+class Shape(NamedTuple):
+    """What a tiling depends on."""
+
+    batch: int
+    time: int
+    heads: int
+    size: int
+    itemsize: int
+    packed: bool
+
+
+def for_tpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[TPUTiling | None, str | None]:
+    """The tiling, or None and why none fits."""
+    D, item = round_up(shape.size, LANES), shape.itemsize
+    sublanes = 8 * 4 // item
+    rows = round_up(shape.batch, sublanes)
+    G, P, S, R = cell.gates, cell.pre_activations, len(cell.states), len(cell.reads)
+
+    def vmem(batch: int, time: int, columns: int) -> int:
+        """Every block but R twice, for the copies that overlap; states; what a step has in its hands."""
+        forth, back = G * item + item + R * 4, P * 4 + R * 4 + item + P * item  # what comes and what goes
+        token = back if backward else forth
+        token = token * D + (LANES * 4 if shape.packed else 0)
+        blocks = 2 * time * batch * token + G * D * D * item
+        states = (2 * 2 + 1) * S * batch * D * 4 + batch * D * item
+        hands = 2 * batch * 4 * (P * D if backward else G * columns)
+        return blocks + states + hands
+
+    def cost(batch: int, time: int, columns: int) -> tuple[int, int]:
+        """Cycles of all steps, about: R's tiles enter the matrix unit, rows pass, results come out late."""
+        tiles = G * (D // LANES) ** 2
+        step = tiles * (LANES // 8 + batch // 8) + 200 * (D // columns)
+        return (-(-rows // batch) * step * shape.time, -time)
+
+    found = search(
+        {
+            "batch": [b for b in range(sublanes, 257, sublanes) if b <= rows],
+            "time": [t for t in (1, 2, 4, 8, 16, 32, 64) if t < 2 * shape.time],
+            "columns": [c for c in range(LANES, D + 1, LANES) if D % c == 0],
+        },
+        [
+            Limit("bytes of VMEM", VMEM_LIMIT, vmem),
+            # More are a loop: a step that is written out whole must fit the instruction memory.
+            Limit(
+                "values of R in one product", max(2**20, G * D * LANES), lambda columns, **_: G * D * columns
+            ),
+        ],
+        cost,
+    )
+    if found.sizes is None:
+        return None, f"heads of {shape.size} channels with {G} gates take {found.reason}"
+    return TPUTiling(**found.sizes), None
+
+
+SHARED_LIMIT = 227 * 1024 - 1024  # bytes of shared memory a Hopper block may hold, less room for barriers
+REGISTERS = 224  # of 255 that a thread may hold: addresses need some
+PROCESSORS = 132  # of an H200
+ROWS = 64  # channels that one instruction of the tensor cores takes
+
+
+@dataclasses.dataclass(frozen=True)
+class GPUTiling:
+    """A block of 128 threads walks `batch` sequences of one head, with `stages` tokens on their way to it."""
+
+    batch: int
+    stages: int
+
+
+def for_gpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[GPUTiling | None, str | None]:
+    """The tiling, or None and why none fits. R's bfloat16 values fill most of the shared memory."""
+    D = round_up(shape.size, ROWS)
+    G, P, S, R = cell.gates, cell.pre_activations, len(cell.states), len(cell.reads)
+
+    def shared(batch: int, stages: int) -> int:
+        if backward:  # pre-activations, reads, dh on their way in; the gradient, twice
+            token, steady, bias = P * 4 + R * 4 + 2, 2 * P * 2, 0
+        else:  # gates; h twice, states
+            token, steady, bias = G * 2, 2 * 2 + S * 4, G * D * 4
+        values = stages * (token + 2 * shape.packed) + steady
+        return G * D * D * 2 + bias + values * D * batch
+
+    def registers(batch: int, **_: int) -> int:
+        """The states of all channels, and what a step holds of ROWS of them."""
+        return (D // ROWS * S + P + G + R + S + 4) * batch // 2
+
+    def cost(batch: int, stages: int) -> tuple[int, int]:
+        """Cycles, about: R is read from shared memory at 128 bytes a cycle; 128 threads do the pointwise."""
+        step = G * D * D * 2 * max(1, batch // 32) // 128 + D * batch * (P + S) // 4 + 1500
+        waves = -(-(-(-shape.batch // batch) * shape.heads) // PROCESSORS)
+        return waves * step, -stages
+
+    found = search(
+        {"batch": [16, 32, 64], "stages": [1, 2, 3]},
+        [
+            Limit("bytes of shared memory", SHARED_LIMIT, shared),
+            Limit("registers", REGISTERS, registers),
+            Limit("rows of an array", 2**31 - 1, lambda **_: shape.time * shape.heads * P * D),
+        ],
+        cost,
+    )
+    if found.sizes is None:
+        return None, f"heads of {shape.size} channels with {G} gates take {found.reason}"
+    return GPUTiling(**found.sizes), None

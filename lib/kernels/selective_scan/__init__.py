@@ -1,0 +1,116 @@
+"""Mamba's selective scan: the public function, its checks, its dispatch and its gradient."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import checkify
+from jaxtyping import Array, Float, Int
+
+from ..arguments import as_shaped
+from ..dispatch import Backend, Operation, names_of, only_xla
+from ..sharding import Axes, align
+from .inputs import Inputs, check, step_size
+
+OPERATION = Operation("selective_scan", independent=("b", "d"))
+RESULT_AXES = ("b t d", "b d n")
+
+
+def selective_scan(
+    x: Float[Array, "b t d"],
+    dt: Float[Array, "b t d"],
+    A: Float[Array, "d n"],
+    B: Float[Array, "b t n"],
+    C: Float[Array, "b t n"],
+    D: Float[Array, "d"] | None = None,
+    *,
+    z: Float[Array, "b t d"] | None = None,
+    dt_bias: Float[Array, "d"] | None = None,
+    dt_softplus: bool = False,
+    initial_state: Float[Array, "b d n"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    backend: Backend | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
+    """Mamba's recurrence, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t and y_t = (C_t h_t + D x_t) silu(z_t).
+
+    Args:
+      x: the inputs, one for each channel [B, T, D].
+      dt: how far each token moves each channel's state, >= 0, in the unit that A is per.
+      A: the rate of each of the N states of each channel, <= 0. A positive value, or a negative dt (its
+        bias added), is caught under `jax.experimental.checkify` (`all_checks` or `user_checks`).
+      B: how a token's input enters the states, the same for all channels [B, T, N].
+      C: how the states make up the output [B, T, N].
+      D: weight of the input in the output [D]; None for none.
+      z: gates the output by silu(z) [B, T, D]; None for no gate.
+      dt_bias: added to dt, before the softplus [D].
+      dt_softplus: whether dt passes through softplus.
+      initial_state: the state before the first token; None means zeros.
+      segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
+        belongs to the first token's document.
+      backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
+        "pallas_gpu". A Pallas backend named on CPU runs interpreted.
+
+    Returns:
+      y [B, T, D] in x's dtype, and the state after the last token [B, D, N] in float32 (float64 if x or dt
+      is), ready to be the next call's `initial_state`. Decoding is this call with T = 1.
+
+    Raises:
+      ValueError: naming the argument that can't be right, or the reason why a named backend can't serve.
+
+    Differentiable in every float input; of the states, which are N times as large as x, the backward pass
+    computes anew what it needs. `jax.jvp` and second derivatives: with backend "reference" or "xla".
+
+    Source: Gu and Dao 2023 (Mamba, arXiv 2312.00752), algorithm 2 with real A.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> x, dt = jax.random.normal(jax.random.key(0), (2, 1, 100, 64))
+        >>> B, C = jax.random.normal(jax.random.key(1), (2, 1, 100, 16))
+        >>> A = -jnp.broadcast_to(jnp.arange(1.0, 17.0), (64, 16))
+        >>> y, state = frugax.kernels.selective_scan(x, dt, A, B, C, dt_softplus=True)
+        >>> y.shape, state.shape
+        ((1, 100, 64), (1, 64, 16))
+    """
+    arrays = (x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids)
+    call = check(*map(as_shaped, arrays))
+    softplus = bool(dt_softplus)
+    call = align(call, _axes(call), OPERATION.independent)
+    checkify.debug_check(jnp.all(call.A <= 0), "A: a value is positive; <= 0 fits")
+    if not softplus:
+        checkify.debug_check(jnp.all(step_size(call, False) >= 0), "dt: a value is negative; >= 0 fits")
+    chosen, _ = OPERATION.plan(call, backend)
+    run = _forward if only_xla(chosen) else _with_kernels
+    return run(tuple(chosen.items()), softplus, call)
+
+
+def plan(
+    x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False, initial_state=None, segment_ids=None,
+    backend=None,
+):  # fmt: skip
+    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
+    struct = [as_shaped(a) for a in (x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids)]
+    return OPERATION.plan(jax.eval_shape(check, *struct), backend)
+
+
+def _axes(call: Inputs) -> Inputs:
+    """The axes of every array, for `sharding.per_shard`."""
+    x, rows = "b t d", "b t n"
+    return names_of(call, Inputs(x, x, "d n", rows, rows, "d", x, "d", "b d n", "b t"))
+
+
+def _forward(chosen: tuple[tuple[str, str], ...], softplus: bool, call: Inputs):
+    return OPERATION.forward(dict(chosen), Axes((_axes(call),), RESULT_AXES), call, softplus=softplus)
+
+
+_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
+
+
+def _with_kernels_fwd(chosen, softplus, call):
+    return _with_kernels(chosen, softplus, call), call  # only the inputs: the backward pass recomputes
+
+
+def _with_kernels_bwd(chosen, softplus, call, cotangents):
+    names = _axes(call)
+    axes = Axes((names, RESULT_AXES), names._replace(starts=None))
+    return (OPERATION.backward(dict(chosen), axes, call, cotangents, softplus=softplus),)
+
+
+_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

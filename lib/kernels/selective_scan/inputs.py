@@ -1,0 +1,75 @@
+"""What a call of `selective_scan` is, once checked: the form that every backend takes."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..arguments import accumulator, reject
+
+
+class Inputs(NamedTuple):
+    """Checked arguments: all but x, dt and z in the accumulator's dtype, zeros where one was left out."""
+
+    x: Array  # [B, T, D]
+    dt: Array  # [B, T, D], before its bias and softplus
+    A: Array  # [D, N]
+    B: Array  # [B, T, N]
+    C: Array  # [B, T, N]
+    D: Array  # [D]
+    z: Array | None  # None | [B, T, D]
+    dt_bias: Array  # [D]
+    initial_state: Array  # [B, D, N]
+    starts: Array | None  # None | int32 [B, T]: 1 where a document begins, but 0 at t = 0
+
+
+def step_size(call: Inputs, softplus: bool) -> Array:
+    """dt [B, T, D] as the recurrence has it, in the accumulator's dtype."""
+    dt_BTD = call.dt.astype(call.A.dtype) + call.dt_bias
+    return jax.nn.softplus(dt_BTD) if softplus else dt_BTD
+
+
+def finish(call: Inputs, y_BTD: Array) -> Array:
+    """C h's way out: the skip, the gate, x's dtype."""
+    y_BTD = y_BTD + call.D * call.x.astype(y_BTD.dtype)
+    if call.z is not None:
+        y_BTD = y_BTD * jax.nn.silu(call.z.astype(y_BTD.dtype))
+    return y_BTD.astype(call.x.dtype)
+
+
+def check(x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids) -> Inputs:
+    """Raise ValueError naming the argument that can't be right, or return the checked `Inputs`."""
+    floats = dict(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    for name, array in floats.items():
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            reject(name, array, "a floating dtype")
+    if x.ndim != 3:
+        reject("x", x, "[batch, time, D]")
+    batch, T, width = x.shape
+    if A.ndim != 2 or A.shape[0] != width:
+        reject("A", A, f"[{width}, N] (x's D)")
+    N = A.shape[1]
+    for name, array in (("x", x), ("A", A)):
+        if 0 in array.shape:
+            reject(name, array, "every size >= 1")
+    shapes = dict(
+        dt=x.shape, z=x.shape, B=(batch, T, N), C=(batch, T, N), D=(width,), dt_bias=(width,),
+        initial_state=(batch, width, N),
+    )  # fmt: skip
+    for name, shape in shapes.items():
+        if floats[name] is not None and floats[name].shape != shape:
+            reject(name, floats[name], str(list(shape)))
+    starts = None
+    if segment_ids is not None:
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (batch, T):
+            reject("segment_ids", segment_ids, f"integers [{batch}, {T}]")
+        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = jnp.pad(changes, ((0, 0), (1, 0))).astype(jnp.int32)
+    dtype = accumulator(jnp.promote_types(x.dtype, dt.dtype))
+
+    def wide(array, shape):
+        return jnp.zeros(shape, dtype) if array is None else array.astype(dtype)
+
+    small = {name: wide(floats[name], shape) for name, shape in shapes.items() if name not in ("dt", "z")}
+    return Inputs(x=x, dt=dt, A=A.astype(dtype), z=z, starts=starts, **small)

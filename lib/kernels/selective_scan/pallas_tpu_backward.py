@@ -1,0 +1,99 @@
+"""The TPU kernel of the gradient: a block's states computed anew, then walked back over."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from .pallas_tpu_blocks import F32, OverStates, Plan, silu, step_sizes
+from .tiling import LANES, ROWS, SUBLANES
+
+LN_2 = float(np.log(2))
+
+
+def backward_kernel(
+    plan: Plan, *, x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, dt_bias_ref, dy_ref, d_final_ref, states_ref,
+    dx_ref, ddt_ref, dB_ref, dC_ref, dD_ref, ddt_bias_ref, dA_ref, dinitial_state_ref,
+    before_ref, carry_ref, step_ref, dout_ref, tile0_ref, tile1_ref, tile2_ref,
+    z_ref=None, dz_ref=None, keep_ref=None,
+):  # fmt: skip
+    """before[t]: the state before token t; carry: what the token just visited sends to the state before it;
+    step, dout: dt and the gradient of C h, for each token of the block; tiles: dt, dt * x and the gradient of
+    C h of those at work."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        carry_ref[...] = d_final_ref[...]
+        for ref in (dD_ref, ddt_bias_ref, dA_ref):
+            ref[...] = jnp.zeros_like(ref)
+
+    def states(row, h):
+        rows = pl.ds(row, ROWS)
+        x, dy = x_ref[rows, :].astype(F32), dy_ref[rows, :].astype(F32)
+        dt = step_sizes(plan, dt_ref[rows, :].astype(F32) + dt_bias_ref[...])
+        tile0_ref[...], tile1_ref[...], step_ref[rows, :] = dt, dt * x, dt
+        B = plan.columns(B_ref, row)
+        C = None if z_ref is None else plan.columns(C_ref, row)
+        keeps = None if keep_ref is None else plan.columns(keep_ref, row)
+        y = OverStates()
+        for r in range(ROWS):
+            a = plan.keep(keeps, r, jnp.exp2(plan.spread(tile0_ref, r) * A_ref[...]))
+            before_ref[row + r] = h
+            h = a * h + plan.spread(tile1_ref, r) * plan.column(B, r)
+            if C is not None:
+                y.put(r, h * plan.column(C, r))
+        if z_ref is not None:
+            z = z_ref[rows, :].astype(F32)
+            gate = jax.nn.sigmoid(z)
+            slope = gate * (1 + z * (1 - gate))
+            dz_ref[rows, :] = (dy * (y.rows() + D_ref[...] * x) * slope).astype(dz_ref.dtype)
+            dy = dy * silu(z)
+        dout_ref[rows, :] = dy
+        return h
+
+    before_ref[plan.tiling.time] = plan.each_tile(states, states_ref[...])
+    dB_ref[...], dC_ref[...] = jnp.zeros_like(dB_ref), jnp.zeros_like(dC_ref)
+    lane = lax.broadcasted_iota(jnp.int32, (plan.tiling.states, LANES), 1)
+
+    def back(row, carry):
+        dh, dA, dB, dC = carry
+        rows = pl.ds(row, ROWS)
+        x, dy_rows, dt = x_ref[rows, :].astype(F32), dout_ref[rows, :], step_ref[rows, :]
+        tile0_ref[...], tile1_ref[...], tile2_ref[...] = dt, dt * x, dy_rows
+        B, C = plan.columns(B_ref, row), plan.columns(C_ref, row)
+        keeps = None if keep_ref is None else plan.columns(keep_ref, row)
+        dsource, dexponent = OverStates(), OverStates()
+        for r in range(ROWS - 1, -1, -1):
+            t = row + r
+            dy, before = plan.spread(tile2_ref, r), before_ref[t]
+            dh = dh + plan.column(C, r) * dy
+            here = lane == t
+            dC = jnp.where(here, jnp.sum(plan.over_tiles(before_ref[t + 1] * dy), 1, keepdims=True), dC)
+            dB = jnp.where(
+                here, jnp.sum(plan.over_tiles(dh * plan.spread(tile1_ref, r)), 1, keepdims=True), dB
+            )
+            dsource.put(r, dh * plan.column(B, r))
+            dh = plan.keep(keeps, r, jnp.exp2(plan.spread(tile0_ref, r) * A_ref[...])) * dh
+            dlog = dh * before
+            dexponent.put(r, dlog * A_ref[...])
+            dA = dA + dlog * plan.spread(tile0_ref, r)
+        ds = dsource.rows()
+        dx_ref[rows, :] = (dy_rows * D_ref[...] + ds * dt).astype(dx_ref.dtype)
+        ddt = LN_2 * dexponent.rows() + ds * x
+        if plan.softplus:
+            ddt = ddt * jax.nn.sigmoid(dt_ref[rows, :].astype(F32) + dt_bias_ref[...])
+        ddt_ref[rows, :] = ddt.astype(ddt_ref.dtype)
+        for ref, value in ((dD_ref, dy_rows * x), (ddt_bias_ref, ddt)):
+            ref[...] += sum(value[i : i + SUBLANES] for i in range(0, ROWS, SUBLANES))
+        return dh, dA, dB, dC
+
+    none = jnp.zeros((plan.tiling.states, LANES), F32)
+    start = (carry_ref[...], dA_ref[...], none, none)
+    dh, dA, dB, dC = plan.each_tile(back, start, backwards=True)
+    carry_ref[...], dA_ref[...] = dh, dA
+    dB_ref[...], dC_ref[...] = dB, dC
+
+    @pl.when(pl.program_id(2) == plan.blocks - 1)
+    def _():
+        dinitial_state_ref[...] = carry_ref[...]

@@ -1,0 +1,46 @@
+"""Block sizes of the kernels, and how they follow from a call."""
+
+import dataclasses
+
+LANES = 128
+SUBLANES = 8
+ROWS = 16  # tokens read and written at once: the height of a bfloat16 tile, two float32 ones
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@dataclasses.dataclass(frozen=True)
+class TPUTiling:
+    """One grid step takes `time` tokens of `channels` channels with `states` states each (N and zeros)."""
+
+    time: int
+    channels: int
+    states: int
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles of 128 channels lie beside each other."""
+        return self.channels // LANES
+
+
+TPU_MOST_STATES = 128  # at 128 channels they fill a quarter of the registers
+
+
+def for_tpu(T: int, D: int, N: int, *, time: int) -> TPUTiling:
+    """At most `time` tokens, a power of two from 128; channels such that their states lie in 16 registers."""
+    states, lanes = round_up(N, SUBLANES), round_up(D, LANES)
+    most = max(LANES, SUBLANES * 16 * LANES // states)
+    channels = next(c for c in (1024, 512, 256, LANES) if c <= most and lanes % c == 0)
+    if T <= LANES:
+        return TPUTiling(round_up(T, ROWS), channels, states)
+    blocks = round_up(T, LANES) // LANES
+    return TPUTiling(
+        next(t for t in (512, 256, LANES) if t <= time and blocks % (t // LANES) == 0), channels, states
+    )
+
+
+# Tokens a tile. Of the gradient's the states stay in shared memory: 8 KB a token with 16 states.
+GPU_FORWARD, GPU_BACKWARD = 16, 8
+GPU_MOST_STATES = 16
