@@ -1,0 +1,30 @@
+"""How much each backend works on at once."""
+
+import dataclasses
+
+CHUNK = 2**16  # elements of the portable form: a few float32 copies of it fit in a core's second-level cache
+
+LANES = 128
+ROWS = 32  # of a tile of bytes on TPU
+
+
+@dataclasses.dataclass(frozen=True)
+class TPUTiling:
+    """One grid step takes `rows` rows of `groups` groups."""
+
+    rows: int
+    groups: int
+
+
+def for_tpu(rows: int, groups: int, group_size: int) -> TPUTiling:
+    """Rows as they lie where they are short enough, else equal parts of them; about 2^17 numbers a step."""
+    most = max(1, 14336 // group_size)  # 32 rows of a gradient, two moments and their results: 11 MB
+    groups = next(n for n in range(min(groups, most), 0, -1) if groups % n == 0)
+    fit = max(ROWS, 2**17 // (groups * group_size) // ROWS * ROWS)
+    return TPUTiling(min(fit, -(-rows // ROWS) * ROWS), groups)
+
+
+THREADS = 128  # of a GPU's warpgroup
+GPU_GROUP_SIZES = (128, 256, 512, 1024, 2048)  # a power of two a thread
+GPU_GROUPS = 64  # groups a block works through
+GPU_AT_ONCE = 2  # groups whose loads are under way together

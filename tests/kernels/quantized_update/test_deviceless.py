@@ -1,0 +1,50 @@
+"""The kernels compile for the chips they are written for."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import frugax
+
+pytestmark = pytest.mark.deviceless
+
+HYPER = {"adam": 5, "lion": 2, "momentum": 1}
+FORMATS = {"adam": ("dynamic8", "udynamic8"), "lion": ("softsign8",), "momentum": ("int8",)}
+
+
+def call(rule, shape, group_size, dtype):
+    g = jax.ShapeDtypeStruct(shape, dtype)
+    moments = jax.eval_shape(
+        lambda g: tuple(frugax.formats.quantize(g, f, axis=-1, group_size=group_size) for f in FORMATS[rule]),
+        g,
+    )
+    hyper = jax.ShapeDtypeStruct((HYPER[rule],), jnp.float32)
+    return (lambda g, m, h: frugax.kernels.quantized_update(rule, g, m, tuple(h))), (g, moments, hyper)
+
+
+CALLS = [
+    ("adam", (1000, 4096), 256, jnp.float32),
+    ("adam", (65536,), 2048, jnp.bfloat16),
+    ("lion", (2, 40, 384), 128, jnp.float32),
+    ("momentum", (512, 11008), 256, jnp.bfloat16),
+]
+
+
+@pytest.mark.parametrize("args", CALLS, ids=lambda a: f"{a[0]}-{a[1]}")
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_compiles_for_tpu(chip, args):
+    deviceless_tpu = pytest.importorskip("experiments.benchmarks.deviceless_tpu")
+    if not deviceless_tpu.has_libtpu():
+        pytest.skip("libtpu is not installed")
+    f, structs = call(*args)
+    assert "tpu_custom_call" in deviceless_tpu.compile_for(chip, f, *structs).as_text()
+
+
+@pytest.mark.parametrize("args", CALLS, ids=lambda a: f"{a[0]}-{a[1]}")
+def test_compiles_for_h200_without_spills(args):
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    from experiments.benchmarks.deviceless_gpu import kernels_for_h200
+
+    f, structs = call(*args)
+    (kernel,) = kernels_for_h200(f, *structs)
+    assert kernel.spill_stores == kernel.spill_loads == 0
