@@ -1,5 +1,6 @@
 """The one place that knows what differs between jax 0.10.2, 0.11.2 and 0.12."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -10,6 +11,14 @@ def gpu_interpret_params() -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # private until jax exports it
 
     return InterpretGPUParams()
+
+
+def gpu_load(ref: Any, layout: Any) -> jax.Array:
+    """All of `ref`, in a layout of Mosaic GPU. Before jax 0.12, `plgpu.load` takes an index besides."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
+    return plgpu.load(ref, *index, layout=layout)
 
 
 def local_gpu_lacks_mosaic() -> str | None:

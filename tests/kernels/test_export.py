@@ -14,10 +14,13 @@ KERNEL_CALLS = [
 ]
 X = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
 X_BTD = jax.ShapeDtypeStruct((1, 128, 128), jnp.float32)
+X_BTHGD = jax.ShapeDtypeStruct((1, 128, 2, 4, 64), jnp.bfloat16)
+R_HGDD = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.bfloat16)
 CALLS = {
     "linear_attention": (frugax.kernels.linear_attention, (X, X, X, X)),
     "linear_recurrence": (frugax.kernels.linear_recurrence, (X_BTD, X_BTD)),
     "causal_conv1d": (frugax.kernels.causal_conv1d, (X_BTD, jax.ShapeDtypeStruct((4, 128), jnp.float32))),
+    "rnn": (frugax.kernels.rnn, (X_BTHGD, R_HGDD)),
 }
 
 

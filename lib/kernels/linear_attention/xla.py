@@ -1,7 +1,9 @@
 """Linear attention in chunks of tokens, in plain JAX: what CPU, older GPUs and unserved calls get.
 
 Inside a chunk the output is a masked, decayed product of queries and keys; a state carries what came before
-(GLA, arXiv 2312.06635). The loop is rematerialized, so the gradient keeps the inputs and one state a chunk.
+(GLA, arXiv 2312.06635). Chunks go through in groups: what lies inside chunks is one batch of products, so
+that short rows fill the machine too. The loop over groups is rematerialized, so the gradient keeps the inputs
+and one state a group.
 """
 
 from functools import partial
@@ -15,6 +17,8 @@ from ..sharding import vary_like
 from .inputs import Inputs, repeat_heads
 
 CHUNK = 64
+TOGETHER = 128  # chunks, counted over rows and heads, in a group; half of it with a decay a channel
+LONGEST = 32  # chunks of one row in a group: the loop over their states is written out
 
 
 @partial(jax.jit, static_argnames="scale")
@@ -25,86 +29,104 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     dtype = accumulator(inputs.q.dtype)
     C = min(CHUNK, 1 << (T - 1).bit_length())  # a power of two, no longer than T needs
     N = -(-T // C)
+    per_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
+    most = min(LONGEST, max(1, TOGETHER // (B * H * (2 if per_channel else 1))))
+    L = -(-N // most)  # groups
+    N = -(-N // L)  # chunks in each
 
-    def chunks(x_BT):
-        """[B, T, ...] -> [N, B, C, ...]; the padding adds nothing to a state and does not decay it."""
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, N * C - T)] + [(0, 0)] * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(B, N, C, *x_BT.shape[2:]), 1, 0)
+    def groups(x_BT):
+        """[B, T, ...] -> [L, B, N, C, ...]; the padding adds nothing to a state and does not decay it."""
+        x_BT = jnp.pad(x_BT, [(0, 0), (0, L * N * C - T)] + [(0, 0)] * (x_BT.ndim - 2))
+        return jnp.moveaxis(x_BT.reshape(B, L, N, C, *x_BT.shape[2:]), 1, 0)
 
     score_heads = max(inputs.q.shape[2], inputs.k.shape[2])  # Mamba-2's groups share their scores
     q, k = (repeat_heads(x, score_heads) for x in (inputs.q, inputs.k))
     g = inputs.log_decay
     if g is not None:
         g = g.astype(dtype)[..., None] if g.ndim < 4 else g.astype(dtype)
-        g = chunks(jnp.broadcast_to(g, (B, T, H, g.shape[-1]))).swapaxes(2, 3)
-        if g.shape[-1] == 1:  # one decay a head: small enough to prepare for all chunks at once
-            one, exclusive = jnp.ones_like(g), inputs.bonus is not None
-            g = _decayed(one, one, g, jnp.zeros_like(one[..., 0]) if exclusive else one[..., 0], exclusive)
+        g = groups(jnp.broadcast_to(g, (B, T, H, g.shape[-1])))
     runs = entering = None
     if inputs.runs is not None:
-        runs = jnp.pad(inputs.runs, ((0, 0), (0, N * C - T)), mode="edge").reshape(B, N, C).swapaxes(0, 1)
-        entering = jnp.concatenate([jnp.zeros_like(runs[:1, :, 0]), runs[:-1, :, -1]])  # [N, B]
+        runs = jnp.pad(inputs.runs, ((0, 0), (0, L * N * C - T)), mode="edge").reshape(B, L * N, C)
+        entering = jnp.concatenate([jnp.zeros_like(runs[:, :1, 0]), runs[:, :-1, -1]], 1)
+        runs, entering = (jnp.moveaxis(x.reshape(B, L, N, *x.shape[2:]), 1, 0) for x in (runs, entering))
     state = vary_like(jnp.zeros((B, H, K, V), dtype), inputs)
     if inputs.initial_state is not None:
         state = inputs.initial_state.astype(dtype)
 
-    # Scores per channel cost an exp for each of their factors: those are kept, all else is computed again.
-    keep = jax.checkpoint_policies.dots_saveable if g is not None and not isinstance(g, tuple) else None
-    step = jax.checkpoint(partial(_chunk, scale, inputs.bonus), prevent_cse=False, policy=keep)
-    xs = (chunks(q), chunks(k), chunks(repeat_heads(inputs.v, H)), g, runs, entering)
-    if N == 1:
+    xs = (groups(q), groups(k), groups(repeat_heads(inputs.v, H)), g, runs, entering)
+    step = partial(_group, scale, inputs.bonus)
+    if L == 1:
         state, out = step(state, jax.tree.map(lambda x: x[0], xs))
         out = out[None]
     else:
-        state, out = jax.lax.scan(step, state, xs)
-    out_BTHV = jnp.moveaxis(out, 0, 1).reshape(B, N * C, H, V)[:, :T]
+        # Scores per channel cost an exp for each of their factors: they are kept, all else is computed again.
+        keep = jax.checkpoint_policies.dots_saveable if per_channel else None
+        state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False, policy=keep), state, xs)
+    out_BTHV = jnp.moveaxis(out, 0, 1).reshape(B, L * N * C, H, V)[:, :T]
     return out_BTHV.astype(inputs.v.dtype), state
 
 
-def _chunk(scale, bonus_HK, S_BHKV, x):
-    """One chunk: (state before, its tokens) -> (state after, out_BCHV)."""
-    q_BGCK, k_BGCK, v_BHCV = (y.swapaxes(1, 2) for y in x[:3])  # G heads of scores, H of values and decays
-    g, runs_BC, entering_B = x[3:]
-    dtype, C, H = S_BHKV.dtype, q_BGCK.shape[2], S_BHKV.shape[1]
-    per_channel = g is not None and not isinstance(g, tuple)
+def _group(scale, bonus_HK, S_BHKV, x):
+    """A group of N chunks: (state before, its tokens) -> (state after, out_BNCHV)."""
+    q_BNGCK, k_BNGCK, v_BNHCV = (y.swapaxes(2, 3) for y in x[:3])  # G heads of scores, H of values and decays
+    g, runs_BNC, entering_BN = x[3:]
+    dtype, C, H = S_BHKV.dtype, q_BNGCK.shape[3], S_BHKV.shape[1]
+    per_channel = g is not None and g.shape[-1] > 1
     if per_channel:
-        q_BGCK, k_BGCK = (repeat_heads(y, H, 1) for y in (q_BGCK, k_BGCK))
+        q_BNGCK, k_BNGCK = (repeat_heads(y, H, 2) for y in (q_BNGCK, k_BNGCK))
 
     # Scores, lower triangular. The diagonal stands apart: no decay lies between a token and itself.
-    qk_BGCK = q_BGCK.astype(dtype) * k_BGCK
+    qk_BNGCK = q_BNGCK.astype(dtype) * k_BNGCK
     if bonus_HK is None:
-        u_BHC = jnp.sum(qk_BGCK, -1)
+        u_BNHC = jnp.sum(qk_BNGCK, -1)
     else:
-        u_BHC = jnp.sum(repeat_heads(qk_BGCK, H, 1) * bonus_HK[:, None].astype(dtype), -1)
-    if g is None:
-        lower_CC = jnp.tril(jnp.ones((C, C), bool), 0 if bonus_HK is None else -1)
-        A_BHCC = jnp.where(lower_CC, _dot("bhik,bhjk->bhij", q_BGCK, k_BGCK, dtype), 0)
-    elif per_channel:
-        A_BHCC, before, after, total = _decayed(q_BGCK, k_BGCK, g, u_BHC, bonus_HK is not None)
+        u_BNHC = jnp.sum(repeat_heads(qk_BNGCK, H, 2) * bonus_HK[:, None].astype(dtype), -1)
+    exclusive = bonus_HK is not None
+    if per_channel:
+        A, before, after, total = _decayed(q_BNGCK, k_BNGCK, g.swapaxes(2, 3), u_BNHC, exclusive)
     else:
-        decay_BHCC, before, after, total = g
-        A_BHCC = repeat_heads(_dot("bhik,bhjk->bhij", q_BGCK, k_BGCK, dtype), H, 1) * decay_BHCC
-    if bonus_HK is not None and not per_channel:
-        A_BHCC = A_BHCC + jnp.eye(C, dtype=dtype) * u_BHC[..., None]
+        A = _dot("bngik,bngjk->bngij", q_BNGCK, k_BNGCK, dtype)
+        if g is None:
+            A = jnp.where(jnp.tril(jnp.ones((C, C), bool), -1 if exclusive else 0), A, 0)
+        else:
+            g = g.swapaxes(2, 3)
+            one = jnp.ones_like(g)
+            diagonal = jnp.zeros_like(one[..., 0]) if exclusive else one[..., 0]
+            decay, before, after, total = _decayed(one, one, g, diagonal, exclusive)
+            A = repeat_heads(A, H, 2) * decay
+        if exclusive:
+            A = A + jnp.eye(C, dtype=dtype) * u_BNHC[..., None]
+    A = repeat_heads(A, H, 2)
 
-    q_BHCK, k_BHCK = (repeat_heads(y, H, 1).astype(dtype) for y in (q_BGCK, k_BGCK))
-    A_BHCC = repeat_heads(A_BHCC, H, 1)
+    q, k = (repeat_heads(y, H, 2).astype(dtype) for y in (q_BNGCK, k_BNGCK))
+    kept = None
     if g is not None:
-        q_BHCK, k_BHCK = q_BHCK * jnp.exp(before), k_BHCK * jnp.exp(after)
-        S_kept = jnp.exp(total)[..., None] * S_BHKV
-    else:
-        S_kept = S_BHKV
-    if runs_BC is not None:  # nothing crosses from one document to another
-        A_BHCC = jnp.where((runs_BC[:, :, None] == runs_BC[:, None, :])[:, None], A_BHCC, 0)
-        q_BHCK = jnp.where((runs_BC == entering_B[:, None])[:, None, :, None], q_BHCK, 0)
-        k_BHCK = jnp.where((runs_BC == runs_BC[:, -1:])[:, None, :, None], k_BHCK, 0)
-        S_kept = jnp.where((entering_B == runs_BC[:, -1])[:, None, None, None], S_kept, 0)
+        q, k, kept = q * jnp.exp(before), k * jnp.exp(after), jnp.exp(total)[..., None]
+    if runs_BNC is not None:  # nothing crosses from one document to another
+        last_BN1 = runs_BNC[:, :, -1:]
+        A = jnp.where((runs_BNC[..., :, None] == runs_BNC[..., None, :])[:, :, None], A, 0)
+        q = jnp.where((runs_BNC == entering_BN[..., None])[:, :, None, :, None], q, 0)
+        k = jnp.where((runs_BNC == last_BN1)[:, :, None, :, None], k, 0)
+        goes_on = (entering_BN[..., None] == last_BN1)[..., None, None]
+        kept = goes_on.astype(dtype) if kept is None else jnp.where(goes_on, kept, 0)
 
-    operand = v_BHCV.dtype
-    out_BHCV = _dot("bhij,bhjv->bhiv", A_BHCC.astype(operand), v_BHCV, dtype)
-    out_BHCV += _dot("bhik,bhkv->bhiv", q_BHCK.astype(operand), S_BHKV.astype(operand), dtype)
-    S_BHKV = S_kept + _dot("bhjk,bhjv->bhkv", k_BHCK.astype(operand), v_BHCV, dtype)
-    return S_BHKV, (scale * out_BHCV).swapaxes(1, 2)
+    v = v_BNHCV
+    new_BNHKV = _dot("bnhjk,bnhjv->bnhkv", k.astype(v.dtype), v, dtype)
+    S_BHKV, S_BNHKV = _states(S_BHKV, kept, new_BNHKV)
+    out = _dot("bnhij,bnhjv->bnhiv", A.astype(v.dtype), v, dtype)
+    out += _dot("bnhik,bnhkv->bnhiv", q.astype(v.dtype), S_BNHKV.astype(v.dtype), dtype)
+    return S_BHKV, (scale * out).swapaxes(2, 3)
+
+
+def _states(S_BHKV, kept, new_BNHKV):
+    """The state after a group, and the state before each of its chunks [B, N, H, K, V]."""
+    kept = [1] * new_BNHKV.shape[1] if kept is None else jnp.unstack(kept, axis=1)
+    before = []
+    for kept_BH, new_BHKV in zip(kept, jnp.unstack(new_BNHKV, axis=1), strict=True):
+        before.append(S_BHKV)
+        S_BHKV = kept_BH * S_BHKV + new_BHKV
+    return S_BHKV, jnp.stack(before, 1)
 
 
 def _dot(equation: str, x: Array, y: Array, dtype) -> Array:
