@@ -43,6 +43,8 @@ class Decoder(nn.Module):
       repeats: how often they repeat, each time with parameters of their own.
       tie_embeddings: read logits off the embedding instead of a head of its own.
       remat: recompute each layer in the backward pass instead of keeping what it computed.
+      unroll: write the repeats out instead of looping over them. Compile time then follows the depth; but XLA
+        on CPU puts elementwise work on several cores only outside loops.
       dtype: what layers compute in, and the residual stream's dtype. Norms, states and logits are float32.
       param_dtype: what parameters are kept in.
       backend: handed to `frugax.kernels`; None picks by platform.
@@ -79,6 +81,7 @@ class Decoder(nn.Module):
     repeats: int = 1
     tie_embeddings: bool = True
     remat: bool = False
+    unroll: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     backend: Backend | None = None
@@ -106,6 +109,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=self.repeats,
+            unroll=self.repeats if self.unroll else 1,
             check_constancy_invariants=False,  # a second trace of the layers, to find nothing
         )(self.blocks, depth, self.remat, self.dtype, self.param_dtype, self.backend, name="layers")
         before = (None,) * len(self.blocks) if state is None else state.layers

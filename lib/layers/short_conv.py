@@ -16,6 +16,7 @@ class ShortConv(nn.Module):
       width: taps, >= 1.
       activation: "silu" or None.
       param_dtype, backend: as in `Mixer`.
+      use_bias: a learned number for each channel, added before the activation.
 
     Source: H3, Fu et al. 2023 (arXiv 2212.14052).
 
@@ -31,6 +32,7 @@ class ShortConv(nn.Module):
     activation: str | None = "silu"
     param_dtype: DTypeLike = jnp.float32
     backend: Backend | None = None
+    use_bias: bool = False
 
     @nn.compact
     def __call__(
@@ -40,9 +42,13 @@ class ShortConv(nn.Module):
             raise ValueError(f"width: got {self.width}; a number of taps >= 1 fits")
         init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=0, out_axis=1)
         weight = self.param("weight", init, (self.width, x.shape[-1]), self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(x.dtype)
         return causal_conv1d(
             x,
             weight.astype(x.dtype),
+            bias,
             activation=self.activation,
             initial_state=state,
             segment_ids=segment_ids,

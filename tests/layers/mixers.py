@@ -1,7 +1,5 @@
 """Every sequence mixer in the sizes that its tests use: odd where nothing has to divide."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +7,6 @@ import numpy as np
 import frugax
 
 WIDTH = 12
-
-# Half the compile time, and what runs is tiny.
-quick_jit = partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 
 MIXERS = {
     "LinearAttention-elu+1": ("LinearAttention", {"heads": 2, "key_size": 5}),
@@ -28,6 +21,15 @@ MIXERS = {
     "HGRN2": ("HGRN2", {"heads": 3}),
     "RWKV6": ("RWKV6", {"heads": 2, "mix_rank": 3, "decay_rank": 5}),
     "MLGRU": ("MLGRU", {}),
+    "FlashRNN-lstm": ("FlashRNN", {"heads": 2}),
+    "FlashRNN-gru": ("FlashRNN", {"heads": 3, "cell": "gru"}),
+    "FlashRNN-elman": ("FlashRNN", {"heads": 1, "cell": "elman", "normalize": False}),
+    "FlashRNN-slstm": ("FlashRNN", {"heads": 2, "cell": "slstm"}),
+    "LMU": ("LMU", {"order": 5, "theta": 6.0, "signals": 2}),
+    "Mamba": ("Mamba", {"state_size": 3, "dt_rank": 2}),
+    "Mamba-norms": ("Mamba", {"state_size": 3, "expand": 1.5, "inner_norm": 1e-6}),
+    "Mamba-constant": ("Mamba", {"state_size": 3, "selective": False}),
+    "Mamba2": ("Mamba2", {"heads": 4, "groups": 2, "state_size": 3}),
     "SlidingWindowAttention": ("SlidingWindowAttention", {"heads": 2, "window": 4}),
     "SlidingWindowAttention-long": ("SlidingWindowAttention", {"heads": 3, "window": 20}),
     "GatedConvolution": ("GatedConvolution", {"width": 3}),

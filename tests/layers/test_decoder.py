@@ -13,8 +13,6 @@ from frugax.layers import Block, Decoder
 from frugax.layers.block import BlockLayer
 from tests.errors import assert_close, bound, error
 
-from .mixers import quick_jit
-
 V, D = 11, 12
 
 GLA = Block("GatedLinearAttention", "GLU", {"heads": 2, "conv_width": 3, "gate_rank": 3})
@@ -47,7 +45,7 @@ def gradients(apply, variables):
         cotangent = np.random.default_rng(2).standard_normal(logits.shape)
         return jnp.vdot(logits, jnp.asarray(cotangent, logits.dtype)), logits
 
-    grads, logits = quick_jit(jax.grad(loss, has_aux=True))(variables)
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(variables)
     return {"logits": logits, "grads": grads}
 
 
@@ -81,7 +79,7 @@ def test_whole_is_chunked_is_token_by_token(blocks):
             _, rest = jax.lax.scan(step, state, tokens[:, 1:].T)
             return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
 
-        assert_close(quick_jit(by_token)(variables), whole["logits"], dtype, name="tokens")
+        assert_close(jax.jit(by_token)(variables), whole["logits"], dtype, name="tokens")
 
 
 @pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
@@ -102,7 +100,7 @@ def test_packed_is_separate_wherever_calls_are_cut(blocks):
     packed = gradients(lambda v: model.apply(v, tokens, segment_ids=ids)[0], variables)
     assert_close(packed, want, jnp.float32, name="packed")
     # After 4 tokens a document ends in row 0 and goes on in row 1; after 9 it is the other way round.
-    pieces = quick_jit(lambda v: in_pieces(model, v, tokens, (4, 9), ids))(variables)
+    pieces = jax.jit(lambda v: in_pieces(model, v, tokens, (4, 9), ids))(variables)
     assert_close(pieces, want["logits"], jnp.float32, name="pieces")
     # A call without ids goes on with the last document.
     logits, state = model.apply(variables, tokens[:, :5], segment_ids=ids[:, :5])
@@ -150,14 +148,15 @@ def test_floors_start_at_zero_and_rise_with_depth():
 
 
 @pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
-def test_remat_changes_no_number(blocks):
+def test_remat_and_unrolling_change_no_number(blocks):
     model, variables, tokens = make(blocks)
     ids = jnp.array([np.repeat([7, 2, 7], (3, 1, 9)), np.repeat([0, 1, 0], (9, 3, 1))])
-    plain, remat = (
+    plain, remat, unrolled = (
         gradients(lambda v, m=m: m.apply(v, tokens, segment_ids=ids)[0], variables)
-        for m in (model, model.clone(remat=True))
+        for m in (model, model.clone(remat=True), model.clone(unroll=True))
     )
     assert_close(remat, plain, jnp.float32)
+    assert_close(unrolled, plain, jnp.float32)
 
     def remats(m):  # kernels have some of their own
         return str(jax.make_jaxpr(m.apply)(variables, tokens)).count("remat")
@@ -187,8 +186,8 @@ def test_tied_embeddings_are_the_head():
 
 def test_bfloat16_layers_give_float32_logits():
     model, variables, tokens = make()
-    want, _ = quick_jit(model.apply)(variables, tokens)
-    logits, state = quick_jit(model.clone(dtype=jnp.bfloat16).apply)(variables, tokens)
+    want, _ = jax.jit(model.apply)(variables, tokens)
+    logits, state = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(variables, tokens)
     assert logits.dtype == jnp.float32
     # Two layers of two halves, each a dozen roundings deep, add up in the stream like independent errors.
     assert_close(logits, want, jnp.bfloat16, times=12 * 4**0.5)

@@ -8,7 +8,7 @@ import pytest
 import frugax
 from tests.errors import assert_close
 
-from .mixers import make, quick_jit
+from .mixers import make
 
 T, D = 13, 12
 
@@ -18,7 +18,7 @@ def call(name, **arguments):
     with jax.enable_x64(True):
         module, variables, x = make(name)
         arguments = jax.tree.map(jnp.asarray, arguments)
-        y, _ = quick_jit(lambda v, x: module.apply(v, x, **arguments))(variables, x)
+        y, _ = jax.jit(lambda v, x: module.apply(v, x, **arguments))(variables, x)
         return jax.tree.map(np.asarray, variables["params"]), np.asarray(x), np.asarray(y)
 
 

@@ -8,7 +8,7 @@ import pytest
 import frugax
 from tests.errors import assert_close
 
-from .mixers import MIXERS, WIDTH, make, quick_jit
+from .mixers import MIXERS, WIDTH, make
 
 every_mixer = pytest.mark.parametrize("name", MIXERS)
 
@@ -50,7 +50,7 @@ def value_and_grads(run, variables, x):
         floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
         return sum(jnp.vdot(a, jnp.asarray(rng.standard_normal(a.shape), a.dtype)) for a in floats), out
 
-    grads, out = quick_jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
+    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
     return {"out": out, "grads": grads}
 
 
@@ -88,15 +88,15 @@ def test_packed_is_separate(name):
         want = value_and_grads(separate, variables, x)
         assert_close(value_and_grads(packed, variables, x), want, dtype_of(name), name="packed")
         # The cut after 6 tokens is inside a document in both rows, in row 0 after two others.
-        chunks, _ = quick_jit(lambda v, x: in_chunks(module, v, x, (6, 7), segment_ids=ids))(variables, x)
+        chunks, _ = jax.jit(lambda v, x: in_chunks(module, v, x, (6, 7), segment_ids=ids))(variables, x)
         assert_close(chunks, want["out"], dtype_of(name), name="chunks")
 
 
 @every_mixer
 def test_half_precision_in_half_precision_out(name):
     module, variables, x = make(name, dtype=jnp.float32)
-    want, _ = quick_jit(module.apply)(variables, x)
-    y, state = quick_jit(module.apply)(variables, x.astype(jnp.bfloat16))
+    want, _ = jax.jit(module.apply)(variables, x)
+    y, state = jax.jit(module.apply)(variables, x.astype(jnp.bfloat16))
     assert want.dtype == jnp.float32
     assert y.dtype == jnp.bfloat16
     # A dozen roundings in a row: x, the projections, q and k, the output, norm and gate, the last product.
@@ -116,8 +116,8 @@ def test_forward_mode_with_xla(name):
             return jnp.sum(jnp.sin(module.apply(variables, x)[0]))
 
         tangent = jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
-        _, forward = quick_jit(lambda x, t: jax.jvp(loss, (x,), (t,)))(x, tangent)
-        assert_close(forward, jnp.vdot(quick_jit(jax.grad(loss))(x), tangent), jnp.float64)
+        _, forward = jax.jit(lambda x, t: jax.jvp(loss, (x,), (t,)))(x, tangent)
+        assert_close(forward, jnp.vdot(jax.jit(jax.grad(loss))(x), tangent), jnp.float64)
 
 
 @every_mixer

@@ -1,0 +1,50 @@
+"""FlashRNN's own: its formula, its initial values, what can't be right. (test_mixers.py has the rest.)"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import frugax
+from tests.errors import assert_close
+from tests.kernels.rnn import definition
+
+from .mixers import make
+
+
+@pytest.mark.parametrize("cell", ["lstm", "slstm"])
+def test_is_projections_around_the_definition(cell):
+    with jax.enable_x64(True):
+        module, variables, x = make(f"FlashRNN-{cell}")
+        y, state = jax.jit(module.apply)(variables, x)
+    p = jax.tree.map(np.asarray, variables["params"])
+    B, T, W = x.shape
+    gates = (np.asarray(x) @ p["gates"]["kernel"]).reshape(B, T, 2, 4, W // 2)
+    start = np.zeros((B, definition.CELLS[cell][2], 2, W // 2))
+    h, want_state = definition.rnn(gates, p["recurrent"], p["bias"], start, cell)
+    h = h - h.mean(-1, keepdims=True)
+    h = h / np.sqrt((h**2).mean(-1, keepdims=True) + 64e-5) * p["norm"]["weight"] + p["norm"]["bias"]
+    assert_close(y, h.reshape(B, T, W) @ p["out"]["kernel"], "float64")
+    assert_close(state.memory, want_state, "float64")
+
+
+def test_forget_gates_start_open():
+    params = frugax.layers.FlashRNN(heads=2).init(jax.random.key(0), jnp.ones((1, 2, 8)))["params"]
+    assert params["bias"][:, 1].tolist() == [[3.0, 4.0, 5.0, 6.0]] * 2
+    assert not params["bias"][:, jnp.array([0, 2, 3])].any()
+    params = frugax.layers.FlashRNN(heads=2, cell="gru").init(jax.random.key(0), jnp.ones((1, 2, 8)))[
+        "params"
+    ]
+    assert not params["bias"].any()
+
+
+def test_recurrent_matrices_start_with_unit_gain():
+    params = frugax.layers.FlashRNN(heads=2).init(jax.random.key(0), jnp.ones((1, 2, 128)))["params"]
+    gain = jnp.sqrt(jnp.sum(params["recurrent"] ** 2, axis=2))  # of each gate's channels, over its 64 inputs
+    assert gain.shape == (2, 4, 64)
+    np.testing.assert_allclose(gain.mean((0, 2)), 1, atol=0.1)
+
+
+def test_a_cell_that_is_none(unchecked_types):
+    with pytest.raises(ValueError, match="cell: got 'rwkv'; one of 'lstm'"):
+        frugax.layers.FlashRNN(cell="rwkv").init(jax.random.key(0), jnp.ones((1, 2, 8)))
