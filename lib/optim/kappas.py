@@ -1,0 +1,41 @@
+"""Gradients of convex functions of a leaf, for `lion_k`."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def l1(u: Array) -> Array:
+    """Of the sum of magnitudes: the sign. Bounds every |W| by 1 / weight_decay."""
+    return jnp.sign(u)
+
+
+def l2(u: Array) -> Array:
+    """Of the leaf's Euclidean norm: the direction. Bounds |W|_2."""
+    return u / _nonzero(jnp.sqrt(jnp.sum(u * u)))
+
+
+def group(u: Array) -> Array:
+    """Of the sum of the norms of columns (the last axis indexes them): each column's direction."""
+    axes = tuple(range(u.ndim - 1)) if u.ndim < 3 else (-2,)
+    return u / _nonzero(jnp.sqrt(jnp.sum(u * u, axis=axes, keepdims=True)))
+
+
+def lp(p: float) -> Callable[[Array], Array]:
+    """Of the leaf's p-norm, p > 1."""
+
+    def gradient(u: Array) -> Array:
+        size = jnp.abs(u) / _nonzero(jnp.max(jnp.abs(u)))  # in [0, 1]: its powers neither over- nor underflow
+        return jnp.sign(u) * (size / _nonzero(jnp.sum(size**p) ** (1 / p))) ** (p - 1)
+
+    return gradient
+
+
+def huber(delta: float) -> Callable[[Array], Array]:
+    """Of the Huber function: u / delta where it is small, the sign elsewhere."""
+    return lambda u: jnp.clip(u / delta, -1, 1)
+
+
+def _nonzero(size: Array) -> Array:
+    return jnp.where(size > 0, size, 1)

@@ -1,0 +1,223 @@
+"""Which leaves of a params tree are matrices, and which of their axes are rows, columns and batch."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+SIDES = ("short", "long", "rows", "cols", "unsharded")
+
+
+class Axes(NamedTuple):
+    """A leaf's row and column axes; the others are batch: every slice along them is a matrix of its own.
+
+    Example:
+        >>> from frugax.optim import Axes
+        >>> Axes(rows=(0,), cols=(1, 2))  # a projection [width, heads, head size]
+        Axes(rows=(0,), cols=(1, 2))
+    """
+
+    rows: tuple[int, ...] = (-2,)
+    cols: tuple[int, ...] = (-1,)
+
+
+# A rule's value for leaves [layers, ...] of any rank: each layer is a matrix, or is treated as one.
+STACKED = Axes((), ())
+
+
+class View(NamedTuple):
+    """How one leaf is seen: as matrices [..., m, n], where m is the side that projectors shorten."""
+
+    axes: Axes  # of the leaf, all non-negative
+    shape: tuple[int, ...]  # of the leaf
+    swapped: bool  # columns are the projected side
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leaf's batch axes."""
+        taken = self.axes.rows + self.axes.cols
+        return tuple(axis for axis in range(len(self.shape)) if axis not in taken)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The leaf's axes in the order of the view."""
+        rows, cols = self.axes
+        return self.batch + (cols + rows if self.swapped else rows + cols)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """[..., m, n]"""
+        m, n = (math.prod(self.shape[axis] for axis in axes) for axes in self.axes)
+        return (*(self.shape[axis] for axis in self.batch), *((n, m) if self.swapped else (m, n)))
+
+    def split(self, x: Array) -> Array:
+        """The leaf as matrices."""
+        return jnp.transpose(x, self.order).reshape(self.matrices)
+
+    def join(self, x: Array) -> Array:
+        """Matrices back in the leaf's layout; the inverse of `split`."""
+        x = x.reshape(tuple(self.shape[axis] for axis in self.order))
+        return jnp.transpose(x, tuple(self.order.index(axis) for axis in range(len(self.shape))))
+
+
+class Decision(NamedTuple):
+    """What a spec says of one leaf."""
+
+    path: str
+    view: View | None  # None: no matrix
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixSpec:
+    r"""Which leaves are matrices: by rules of yours first, then by name, shape and size.
+
+    Without rules, a leaf is a matrix where its own name is in `names`, no part of its path is in `plain`, it
+    has two axes or more, and its shorter side is at least `min_side`. Its last two axes are rows and columns;
+    those before them, which `nn.scan` or experts bring, are batch. That is right for [in, out] kernels,
+    stacked or not. A kernel of more axes (`nn.DenseGeneral`, convolutions) needs a rule to be seen as it
+    should be.
+
+    Args:
+      rules: regexes of the path, each with `Axes` or None for no matrix; the first that is found in "a/b/c"
+        decides. Each must match something.
+      names: regex that the last part of the path must match in full.
+      plain: regex that no part of the path may match in full: embeddings, heads, norms, convolutions.
+      min_side: matrices with a shorter side below it are no matrices.
+      clamp: lower a rank to the shorter side where it is above it, instead of raising.
+      partition: regexes, each with a PartitionSpec, for `side="unsharded"`; the first that is found decides.
+
+    Raises:
+      ValueError: a rule or an entry of `partition` matches nothing, or names axes the leaf doesn't have; no
+        leaf at all is a matrix; a leaf isn't of floats.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> params = {"embedding": jnp.ones((9, 4)), "layers": {"out": {"kernel": jnp.ones((2, 6, 4))}}}
+        >>> print(frugax.optim.MatrixSpec().table(params))
+        leaf               shape      matrices        why
+        embedding          [9, 4]     -               its name
+        layers/out/kernel  [2, 6, 4]  2 of 4 x 6 (T)  its name and shape
+    """
+
+    rules: Mapping[str, Axes | None] | tuple = ()
+    names: str = r"kernel|weight|w"
+    plain: str = r".*(embed|norm|conv).*|((lm|output)_)?head|logits|router"
+    min_side: int = 2
+    clamp: bool = False
+    partition: Mapping[str, PartitionSpec] | tuple = ()
+
+    def __post_init__(self):
+        for field in ("rules", "partition"):
+            pairs = getattr(self, field)
+            pairs = pairs.items() if isinstance(pairs, Mapping) else pairs
+            object.__setattr__(self, field, tuple((pattern, value) for pattern, value in pairs))
+
+    def _pairs(self, field: str) -> tuple[tuple[str, Any], ...]:
+        return getattr(self, field)
+
+    def decisions(self, params: Any, side: str = "short") -> list[Decision]:
+        """What becomes of each leaf of `params`, in the tree's order.
+
+        Args:
+          params: any tree of arrays or shapes.
+          side: which side of a matrix m is: "short", "long", "rows", "cols", or "unsharded" (the one that
+            `partition` doesn't shard, else the short one), so that projecting it needs no collective.
+        """
+        if side not in SIDES:
+            raise ValueError(f"side: got {side!r}; one of {', '.join(SIDES)} fits")
+        leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+        for path, leaf in leaves:
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(f"params: {path} is {leaf.dtype}{list(leaf.shape)}; floats fit")
+        for field in ("rules", "partition"):
+            for pattern, _ in self._pairs(field):
+                if not any(re.search(pattern, path) for path, _ in leaves):
+                    paths = ", ".join(path for path, _ in leaves)
+                    raise ValueError(f"{field}: {pattern!r} matches no leaf; there are {paths}")
+        found = [self._decide(path, leaf.shape, side) for path, leaf in leaves]
+        if leaves and all(decision.view is None for decision in found):
+            raise ValueError(f"spec: no leaf is a matrix; name some in rules:\n{_table(found, leaves)}")
+        return found
+
+    def table(self, params: Any, side: str = "short") -> str:
+        """What becomes of each leaf, as text: its matrices ("(T)": transposed, so that m comes first) and
+        why."""
+        leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+        return _table(self.decisions(params, side), leaves)
+
+    def _decide(self, path: str, shape: tuple[int, ...], side: str) -> Decision:
+        for pattern, axes in self._pairs("rules"):
+            if re.search(pattern, path):
+                view = None if axes is None else self._view(path, shape, axes, side)
+                return Decision(path, view, f"rule {pattern!r}")
+        parts = path.split("/")
+        if not re.fullmatch(self.names, parts[-1]) or any(re.fullmatch(self.plain, p) for p in parts):
+            return Decision(path, None, "its name")
+        if len(shape) < 2:
+            return Decision(path, None, "its shape")
+        if min(shape[-2:]) < self.min_side:
+            return Decision(path, None, f"a side below {self.min_side}")
+        return Decision(path, self._view(path, shape, Axes(), side), "its name and shape")
+
+    def _view(self, path: str, shape: tuple[int, ...], axes: Axes, side: str) -> View:
+        if axes == STACKED and shape:
+            axes = Axes(tuple(range(1, min(2, len(shape)))), tuple(range(2, len(shape))))
+            return View(axes, tuple(shape), False)
+        flat = axes.rows + axes.cols
+        fits = all(-len(shape) <= axis < len(shape) for axis in flat)
+        whole = tuple(axis % len(shape) for axis in flat) if fits and shape else ()
+        if len(set(whole)) < len(flat) or not flat:
+            raise ValueError(
+                f"rules: {path} of shape {list(shape)} has no rows {axes.rows} and columns {axes.cols}; "
+                "distinct axes of the leaf fit, and a leaf named as a matrix has at least two"
+            )
+        axes = Axes(whole[: len(axes.rows)], whole[len(axes.rows) :])
+        m, n = (math.prod(shape[axis] for axis in part) for part in axes)
+        if side == "unsharded":
+            spec = next((tuple(p) for pattern, p in self._pairs("partition") if re.search(pattern, path)), ())
+            sharded = [any(axis < len(spec) and spec[axis] is not None for axis in part) for part in axes]
+            side = "short" if sharded[0] == sharded[1] else ("cols" if sharded[0] else "rows")
+        swapped = {"short": m > n, "long": m < n, "rows": False, "cols": True}[side]
+        return View(axes, tuple(shape), swapped)
+
+    def rank(self, rank: int | float, most: int, decision: Decision) -> int:
+        """`rank`, if at most `most`; `most`, if not and `clamp` is set. A float is a share of `most`."""
+        if most == 0:
+            raise ValueError(
+                f"projector: {decision.path} of shape {list(decision.view.shape)} is no stack; "
+                "a rule of the spec that leaves it out fits"
+            )
+        if isinstance(rank, float):
+            return round(rank * most)
+        if rank <= most or self.clamp:
+            return min(rank, most)
+        raise ValueError(
+            f"rank: got {rank}; {decision.path} of shape {list(decision.view.shape)} has room for {most}: "
+            f"1 to {most} fits (or MatrixSpec(clamp=True), or a rule that leaves it out)"
+        )
+
+
+def leaf_path(path: tuple) -> str:
+    """A leaf's path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _table(decisions: list[Decision], leaves: list[tuple[str, Any]]) -> str:
+    rows = [("leaf", "shape", "matrices", "why")]
+    for (path, view, why), (_, leaf) in zip(decisions, leaves, strict=True):
+        seen = "-"
+        if view is not None:
+            *batch, m, n = view.matrices
+            many = f"{math.prod(batch)} of " if batch else ""
+            seen = f"{many}{m} x {n}{' (T)' if view.swapped else ''}"
+        rows.append((path, str(list(leaf.shape)), seen, why))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ("  ".join((*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[3])) for r in rows)
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,86 @@
+"""How the slope of the loss along a direction is found, by forward passes alone."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .directions import Direction, displace
+
+
+class Estimate(NamedTuple):
+    """Where an estimator leaves off."""
+
+    params: Any  # params + offset * direction, so that going back and the update are one addition
+    offset: float
+    loss: Array  # about params
+    slope: Array  # d loss(params + s * direction) / ds
+
+
+Estimator = Callable[[Callable[[Any], Array], Any, Array, Direction], Estimate]
+
+
+def opaque_copies(key: Array, n: int) -> Array:
+    """n copies of a key that XLA does not know to be the same: it would share their noise, and keep it."""
+    return lax.optimization_barrier(jnp.stack([key] * n))
+
+
+def two_point(epsilon: float, *, in_place: bool = True) -> Estimator:
+    """SPSA: the loss at +epsilon and at -epsilon along the direction.
+
+    Args:
+      epsilon: the distance to either side.
+      in_place: move the parameters there and back, as MeZO does: no second copy, and what rounding loses
+        stays lost. False: evaluate moved copies, and leave the parameters exactly as they are.
+
+    Source: Spall 1992; Malladi et al. 2023, MeZO (arXiv 2305.17333).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> zo = frugax.optim.zeroth_order
+        >>> e = zo.two_point(1e-2)(lambda w: jnp.sum(w**2), jnp.ones(3), jax.random.key(0), zo.gaussian)
+        >>> e.offset, round(float(e.loss), 2)
+        (-0.01, 3.0)
+    """
+    if not epsilon > 0:
+        raise ValueError(f"epsilon: got {epsilon}; a positive number fits")
+
+    def estimate(loss_fn, params, key, direction):
+        # A loop of two turns, not two calls: parameters stay in their place. Each turn makes its own noise.
+        def move(params, turn):
+            amount, key = turn
+            moved = displace(params, key, amount, direction)
+            return (moved if in_place else params), loss_fn(moved)
+
+        amounts = jnp.array([epsilon, -2 * epsilon if in_place else -epsilon])
+        params, (above, below) = lax.scan(move, params, (amounts, opaque_copies(key, 2)))
+        offset = -epsilon if in_place else 0.0
+        return Estimate(params, offset, (above + below) / 2, (above - below) / (2 * epsilon))
+
+    return estimate
+
+
+def forward_gradient() -> Estimator:
+    """The exact slope, by forward-mode differentiation: one pass of about twice the cost, no residuals.
+
+    Source: Baydin et al. 2022 (arXiv 2202.08587); Zhang et al. 2024, the ZO benchmark (arXiv 2402.11592).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> zo = frugax.optim.zeroth_order
+        >>> w, key = jnp.arange(3.0), jax.random.key(0)
+        >>> e = zo.forward_gradient()(lambda w: jnp.sum(w**2), w, key, zo.gaussian)
+        >>> bool(abs(e.slope - 2 * w @ zo.gaussian(key, 0, "", w)) < 1e-5)
+        True
+    """
+
+    def estimate(loss_fn, params, key, direction):
+        def along(s):
+            return loss_fn(displace(params, key, s, direction))
+
+        loss, slope = jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),))
+        return Estimate(params, 0.0, loss, slope)
+
+    return estimate

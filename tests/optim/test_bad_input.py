@@ -1,0 +1,64 @@
+"""What can't be right is said before a step is taken, with the argument's and the leaf's name."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from frugax import optim
+
+TREE = {"a": {"kernel": jnp.ones((4, 6))}, "b": {"kernel": jnp.ones((9, 8))}}
+
+
+def test_a_rank_above_the_short_side():
+    with pytest.raises(ValueError, match=r"rank: got 5; a/kernel of shape \[4, 6\] has room for 4"):
+        optim.galore(1e-3, rank=5).init(TREE)
+    state = optim.galore(1e-3, rank=5, spec=optim.MatrixSpec(clamp=True)).init(TREE)
+    assert state[0].leaves["a"]["kernel"].projector.shape == (4, 4)
+    assert state[0].leaves["b"]["kernel"].projector.shape == (8, 5)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, None, "4"])
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_rank_that_is_none(rank):
+    with pytest.raises(ValueError, match="rank: got"):
+        optim.apollo(1e-3, rank=rank)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_rank_that_inject_hyperparams_made_an_array():
+    with pytest.raises(ValueError, match="static_args"):
+        optax.inject_hyperparams(optim.galore)(learning_rate=1e-3, rank=2).init(TREE)
+    fits = optax.inject_hyperparams(optim.galore, static_args=("rank",))(learning_rate=1e-3, rank=2)
+    updates, _ = jax.jit(fits.update)(TREE, fits.init(TREE), TREE)  # scale, update_interval, b1... are traced
+    plain = optim.galore(1e-3, rank=2)
+    expected, _ = jax.jit(plain.update)(TREE, plain.init(TREE), TREE)
+    assert jnp.allclose(updates["a"]["kernel"], expected["a"]["kernel"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [
+        (optim.galore(1e-3, rank=3), optim.galore(1e-3, rank=2)),
+        (optim.apollo(1e-3, rank=3), optim.apollo(1e-3, rank=2)),
+        (optim.apollo(1e-3, rank=2), optim.galore(1e-3, rank=2)),
+        (optim.galore(1e-3, rank=2, side="long"), optim.galore(1e-3, rank=2)),
+    ],
+)
+def test_going_on_with_another_rank(made, used):
+    with pytest.raises(ValueError, match=r"state: for a/kernel it has .*where this optimizer has"):
+        jax.eval_shape(used.update, TREE, jax.eval_shape(made.init, TREE), TREE)
+
+
+def test_names_that_are_none():
+    with pytest.raises(ValueError, match="moments: got 'drop'"):
+        optim.galore(1e-3, rank=2, moments="drop")
+    with pytest.raises(ValueError, match="projector: got 'qr'"):
+        optim.galore(1e-3, rank=2, projector="qr")
+    with pytest.raises(ValueError, match="per: got 'row'"):
+        optim.apollo(1e-3, rank=2, per="row")
+    opt = optim.galore(1e-3, rank=2, projector="random", moments="transport")
+    with pytest.raises(ValueError, match="can't transport"):
+        jax.eval_shape(opt.update, TREE, jax.eval_shape(opt.init, TREE))
+    with pytest.raises(ValueError, match="threshold"):
+        optim.low_rank(optim.Gaussian(2), optax.identity(), refresh=optim.Refresh(9, threshold=0.4))

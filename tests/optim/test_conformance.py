@@ -1,0 +1,184 @@
+"""Every optimizer of the family, through the same wrappers, placements and interruptions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from frugax.optim import state_bytes
+from frugax.optim.matrix_spec import leaf_path
+from tests.devices import run_on_eight_devices
+from tests.errors import assert_close
+from tests.optim.optimizers import CASES, is_matrix, language, logits, params
+
+NAMES = sorted(CASES)
+
+
+def optimizer(name, rate=None):
+    return CASES[name].make(CASES[name].rate if rate is None else rate)
+
+
+@functools.cache
+def compiled(name):
+    """The optimizer at rate 1, a jitted step that scales its updates, and a list that grows with each trace.
+
+    One program for all tests of an optimizer: most of their time is compilation.
+    """
+    traces = []
+    opt = optimizer(name, 1.0)
+    opt = opt._replace(init=jax.jit(opt.init))
+
+    @jax.jit
+    def step(tree, state, gradient, rate):
+        traces.append(1)
+        updates, state = opt.update(gradient, state, tree)
+        return jax.tree.map(lambda w, u: w + rate * u, tree, updates), state
+
+    return opt, step, traces
+
+
+def towards_one(tree):
+    """The gradient of half the squared distance."""
+    return jax.tree.map(lambda w: w - 1, tree)
+
+
+def distance(tree):
+    return sum(float(jnp.sum((w - 1) ** 2)) for w in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thousand_steps_in_one_trace_converge(name):
+    opt, step, traces = compiled(name)
+    tree, gradient = params(), jax.jit(towards_one)
+    state = opt.init(tree)
+    first = distance(tree)
+    for i in range(1000):
+        tree, state = step(tree, state, gradient(tree), CASES[name].rate * (1 - i / 1000))
+    assert distance(tree) < 1e-3 * first
+    assert len(traces) == 1
+
+
+@functools.cache
+def small_language_model():
+    """Its loss and gradient, and the entropies that the loss is to be compared with."""
+    text, alone, after_the_last = language()
+
+    def loss(tree):
+        scores = logits(tree, text[:-1])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, text[1:]))
+
+    return jax.jit(jax.value_and_grad(loss)), alone, after_the_last
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_language_model_learns(name):
+    """In 50 steps half of what the last token tells: from the entropy of tokens to that of pairs."""
+    opt, step, _ = compiled(name)
+    loss_and_gradient, alone, after_the_last = small_language_model()
+    assert alone - after_the_last > 1
+    tree = params()
+    state = opt.init(tree)
+    first, _ = loss_and_gradient(tree)
+    assert first > alone
+    for _ in range(50):
+        tree, state = step(tree, state, loss_and_gradient(tree)[1], 0.03)
+    assert loss_and_gradient(tree)[0] < (alone + after_the_last) / 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dtypes_are_kept(name):
+    opt, tree = optimizer(name), params(jnp.bfloat16)
+    state = jax.eval_shape(opt.init, tree)
+    updates, after = jax.eval_shape(opt.update, tree, state, tree)
+    avals = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert avals(updates) == avals(tree)
+    assert avals(after) == avals(state)
+    assert not any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_bytes_follow_the_formula(name):
+    tree, case = params(), CASES[name]
+    leaves = [(leaf_path(path), leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    of = is_matrix if case.stacks else lambda path: path.startswith("layers")
+    expected = case.shared + sum(case.bytes_of(shape, of(path)) for path, shape in leaves)
+    assert state_bytes(compiled(name)[0].init(tree)) == expected
+    assert state_bytes(jax.eval_shape(optimizer(name).init, tree)) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrappers(name):
+    """apply_if_finite, MultiSteps, multi_transform, masked, inject_hyperparams (a traced rate), one in the
+    other: two equal gradients are one step; one that is not finite is none, and leaves the state alone."""
+    rate, tree = CASES[name].rate, params()
+    matrices = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in leaf_path(path), tree)
+    injected = optax.inject_hyperparams(lambda learning_rate: CASES[name].make(learning_rate))
+    masked = optax.masked(injected(learning_rate=rate), matrices)
+    labels = jax.tree.map(lambda chosen: "a" if chosen else "b", matrices)
+    opt = optax.apply_if_finite(
+        optax.MultiSteps(optax.multi_transform({"a": masked, "b": optax.sgd(rate)}, labels), 2), 3
+    )
+    update = jax.jit(opt.update)
+    plain, step, _ = compiled(name)
+    plain_state, state = plain.init(tree), jax.jit(opt.init)(tree)
+    for scale in (1.0, 0.5):
+        gradient = jax.tree.map(lambda w, scale=scale: scale * jnp.sin(3 * w), tree)
+        before, plain_state = step(tree, plain_state, gradient, rate)
+        expected = jax.tree.map(lambda a, b: a - b, before, tree)
+        first, state = update(gradient, state, tree)
+        broken = jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), tree)
+        none, same = update(broken, state, tree)
+        assert not any(np.asarray(x).any() for x in jax.tree.leaves((first, none)))
+        jax.tree.map(np.testing.assert_array_equal, same.inner_state, state.inner_state)
+        second, state = update(gradient, state, tree)
+        for leaf in ("layers", "out"):
+            assert_close(second[leaf], expected[leaf], "float32", name=leaf)
+        assert_close(second["bias"], -rate * gradient["bias"], "float32")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if CASES[name].stacks])
+def test_a_stack_is_a_loop_over_its_slices(name):
+    opt, step, _ = compiled(name)
+    rate, tree = CASES[name].rate, params()
+    one = jax.jit(opt.update)
+    slices = [{"layers": {"kernel": w}} for w in tree["layers"]["kernel"]]
+    init = jax.jit(opt.init)
+    states, whole, state = [init(w) for w in slices], tree, init(tree)
+    for i in range(9):  # past a refresh
+        gradient = jax.tree.map(lambda w, i=i: (1 + i / 8) * jnp.sin(3 * w), whole)
+        whole, state = step(whole, state, gradient, rate)
+        for k in range(len(slices)):
+            gradient = jax.tree.map(lambda w, i=i: (1 + i / 8) * jnp.sin(3 * w), slices[k])
+            updates, states[k] = one(gradient, states[k], slices[k])
+            slices[k] = jax.tree.map(lambda w, u: w + rate * u, slices[k], updates)
+    # Nine steps of a map that multiplies errors by up to 1 + 6 rate each.
+    loop = jnp.stack([s["layers"]["kernel"] for s in slices])
+    assert_close(whole["layers"]["kernel"], loop, "float32", times=(1 + 6 * rate) ** 9)
+
+
+def test_an_interrupted_run_goes_on_through_a_checkpoint(tmp_path):
+    """Orbax, between two refreshes: five steps, a round trip, four steps, as nine at once."""
+
+    def run(name, tree, state, steps):
+        for _ in range(steps):
+            tree, state = compiled(name)[1](tree, state, towards_one(tree), CASES[name].rate)
+        return tree, state
+
+    five = {name: run(name, params(), compiled(name)[0].init(params()), 5) for name in NAMES}
+    saved = {name: {"tree": tree, "state": state} for name, (tree, state) in five.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "five", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "five", jax.eval_shape(lambda: saved))
+    for name in NAMES:
+        whole, _ = run(name, *five[name], 4)
+        tree, _ = run(name, restored[name]["tree"], restored[name]["state"], 4)
+        jax.tree.map(np.testing.assert_array_equal, tree, whole)
+
+
+def test_sharded_over_eight_devices():
+    run_on_eight_devices("tests.optim.sharded")

@@ -1,0 +1,82 @@
+"""Which leaves are matrices, how they are seen, and what is said of mistakes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import frugax
+from frugax.optim import Axes, MatrixSpec
+
+
+def seen(spec, params, side="short"):
+    return {d.path: d.view and d.view.matrices for d in spec.decisions(params, side)}
+
+
+def test_a_decoder_of_this_library():
+    blocks = (
+        frugax.layers.Block("SlidingWindowAttention", "GLU", {"heads": 2}),
+        frugax.layers.Block("GatedLinearAttention", "MLP", {"heads": 2, "conv_width": 4}),
+    )
+    model = frugax.layers.Decoder(vocab_size=20, width=16, blocks=blocks, repeats=3, tie_embeddings=False)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
+    found = seen(MatrixSpec(), params)
+    assert found["embedding"] is found["head"] is found["norm/weight"] is None
+    assert found["layers/block_0/mixer_norm/weight"] is None
+    assert found["layers/block_0/mixer/qkv/kernel"] == (3, 16, 48)
+    matrices = {path for path, matrix in found.items() if matrix}
+    assert matrices == {path for path in found if path.endswith("/kernel")}
+
+
+def test_axes_and_sides():
+    x = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
+    spec = MatrixSpec(rules={"qkv": Axes(rows=(1,), cols=(2, 3)), "t": Axes(rows=(3,), cols=(0,))})
+    params = {"qkv": x, "t": x}
+    assert seen(spec, params) == {"qkv": (2, 3, 20), "t": (3, 4, 2, 5)}
+    assert seen(spec, params, "long") == {"qkv": (2, 20, 3), "t": (3, 4, 5, 2)}
+    assert seen(spec, params, "rows")["t"] == seen(spec, params, "long")["t"]
+    assert seen(spec, params, "cols")["qkv"] == (2, 20, 3)
+    for decision in spec.decisions(params):
+        np.testing.assert_array_equal(decision.view.join(decision.view.split(x)), x)
+    view = spec.decisions(params)[1].view
+    np.testing.assert_array_equal(view.split(x)[1, 2], x[:, 1, 2, :])
+
+
+def test_the_unsharded_side():
+    params = {"up": {"w": jnp.ones((4, 6))}, "down": {"w": jnp.ones((6, 4))}}
+    spec = MatrixSpec(partition=(("up", P(None, "x")), ("down", P(None, "x"))))
+    assert seen(spec, params, "unsharded") == {"up/w": (4, 6), "down/w": (6, 4)}
+    spec = MatrixSpec(partition=(("up", P("x")), ("down", P("x", "y"))))
+    assert seen(spec, params, "unsharded") == {"up/w": (6, 4), "down/w": (4, 6)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "params", "words"),
+    [
+        (
+            MatrixSpec(rules={"qvk": None}),
+            {"w": jnp.ones((2, 3))},
+            ["rules", "'qvk'", "matches no leaf", "w"],
+        ),
+        (MatrixSpec(partition={"b": P()}), {"w": jnp.ones((2, 3))}, ["partition", "'b'"]),
+        (MatrixSpec(rules={"w": Axes()}), {"w": jnp.ones(3)}, ["w of shape [3]", "two"]),
+        (MatrixSpec(rules={"w": Axes()}), {"w": jnp.ones(())}, ["w of shape []"]),
+        (
+            MatrixSpec(rules={"w": Axes((0,), (0,))}),
+            {"w": jnp.ones((2, 3))},
+            ["w of shape [2, 3]", "distinct"],
+        ),
+        (MatrixSpec(), {"w": jnp.ones((2, 3), int)}, ["w is int32[2, 3]", "floats"]),
+        (MatrixSpec(), {"bias": jnp.ones(3)}, ["no leaf is a matrix", "bias"]),
+    ],
+)
+def test_mistakes(spec, params, words):
+    with pytest.raises(ValueError) as error:
+        spec.decisions(params)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_an_unknown_side():
+    with pytest.raises(ValueError, match="side: got 'left'"):
+        MatrixSpec().decisions({"w": jnp.ones((2, 3))}, "left")

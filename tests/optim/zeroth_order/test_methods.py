@@ -1,0 +1,187 @@
+"""Sparse MeZO, QZO, conservative steps, ZOODiP's subspace: what each promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import frugax
+from frugax.optim import zeroth_order as zo
+from tests.errors import assert_close
+
+
+def problem(d=64):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.standard_normal((d, 8)), jnp.float32)
+    goal = jnp.asarray(rng.standard_normal((d, 8)), jnp.float32)
+    return w, lambda w: jnp.mean((w - goal) ** 2)
+
+
+def run(step, params, steps, seed=0):
+    """The parameters after `steps` of step(params, key), and every StepInfo."""
+    return jax.jit(lambda p: jax.lax.scan(step, p, jax.random.split(jax.random.key(seed), steps)))(params)
+
+
+def test_sparse_mezo_leaves_large_weights_alone():
+    w, loss = problem()
+    thresholds = zo.magnitude_thresholds(w, 0.75)
+    large = np.asarray(jnp.abs(w) > thresholds)
+    assert abs(large.mean() - 0.25) < 0.01
+
+    def step(w, key):
+        return zo.sparse_mezo_step(loss, w, key, learning_rate=0.1, epsilon=1e-3, thresholds=thresholds)
+
+    after, info = run(step, w, 50)
+    np.testing.assert_array_equal(after[large], w[large])
+    assert (after[~large] != w[~large]).mean() > 0.9
+    assert info.loss[-1] < info.loss[0]
+
+
+def test_sparse_mezo_with_every_weight_is_mezo():
+    w, loss = problem()
+    thresholds = jnp.float32(jnp.inf)
+    sparse = run(
+        lambda w, k: zo.sparse_mezo_step(loss, w, k, learning_rate=0.1, epsilon=1e-3, thresholds=thresholds),
+        w,
+        20,
+    )
+    plain = run(
+        lambda w, k: zo.zo_step(
+            loss, w, k, learning_rate=0.1, estimator=zo.two_point(1e-3, in_place=False)
+        ), w, 20,
+    )  # fmt: skip
+    assert_close(sparse[0], plain[0], "float32")
+
+
+def test_sparse_mezo_stores_no_direction():
+    """Temporaries: one moved copy of the parameters, and the mask, a byte a weight, over both passes."""
+    w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    thresholds = jnp.float32(1.0)
+
+    def loss(w):
+        return jnp.sum(jnp.tanh(jnp.ones((1, 1024)) @ w))
+
+    def step(w, key):
+        return zo.sparse_mezo_step(loss, w, key, learning_rate=0.1, epsilon=1e-3, thresholds=thresholds)
+
+    compiled = jax.jit(step, donate_argnums=0).lower(w, jax.random.key(0)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < (4 + 1) * 1024 * 1024 + 2**16
+
+
+def quantized_model():
+    rng = np.random.default_rng(0)
+    q = frugax.formats.quantize(jnp.asarray(rng.standard_normal((32, 16)), jnp.float32), "int4", group_size=8)
+    x = jnp.asarray(rng.standard_normal((128, 32)), jnp.float32)
+    y = x @ (1.5 * q.dequantize())
+    params = {"q": q, "bias": jnp.zeros(16)}
+    return params, lambda p: jnp.mean((x @ p["q"].dequantize() + p["bias"] - y) ** 2)
+
+
+def test_qzo_estimates_the_gradient_of_the_scales():
+    params, loss = quantized_model()
+    n = 4000
+    slopes = jax.jit(
+        lambda keys: jax.lax.map(
+            lambda k: zo.qzo_step(loss, params, k, learning_rate=-1.0, epsilon=1e-3), keys
+        )
+    )(jax.random.split(jax.random.key(0), n))[0]
+    estimate = np.asarray(slopes["q"].scales - params["q"].scales, np.float64).mean(0)
+    exact = np.asarray(jax.grad(loss, allow_int=True)(params)["q"].scales, np.float64)
+    cosine = np.sum(estimate * exact) / np.linalg.norm(estimate) / np.linalg.norm(exact)
+    # The mean of n draws has an error of |g| sqrt((d + 1) / n) for d = 64 scales: an eighth of |g|.
+    assert cosine > 0.95
+
+
+def test_qzo_tunes_scales_and_nothing_else():
+    params, loss = quantized_model()
+    after, info = run(
+        lambda p, k: zo.qzo_step(loss, p, k, learning_rate=0.04, epsilon=1e-3, clip=100.0), params, 500
+    )
+    np.testing.assert_array_equal(after["q"].codes, params["q"].codes)
+    np.testing.assert_array_equal(after["bias"], params["bias"])
+    assert info.loss[-20:].mean() < 0.2 * info.loss[:20].mean()
+
+
+def test_qzo_clipping_prevents_a_divergence():
+    params, loss = quantized_model()
+
+    def train(clip):
+        def step(p, key):
+            return zo.qzo_step(loss, p, key, learning_rate=0.2, epsilon=1e-3, clip=clip)
+
+        return run(step, params, 200)[1]
+
+    free, clipped = train(None), train(0.3)
+    assert not free.loss[-1] < 1e3 * free.loss[0]
+    assert clipped.loss[-1] < 0.5 * clipped.loss[0]
+    assert (jnp.abs(clipped.slope) <= 0.3).all()
+
+
+def test_a_conservative_step_never_raises_the_loss():
+    """At a rate where plain steps diverge; and its log replays, since the choice is in the scalar."""
+    w, loss = problem(1)
+
+    def step(w, key):
+        return zo.conservative_step(loss, w, key, learning_rate=1.5, estimator=zo.forward_gradient())
+
+    after, info = run(step, w, 100)
+    losses = np.append(info.loss, loss(after))
+    assert (np.diff(losses) <= 0).all()
+    assert losses[-1] < losses[0]
+    plain = run(
+        lambda w, k: zo.zo_step(loss, w, k, learning_rate=1.5, estimator=zo.forward_gradient()), w, 100
+    )
+    assert not plain[1].loss[-1] < losses[0]
+    keys = jax.random.split(jax.random.key(0), 100)
+    assert_close(jax.jit(zo.replay)(w, keys, info.scalar), after, "float32")
+
+
+def test_the_history_subspace_is_pca():
+    """Against numpy: the span of the components that explain the share, from the last window, refreshed."""
+    window, d = 6, 10
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((3 * window, 3)) * [5, 1, 0.01]) @ np.linalg.qr(
+        rng.standard_normal((d, 3))
+    )[0].T
+    values += rng.standard_normal(d)
+    tx = zo.history_subspace(window, 0.9)
+    update = jax.jit(tx.update)
+    state = tx.init(jnp.zeros(d))
+    for t, value in enumerate(values):
+        g = rng.standard_normal(d)
+        got, state = update(jnp.asarray(g, jnp.float32), state, jnp.asarray(value, jnp.float32))
+        if t < window:
+            assert_close(got, g, "float32")
+            continue
+        last = values[t // window * window - window : t // window * window]
+        _, sizes, directions = np.linalg.svd(last - last.mean(0))
+        share = np.cumsum(sizes**2) / np.sum(sizes**2)
+        basis = directions[: np.searchsorted(share, 0.9) + 1]
+        # Directions are as exact as values over the gap between their sizes, here about a fifth of them.
+        assert_close(got, basis.T @ (basis @ g), "float32", times=10)
+
+
+def test_the_history_subspace_denoises():
+    """In a valley of 2 dimensions of 50, at equal passes and lengths of steps, it points and gets closer."""
+    d = 50
+    goal = jnp.zeros(d).at[:2].set(3.0)
+    curvature = jnp.full(d, 1e-3).at[:2].set(1.0)
+    loss = lambda w: 0.5 * jnp.sum(curvature * (w - goal) ** 2)  # noqa: E731
+
+    def descend(tx):
+        def step(carry, key):
+            w, state = carry
+            g, _ = zo.zo_gradient(loss, w, key, estimator=zo.forward_gradient(), samples=4)
+            exact = jax.grad(loss)(w)
+            g, state = tx.update(g, state, w)
+            g = g / jnp.linalg.norm(g)
+            return (w - 0.1 * g, state), g @ exact / jnp.linalg.norm(exact)
+
+        start = (jnp.zeros(d), tx.init(jnp.zeros(d)))
+        (w, _), cosines = jax.lax.scan(step, start, jax.random.split(jax.random.key(0), 60))
+        return loss(w), cosines[20:].mean()
+
+    plain, noisy = jax.jit(lambda: descend(optax.identity()))()
+    projected, clean = jax.jit(lambda: descend(zo.history_subspace(20, 0.9)))()
+    assert clean > 1.5 * noisy
+    assert projected < 0.5 * plain
