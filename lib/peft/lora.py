@@ -1,0 +1,250 @@
+"""LoRA: beside each chosen matrix that stays as it is, a product of two thin ones that is trained."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+from jaxtyping import Key
+
+from ..kernels.arguments import accumulator
+from ..optim.matrix_spec import leaf_path
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """What is added to a matrix W [..., m, n]: scale * a @ b. A pytree of `a` and `b`.
+
+    Attributes:
+      a: [..., m, rank].
+      b: [..., rank, n].
+      scale: alpha / rank, no parameter.
+    """
+
+    a: Any  # arrays, or what stands in their place in a tree: specs, shapes, None
+    b: Any
+    scale: float = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def product(self) -> Array:
+        """scale * a @ b [..., m, n], in float32 (float64 if `a` is)."""
+        wide = accumulator(self.a.dtype)
+        return self.scale * jnp.matmul(self.a.astype(wide), self.b.astype(wide), precision="highest")
+
+
+Adapters = Mapping[str, LowRank]
+
+
+def lora_init(
+    key: Key[Array, ""], params: Any, *, targets: Sequence[str], rank: int, alpha: float | None = None
+) -> dict[str, LowRank]:
+    """Adapters for the targeted leaves of `params`, which change nothing yet.
+
+    W x becomes (W + alpha / rank * a b) x, with `a` normal of variance 1 / m, so that a has unit gain, and
+    b = 0. An optimizer that is given the adapters alone trains them alone.
+
+    Args:
+      key: of the random `a`.
+      params: any tree. Its leaves [..., m, n] (m goes in, n comes out) can be targets; the axes before, which
+        `nn.scan` or experts bring, are batch: each matrix gets a pair of its own.
+      targets: ends of paths, in whole parts: "mixer/out" is the leaf ".../mixer/out", or the kernel of the
+        layer of that name, ".../mixer/out/kernel".
+      rank: columns of `a`, at most the shorter side of every target.
+      alpha: None means `rank`, a scale of 1.
+
+    Returns:
+      {path of the leaf: its pair, in the leaf's dtype}. Paths are written "layers/block_0/mixer/out/kernel".
+
+    Raises:
+      ValueError: a target that finds nothing, or a leaf that has no room for the rank.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> mixer, x = frugax.layers.Mamba(state_size=4), jnp.ones((1, 7, 16))
+        >>> variables = mixer.init(jax.random.key(0), x)
+        >>> adapters = frugax.peft.lora_init(
+        ...     jax.random.key(1), variables["params"], targets=("in_gate", "dt_B_C"), rank=2
+        ... )
+        >>> {path: (pair.a.shape, pair.b.shape) for path, pair in adapters.items()}
+        {'dt_B_C/kernel': ((32, 2), (2, 9)), 'in_gate/kernel': ((16, 2), (2, 64))}
+    """
+    if rank < 1:
+        raise ValueError(f"rank: got {rank}; a number >= 1 fits")
+    found = _find(params, targets)
+    adapters = {}
+    for one, (path, leaf) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
+        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            got = f"{path} is {leaf.dtype}{list(leaf.shape)}"
+            raise ValueError(f"targets: {got}; floating [..., in, out] fits")
+        *batch, m, n = leaf.shape
+        if rank > min(m, n):
+            raise ValueError(f"rank: got {rank}; 1 to {min(m, n)} fits {path} of shape {list(leaf.shape)}")
+        a = (jax.random.normal(one, (*batch, m, rank)) / math.sqrt(m)).astype(leaf.dtype)
+        b = jnp.zeros((*batch, rank, n), leaf.dtype)
+        adapters[path] = LowRank(a, b, 1.0 if alpha is None else alpha / rank)
+    return adapters
+
+
+def lora_count(adapters: Adapters) -> int:
+    """How many numbers are trained: rank * (m + n) for each matrix.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> params = {"out": {"kernel": jnp.ones((3, 8, 4))}}
+        >>> frugax.peft.lora_count(
+        ...     frugax.peft.lora_init(jax.random.key(0), params, targets=("out",), rank=2)
+        ... )
+        72
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(dict(adapters)))
+
+
+def lora_merge(params: Any, adapters: Adapters) -> Any:
+    """`params` with every W + scale * a @ b in W's place, in W's dtype: nothing to pay at inference.
+
+    Differentiable: with the params fixed it is also how to train adapters of leaves that `lora_apply` can't
+    serve, at the cost of a gradient of W's size.
+
+    Args:
+      params: the tree that the adapters are for.
+      adapters: of `lora_init`.
+
+    Raises:
+      ValueError: an adapter's leaf is not there, or has another shape.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> params = {"out": {"kernel": jnp.ones((8, 4))}}
+        >>> adapters = frugax.peft.lora_init(jax.random.key(0), params, targets=("out",), rank=2)
+        >>> bool((frugax.peft.lora_merge(params, adapters)["out"]["kernel"] == 1).all())
+        True
+    """
+    return _add(params, adapters, 1)
+
+
+def lora_unmerge(params: Any, adapters: Adapters) -> Any:
+    """What `lora_merge` was given, up to the rounding of a sum and a difference in W's dtype.
+
+    Args:
+      params: a merged tree.
+      adapters: that are in it.
+
+    Raises:
+      ValueError: as `lora_merge`.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> params = {"out": {"kernel": jnp.ones((8, 4))}}
+        >>> adapters = frugax.peft.lora_init(jax.random.key(0), params, targets=("out",), rank=2)
+        >>> merged = frugax.peft.lora_merge(params, adapters)
+        >>> bool((frugax.peft.lora_unmerge(merged, adapters)["out"]["kernel"] == 1).all())
+        True
+    """
+    return _add(params, adapters, -1)
+
+
+def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapters, *args, **kwargs) -> Any:
+    """`module.apply(variables, ...)` in which each adapted layer returns W x + scale * (x a) b.
+
+    W stays apart: its gradient is never made, and a change that is small beside W isn't rounded with it.
+
+    Args:
+      module: a Flax Linen module.
+      variables: {"params": ...} and what else the module has.
+      adapters: of kernels of `nn.Dense`; those that a scan stacks are sliced with its params.
+      args, kwargs: as for `module.apply`.
+
+    Returns:
+      What `module.apply` does.
+
+    Raises:
+      ValueError: an adapter of a leaf that is no kernel of an `nn.Dense` which this call runs.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> mixer, x = frugax.layers.Mamba(state_size=4), jnp.ones((1, 7, 16))
+        >>> variables = mixer.init(jax.random.key(0), x)
+        >>> adapters = frugax.peft.lora_init(
+        ...     jax.random.key(1), variables["params"], targets=("in_gate",), rank=2
+        ... )
+        >>> loss = lambda adapters: jnp.sum(frugax.peft.lora_apply(mixer, variables, adapters, x)[0] ** 2)
+        >>> jax.grad(loss)(adapters)["in_gate/kernel"].b.shape
+        (2, 64)
+    """
+    _check(variables["params"], adapters)
+    leaves = flatten_dict(variables["params"], sep="/")
+    unused = dict.fromkeys(adapters)
+    for path, pair in adapters.items():
+        if path.rpartition("/")[2] == "kernel":
+            layer = path.removesuffix("kernel")
+            leaves |= {f"{layer}lora_a": pair.a, f"{layer}lora_b": pair.scale * pair.b}
+
+    def with_adapter(layer_call: Callable, layer_args, layer_kwargs, context):
+        y = layer_call(*layer_args, **layer_kwargs)
+        layer = context.module
+        if not isinstance(layer, nn.Dense) or not layer.has_variable("params", "lora_a"):
+            return y
+        unused.pop("/".join((*layer.path, "kernel")), None)
+        a, b = (layer.get_variable("params", name).astype(y.dtype) for name in ("lora_a", "lora_b"))
+        return y + jnp.matmul(jnp.matmul(layer_args[0].astype(y.dtype), a), b)
+
+    with nn.intercept_methods(with_adapter):
+        out = module.apply({**variables, "params": unflatten_dict(leaves, sep="/")}, *args, **kwargs)
+    if unused:
+        raise ValueError(
+            f"adapters: {', '.join(unused)} is no kernel of an nn.Dense that this call runs; "
+            "lora_merge serves any leaf"
+        )
+    return out
+
+
+def _leaves(params: Any) -> dict[str, Any]:
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _find(params: Any, targets: Sequence[str]) -> dict[str, Any]:
+    """The leaves that the targets name, in the tree's order; ValueError where one names none."""
+    leaves = _leaves(params)
+
+    def names(target: str, path: str) -> bool:
+        return any(f"/{p}".endswith(f"/{target}") for p in (path, path.removesuffix("/kernel")))
+
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"targets: got {targets!r}; a tuple of at least one end of a path fits")
+    for target in targets:
+        if not any(names(target, path) for path in leaves):
+            raise ValueError(f"targets: {target!r} matches no leaf; there are {', '.join(leaves)}")
+    return {path: leaf for path, leaf in leaves.items() if any(names(t, path) for t in targets)}
+
+
+def _check(params: Any, adapters: Adapters) -> None:
+    leaves = _leaves(params)
+    for path, pair in adapters.items():
+        if path not in leaves:
+            raise ValueError(f"adapters: params have no {path!r}; there are {', '.join(leaves)}")
+        shape = leaves[path].shape
+        if (*pair.a.shape[:-1], pair.b.shape[-1]) != shape or pair.a.shape[-1] != pair.b.shape[-2]:
+            got = f"a {list(pair.a.shape)} and b {list(pair.b.shape)}"
+            fits = f"[..., {shape[-2]}, r] and [..., r, {shape[-1]}] fit"
+            raise ValueError(f"adapters: got {got} for {path} of shape {list(shape)}; {fits}")
+
+
+def _add(params: Any, adapters: Adapters, sign: int) -> Any:
+    _check(params, adapters)
+
+    def add(path, leaf):
+        pair = adapters.get(leaf_path(path))
+        if pair is None:
+            return leaf
+        wide = pair.product
+        return (leaf.astype(wide.dtype) + sign * wide).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(add, params)
