@@ -2,11 +2,17 @@
 
 import os
 
+from jaxlib import xla_client
+
+from tests.devices import QUICK
+
 # A GPU or TPU run says so: FRUGAX_TEST_PLATFORM=cuda pytest -m gpu
 os.environ.setdefault("JAX_PLATFORMS", os.environ.get("FRUGAX_TEST_PLATFORM", "cpu"))
-if os.environ["JAX_PLATFORMS"] == "cpu":
-    # Most of the time goes into compiling small programs once: leave LLVM's optimizer out.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
+    # Read once, now: libtpu would read them too, and end the process at a CPU flag that it doesn't know.
+    os.environ["XLA_FLAGS"] = QUICK
+    xla_client.CompileOptions()
+    del os.environ["XLA_FLAGS"]
 # libtpu compiles for chips that are not here: it must not look for them, nor for other users of them.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -27,3 +33,10 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_collection_modifyitems(items):
+    """The default run compiles for a TPU with each size of matrix unit; `-m slow` for the other two."""
+    for item in items:
+        if "callspec" in vars(item) and item.callspec.params.get("chip") in ("v5p", "tpu7x"):
+            item.add_marker(pytest.mark.slow)

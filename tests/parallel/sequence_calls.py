@@ -58,6 +58,11 @@ def weighted(results):
     return sum(jnp.sum(x * normal(9, *x.shape)) for x in results)
 
 
+def outputs(value_and_gradients):
+    (_, results), gradients = value_and_gradients
+    return results, gradients
+
+
 def check(name, backend, packed, mesh):
     op, args, split, state_size = CASES[name]()
     ids = {"segment_ids": SEGMENTS} if packed else {}
@@ -79,7 +84,8 @@ def check(name, backend, packed, mesh):
     wanted = both(lambda args, ids: whole(**args, **ids))(args, ids)
     put = {n: jax.device_put(x, NamedSharding(mesh, place[n])) for n, x in args.items()}
     compiled = both(sharded).lower(put, ids).compile()
-    assert_close(compiled(put, ids), wanted, "float32", name=name)
+    # Results and gradients; their weighted sum cancels, so its relative error says nothing.
+    assert_close(outputs(compiled(put, ids)), outputs(wanted), "float32", name=name)
 
     collectives = re.findall(
         r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
