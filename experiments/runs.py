@@ -63,6 +63,7 @@ def build_model(config: ConfigDict) -> Any:
         repeats=model.repeats,
         tie_embeddings=model.tie_embeddings,
         remat=model.remat,
+        unroll=model.unroll,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
         backend=model.backend or None,

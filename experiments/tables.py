@@ -29,6 +29,9 @@ def what_runs_where() -> str:
         "linear_attention": ((1, 4096, 8, 64),) * 4,
         "linear_recurrence": ((1, 4096, 512),) * 2,
         "causal_conv1d": ((1, 4096, 512), (4, 512)),
+        "selective_scan": ((1, 4096, 512), (1, 4096, 512), (512, 16), (1, 4096, 16), (1, 4096, 16)),
+        "ssd": ((1, 4096, 8, 64), (1, 4096, 8), (8,), (1, 4096, 1, 128), (1, 4096, 1, 128)),
+        "rnn": ((1, 4096, 4, 4, 128), (4, 4, 128, 128)),
     }.items():
         for dtype in (jnp.bfloat16, jnp.float32):
             x = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
@@ -108,9 +111,8 @@ def training() -> str:
             f"{r[name]:.3f}"
             for name in ("held_out_bits_per_byte", "gzip_bits_per_byte", "order3_bits_per_byte")
         ]
-        rows.append(
-            [*row, *held_out, f"{r['held_out_bytes']:,}", r["machine"], f"jax {r['jax']}, {r['date']}"]
-        )
+        machine = r["machine"] + ("; " + r["note"] if "note" in r else "")
+        rows.append([*row, *held_out, f"{r['held_out_bytes']:,}", machine, f"jax {r['jax']}, {r['date']}"])
     head = ["config", "parameters", "minutes", "held out", "gzip -9", "order-3 bytes", "bytes held out"]
     text = "Bits per byte of files that were held out; minutes hold compilation and evaluation."
     return f"{text}\n\n{table([*head, 'machine', 'versions'], rows)}"

@@ -13,28 +13,21 @@ import math
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from experiments.checkpoints import CheckpointError, Checkpoints, check_same_config
 from experiments.data import find_corpus, load_tokenizer, make_loader
+from experiments.flags import CONFIG, run_dir
 from experiments.metrics import Metrics
 from experiments.optimizers import make_optimizer, schedule
 from experiments.parallel import make_layout
 from experiments.report import report
 from experiments.runs import build_model
 from experiments.state import init_state, make_train_step
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A file of experiments/configs; FILE:smoke is the same run in seconds."
-)
-_RUN = flags.DEFINE_string(
-    "run", None, "The run's folder; by default config.run_dir, or runs/<name of the config>."
-)
 
 
 class Sigterm:
@@ -195,12 +188,10 @@ def main(argv: list[str]) -> None:
     """Parse flags, train, and turn what the user can mend into one sentence."""
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; fields of the config are given as --config.a.b=value")
-    if _CONFIG.value is None:
+    if CONFIG.value is None:
         raise app.UsageError("--config is missing; --config=experiments/configs/quickstart.py fits")
-    config = _CONFIG.value
-    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    name = Path(file).stem + (f"-{variant}" if variant else "")
-    config.run_dir = _RUN.value or config.run_dir or f"runs/{name}"
+    config = CONFIG.value
+    config.run_dir = run_dir()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     try:

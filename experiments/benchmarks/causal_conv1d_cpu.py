@@ -4,18 +4,12 @@ python -m experiments.benchmarks.causal_conv1d_cpu
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import frugax
+from experiments.benchmarks.interleaved import about, compare, save
 
 RESULTS = Path(__file__).parent / "results" / "causal_conv1d_cpu.json"
 
@@ -37,53 +31,13 @@ def grouped_convolution(x_BTD, weight_WD, bias_D):
     return jax.nn.silu(z_BTD + bias_D)
 
 
-def with_gradient(f):
-    def run(x, weight, bias, dy):
-        y, vjp = jax.vjp(f, x, weight, bias)
-        return y, vjp(dy)
-
-    return run
-
-
 def measure(shape: tuple[int, int, int], width: int, repeats: int) -> dict:
-    """Milliseconds and bytes of temporaries for each contender and pass; raises if their numbers differ."""
-    B, T, D = shape
+    D = shape[2]
     keys = jax.random.split(jax.random.key(0), 4)
-    sizes = [(B, T, D), (width, D), (D,), (B, T, D)]
-    x, weight, bias, dy = (jax.random.normal(k, s) for k, s in zip(keys, sizes, strict=True))
-    programs, answers = {}, {}
-    for name, f in (("frugax", ours), ("conv_general_dilated", grouped_convolution)):
-        for what, g, args in (
-            ("forward", f, (x, weight, bias)),
-            ("forward+gradient", with_gradient(f), (x, weight, bias, dy)),
-        ):
-            compiled = jax.jit(g).lower(*args).compile()
-            programs[name, what] = compiled, args
-            answers[name, what] = compiled(*args)
-    for what in ("forward", "forward+gradient"):
-        pairs = zip(
-            *(jax.tree.leaves(answers[n, what]) for n in ("frugax", "conv_general_dilated")), strict=True
-        )
-        for a, b in pairs:
-            error = float(jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(b**2)))
-            if not error < 1e-5:
-                raise AssertionError(
-                    f"{what}: the contenders differ by {error:.1e}; no time is worth reporting"
-                )
-    milliseconds: dict[tuple[str, ...], list[float]] = {key: [] for key in programs}
-    for _ in range(repeats):  # interleaved, so that what else runs here slows all alike
-        for key, (compiled, args) in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*args))
-            milliseconds[key].append(1e3 * (time.perf_counter() - start))
-    return {
-        f"{name}, {what}": {
-            "median_ms": round(float(np.median(times)), 2),
-            "min_ms": round(min(times), 2),
-            "temporary_MB": round(programs[name, what][0].memory_analysis().temp_size_in_bytes / 1e6, 1),
-        }
-        for (name, what), times in milliseconds.items()
-    }
+    sizes = [shape, (width, D), (D,), shape]
+    *args, dy = (jax.random.normal(k, s) for k, s in zip(keys, sizes, strict=True))
+    contenders = {"frugax": ours, "conv_general_dilated": grouped_convolution}
+    return compare(contenders, args, dy, reference="conv_general_dilated", bound=1e-5, repeats=repeats)
 
 
 def main() -> None:
@@ -95,12 +49,6 @@ def main() -> None:
     args = parser.parse_args()
     B, T, D = map(int, args.shape.split(","))
     result = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_average_at_start": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "frugax": "0.1.0",
         "shape": [B, T, D],
         "width": args.width,
         "dtype": "float32",
@@ -108,9 +56,7 @@ def main() -> None:
         "repeats": args.repeats,
         "results": measure((B, T, D), args.width, args.repeats),
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    save(args.out, about() | result)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Kernel:
     function: Callable[..., Any]
     structs: tuple[Any, ...]
     flops: float
+    vector_operations: float = 0  # elementwise ones, in float32, where they may be the bound
 
 
 def linear_attention() -> list[Kernel]:
@@ -69,8 +70,71 @@ def linear_attention() -> list[Kernel]:
     return kernels
 
 
+def selective_scan() -> list[Kernel]:
+    """B=1, T=4096, D=2048, N=16, bfloat16, softplus and gate fused; FLOPs are the vector units'."""
+    import jax
+    import jax.numpy as jnp
+
+    from frugax.kernels.selective_scan import pallas_tpu
+    from frugax.kernels.selective_scan.inputs import Inputs
+
+    B, T, D, N = 1, 4096, 2048, 16
+    x = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
+    small, row = jax.ShapeDtypeStruct((B, T, N), jnp.float32), jax.ShapeDtypeStruct((D,), jnp.float32)
+    rates = jax.ShapeDtypeStruct((D, N), jnp.float32)
+    state = jax.ShapeDtypeStruct((B, D, N), jnp.float32)
+    call = Inputs(x, x, rates, small, small, row, x, row, state, None)
+    # Operations a token, channel and state; those on channels alone are left out. Forward: dt A, its
+    # exponential (which takes a vector slot too), a h, dt x B, their sum, C h and its sum. Backward: the
+    # same, and C dy, dh; h dy, its sum; dh dt x, its sum; dh B, its sum; a dh; dlog; dlog A, its sum; dlog
+    # dt, its sum.
+    forward, backward = (n * B * T * D * N for n in (7, 7 + 14))
+    f = partial(pallas_tpu.forward, softplus=True, interpret=False)
+    b = partial(pallas_tpu.backward, softplus=True, interpret=False)
+    return [Kernel("forward", f, (call,), 0, forward), Kernel("backward", b, (call, (x, state)), 0, backward)]
+
+
+def rnn() -> list[Kernel]:
+    """T=512, bfloat16: LSTMs of one head of 1024 channels and of 8 of 128, an sLSTM as the latter."""
+    import jax
+    import jax.numpy as jnp
+
+    from frugax.kernels.rnn import pallas_tpu
+    from frugax.kernels.rnn.cells import CELLS
+    from frugax.kernels.rnn.inputs import Inputs
+
+    kernels = []
+    for cell, B, H, D in (
+        ("lstm", 16, 1, 1024),
+        ("lstm", 16, 8, 128),
+        ("slstm", 16, 8, 128),
+    ):
+        T, G, S, R = 512, CELLS[cell].gates, len(CELLS[cell].states), len(CELLS[cell].reads)
+
+        def array(*shape, dtype=jnp.bfloat16):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        state = array(B, S, H, D, dtype=jnp.float32)
+        call = Inputs(array(B, T, H, G, D), array(H, G, D, D), array(H, G, D), state, None)
+        h, reads = array(B, T, H, D), array(T, H, R, B, D, dtype=jnp.float32)
+        label, flops = f"{cell} {B}x{H}x{D}", 2 * B * T * H * G * D * D
+        f = partial(pallas_tpu.forward, keep=True, interpret=False)
+        kernels.append(Kernel(f"forward {label}", f, (call,), flops))
+        b = partial(pallas_tpu.backward, interpret=False)
+        # The kernel's own: the two products over all tokens, before it and after it, are XLA's.
+        kernels.append(Kernel(f"backward {label}", b, (call, h, reads, (h, state)), flops))
+    return kernels
+
+
 # name -> what to compile. Another operation adds a function here.
-OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {"linear_attention": linear_attention}
+OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {
+    "linear_attention": linear_attention,
+    "rnn": rnn,
+    "selective_scan": selective_scan,
+}
+# Elementwise operations a cycle that a chip's vector units can start: 8 x 128 lanes, four slots a bundle. A
+# v5p's two cores share a kernel's grid, and its cycles are one core's.
+VECTOR = {"v5e": 4096, "v5p": 8192, "v6e": 4096, "tpu7x": 4096}
 
 
 def count_bundles(text: str) -> list[int]:
@@ -188,7 +252,8 @@ def measure(operation: str, label: str, chip: str, folder: Path) -> dict[str, An
     memory = moved / info.mem_bw_bytes_per_second * hertz
     matrix = kernel.flops / info.bf16_ops_per_second * hertz
     outside = outside_bytes(compiled.as_text()) / info.mem_bw_bytes_per_second * hertz
-    floor = max(memory, matrix)
+    bounds = {"memory": memory, "matrix unit": matrix, "vector unit": kernel.vector_operations / VECTOR[chip]}
+    bound, floor = max(bounds.items(), key=lambda item: item[1])
     capacity = found.pop("capacity")
     return {
         "kernel": label,
@@ -196,7 +261,7 @@ def measure(operation: str, label: str, chip: str, folder: Path) -> dict[str, An
         "cycles": found["cycles"],
         "copies": round(outside),
         "floor": round(floor),
-        "bound": "memory" if memory > matrix else "matrix unit",
+        "bound": bound,
         "ratio": round((max(found["cycles"], memory) + outside) / floor, 3),
         "schedule_ratio": round(found["cycles"] / floor, 3),
         "matrix_share": round(matrix / max(found["cycles"], 1), 3),
@@ -256,8 +321,9 @@ def write(operation: str, rows: list[dict[str, Any]]) -> Path:
 
 LEGEND = """\
 cycles: bundles x trips. copies: XLA's own operations around the kernel, bytes / bandwidth. floor: inputs and
-outputs once over the bandwidth, or FLOPs over the peak. ratio: (cycles, or memory if larger, + copies) /
-floor. matrix: FLOPs / (cycles x peak). slots: how busy the matrix unit is, padding included. MiB: of VMEM."""
+outputs once over the bandwidth, FLOPs over the peak, or elementwise operations over the vector unit's four a
+bundle, whichever is larger. ratio: (cycles, or memory if larger, + copies) / floor. matrix: FLOPs / (cycles x
+peak). slots: how busy the matrix unit is, padding included. MiB: of VMEM."""
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ def defaults() -> ConfigDict:
     config.model.blocks = ConfigDict()  # blocks.NAME: see `block`
     config.model.tie_embeddings = True  # the output projection is the embedding
     config.model.remat = False  # recompute each repeat in the backward pass, to save memory
+    config.model.unroll = False  # write the repeats out: slower to compile, faster to run on CPU
     config.model.dtype = "float32"  # of activations and matmuls
     config.model.param_dtype = "float32"
     config.model.backend = ""  # of frugax.kernels; empty: by the platform

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.devices import QUICK
 from tests.experiments import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,7 @@ def command(corpus: Path, run_dir: Path, **changes) -> list[str]:
 
 def start(arguments: list[str], *, xla_flags: str = "") -> subprocess.Popen:
     """Start a command in the repository's root, on CPU, with a compiler that hurries."""
-    xla_flags += " --xla_backend_optimization_level=0"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{xla_flags} {QUICK}"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(arguments, cwd=ROOT, env=env, **pipes)
 

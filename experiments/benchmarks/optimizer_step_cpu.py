@@ -1,0 +1,149 @@
+"""Step time of each memory-efficient optimizer over optax.adamw's on CPU, each pair interleaved in one run.
+
+python -m experiments.benchmarks.optimizer_step_cpu
+
+The params are those of a Llama-like model of 50 million: 8 stacked layers of width 640, a vocabulary of 8192.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import frugax
+
+RESULTS = Path(__file__).parent / "results" / "optimizer_step_cpu.json"
+SHAPES = {
+    "embedding": (8192, 640),
+    "head": (8192, 640),
+    "layers": {
+        "mixer": {"qkv": {"kernel": (8, 640, 1920)}, "out": {"kernel": (8, 640, 640)}},
+        "channel": {"gate_in": {"kernel": (8, 640, 3456)}, "out": {"kernel": (8, 1728, 640)}},
+        "mixer_norm": {"weight": (8, 640)},
+        "channel_norm": {"weight": (8, 640)},
+    },
+}
+T = 200  # steps from refresh to refresh
+
+
+def contenders(rank: int) -> dict[str, optax.GradientTransformation]:
+    """What is measured, each with the interval that it would train with."""
+    of, rate = frugax.optim, 1e-3
+    return {
+        "apollo": of.apollo(rate, rank=rank),
+        "apollo_mini": of.apollo_mini(rate),
+        "galore": of.galore(rate, rank=rank),
+        "galore (randomized)": of.galore(rate, rank=rank, projector="randomized"),
+        "galore (svd)": of.galore(rate, rank=rank, projector="svd"),
+        "fira": of.fira(rate, rank=rank),
+        "natural_galore": of.natural_galore(rate, rank=rank),
+        "q_galore": of.q_galore(rate, rank=rank),
+        "frugal": of.frugal(rate, density=rank / 640),
+        "dct_adamw": of.dct_adamw(rate, rank=rank),
+        "trion": of.trion(rate, rank=rank),
+        "cosmos": of.cosmos(rate, rank=rank),
+        "lisa": of.lisa(rate, active=2),
+        "lion": of.lion(rate),
+        "adamw_8bit": of.adamw_8bit(rate),
+    }
+
+
+def normal_tree(seed: int, scale: float) -> dict:
+    """Params, or gradients, of the model's shapes."""
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    shapes = jax.tree.leaves(SHAPES, is_leaf=is_shape)
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    each = iter(keys)
+    return jax.tree.map(lambda s: scale * jax.random.normal(next(each), s), SHAPES, is_leaf=is_shape)
+
+
+class Run:
+    """An optimizer in the middle of training."""
+
+    def __init__(self, optimizer, gradient):
+        def step(params, state, gradient):
+            updates, state = optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.gradient, self.params = gradient, normal_tree(0, 0.02)
+        self.state = jax.jit(optimizer.init)(self.params)
+        self.bytes = frugax.optim.state_bytes(self.state)
+        jitted = jax.jit(step, donate_argnums=(0, 1))
+        self.step = jitted.lower(self.params, self.state, gradient).compile()
+        self.temporary = self.step.memory_analysis().temp_size_in_bytes
+        self.first = self.milliseconds()  # a refresh, where there are any: step 0
+
+    def milliseconds(self) -> float:
+        """Of one more step."""
+        start = time.perf_counter()
+        self.params, self.state = jax.block_until_ready(self.step(self.params, self.state, self.gradient))
+        return 1e3 * (time.perf_counter() - start)
+
+
+def measure(optimizer, gradient, repeats: int) -> dict:
+    """Steps of `optimizer` and of AdamW by turns; the ratio is the median over pairs."""
+    mine, adamw = Run(optimizer, gradient), Run(optax.adamw(1e-3), gradient)
+    pairs = np.array([(mine.milliseconds(), adamw.milliseconds()) for _ in range(repeats)])
+    if repeats >= T:
+        raise ValueError(f"repeats: got {repeats}; below {T}, so that no refresh is among them, fits")
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(mine.params)):
+        raise AssertionError("params are not finite; no time is worth reporting")
+    ratio = float(np.median(pairs[:, 0] / pairs[:, 1]))
+    between, base = (float(np.median(column)) for column in pairs.T)
+    extra = max(mine.first - between, 0.0)
+    return {
+        "ms_between_refreshes": round(between, 1),
+        "over_adamw_between_refreshes": round(ratio, 2),
+        "ms_of_the_first_step": round(mine.first, 1),
+        f"over_adamw_amortized_over_{T}": round(ratio + extra / T / base, 2),
+        "adamw_ms": round(base, 1),
+        "state_bytes_per_parameter": round(mine.bytes / optax.tree.size(mine.params), 3),
+        "temporary_MB": round(mine.temporary / 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=[160, 64], help="640 / 4 is the papers' share"
+    )
+    parser.add_argument("--only", nargs="+", help="names, or their beginnings")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
+    args = parser.parse_args()
+    gradient = normal_tree(1, 1e-3)
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_average_at_start": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "frugax": frugax.__version__,
+        "parameters": int(optax.tree.size(gradient)),
+        "repeats": args.repeats,
+        "results": {},
+    }
+    for rank in args.ranks:
+        for name, optimizer in contenders(rank).items():
+            if args.only and not name.startswith(tuple(args.only)):
+                continue
+            result["results"].setdefault(f"rank {rank}", {})[name] = measure(
+                optimizer, gradient, args.repeats
+            )
+            print(rank, name, result["results"][f"rank {rank}"][name], flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

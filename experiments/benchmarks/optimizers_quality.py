@@ -1,0 +1,136 @@
+"""Every optimizer of experiments/configs/optimizers/llama_1m.py at each learning rate of its grid.
+
+  python -m experiments.benchmarks.optimizers_quality              about an hour on a core
+  python -m experiments.benchmarks.optimizers_quality --only adamw galore --steps 200
+  python -m experiments.benchmarks.optimizers_quality --smoke      every part in a minute or two, kept nowhere
+
+The same init and the same batches for all. Results are written after each run; a run that is there already is
+not repeated, unless --again. Times are not among them: benchmarks/optimizer_step_cpu.py measures those.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+import frugax
+from experiments.configs.optimizers.llama_1m import OPTIMIZERS, get_config
+from experiments.data import find_corpus, heldout_batches, load_tokenizer, make_loader
+from experiments.optimizers import make_optimizer
+from experiments.runs import build_model
+from experiments.state import bits_per_byte, init_state, make_train_step
+
+EACH = 2048  # bytes of a held-out file
+RESULTS = Path(__file__).parent / "results" / "optimizers_quality.json"
+
+
+def run(config) -> dict:
+    """Train as `config` says, without checkpoints; what it reached and what it cost."""
+    tokenizer = load_tokenizer(config.data.tokenizer or None)
+    config.model.vocab_size = tokenizer.vocab_size
+    corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
+    batches = make_loader(
+        corpus,
+        tokenizer,
+        batch_size=config.batch_size,
+        seq_len=config.data.sequence_length,
+        seed=config.seed,
+        process_index=0,
+        process_count=1,
+    )
+    module, optimizer = build_model(config), make_optimizer(config.optimizer, config.steps)
+    state = jax.jit(lambda: init_state(module, optimizer, config.seed, 0.0))()
+    step = make_train_step(module, optimizer, accumulate=1, ema_decay=0.0)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, dict(next(batches))).compile()
+    memory = compiled.memory_analysis()
+    losses = []
+    for _ in range(config.steps):
+        state, metrics = compiled(state, dict(next(batches)))
+        losses.append(float(metrics["loss"]))
+    # The first bytes of many files say more than the one file that would fill the limit.
+    spans = tuple(dataclasses.replace(s, stop=s.start + min(len(s), EACH)) for s in corpus.heldout)
+    held_out = heldout_batches(
+        dataclasses.replace(corpus, heldout=spans),
+        tokenizer,
+        batch_size=config.evaluation.batch_size,
+        seq_len=config.evaluation.sequence_length,
+        limit_bytes=config.evaluation.max_bytes,
+    )
+    return {
+        "steps": config.steps,
+        "bytes_a_step": config.batch_size * config.data.sequence_length,
+        "training_loss": round(float(np.mean(losses[-max(config.steps // 20, 1) :])), 4),
+        "held_out_bits_per_byte": round(float(bits_per_byte(module, state.params, held_out)), 4),
+        "parameters": int(optax.tree.size(state.params)),
+        "state_bytes": frugax.optim.state_bytes(state.optimizer),
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
+    }
+
+
+def table(runs: dict[str, dict]) -> str:
+    """The best run of each optimizer, by held-out bits per byte."""
+    lines = ["optimizer       rate    loss    bits/byte  state MB  peak MB  others"]
+    for name in OPTIMIZERS:
+        mine = sorted((r["held_out_bits_per_byte"], rate, r) for rate, r in runs.get(name, {}).items())
+        if not mine:
+            continue
+        bits, rate, best = mine[0]
+        others = ", ".join(f"{rate}: {bits:.3f}" for bits, rate, _ in mine[1:])
+        lines.append(
+            f"{name:14}  {rate:6}  {best['training_loss']:.3f}  {bits:9.3f}  "
+            f"{best['state_bytes'] / 1e6:8.2f}  {best['peak_bytes'] / 1e6:7.1f}  {others}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
+    parser.add_argument("--steps", type=int, help="of each run; default: the config's")
+    parser.add_argument("--smoke", action="store_true", help="the smallest model, at the middle rate")
+    parser.add_argument("--again", action="store_true", help="repeat runs that the file has")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
+    args = parser.parse_args()
+    kept = args.out.exists() and not args.smoke
+    result = json.loads(args.out.read_text()) if kept else {"runs": {}}
+    result |= {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "frugax": frugax.__version__,
+    }
+    for name in args.only:
+        rates = OPTIMIZERS[name][2]
+        for rate in (rates[1],) if args.smoke else rates:
+            config = get_config(f"{name},smoke" if args.smoke else name)
+            config.optimizer.learning_rate = rate
+            if args.steps:
+                config.steps = args.steps
+                config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, args.steps // 10)
+            done = result["runs"].setdefault(name, {})
+            if str(rate) in done and done[str(rate)]["steps"] == config.steps and not args.again:
+                continue
+            done[str(rate)] = run(config)
+            print(name, rate, done[str(rate)], flush=True)
+            if args.smoke:
+                continue
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result["runs"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Mamba-2 with a layer of sliding-window attention after every three, on this interpreter's Python sources.
+
+Reproduces: no published run. A few attention layers among Mamba-2's is what its paper (Dao and Gu 2024, arXiv
+2405.21060) found better than either alone; there attention sees all that came before, here the last 128
+bytes, so that the state stays of one size.
+Should reach: fewer bits per byte than mamba2_bytes.py. Not run to its end yet.
+Time: not measured yet.
+
+  python -m experiments.train --config=experiments/configs/hybrid_bytes.py
+  python -m experiments.train --config=experiments/configs/hybrid_bytes.py:smoke     ends in seconds
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import mamba2_bytes
+from experiments.configs.defaults import block, check_variant, shrink
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; variant "smoke" ends in seconds."""
+    check_variant(variant)
+    config = mamba2_bytes.get_config()
+
+    config.model.repeats = 2
+    config.model.pattern = ("mamba2", "mamba2", "mamba2", "window")
+    config.model.blocks.window = block(
+        mixer="SlidingWindowAttention", channel=None, mixer_args=dict(heads=4, window=128)
+    )
+
+    if variant == "smoke":
+        shrink(config)
+    return config
