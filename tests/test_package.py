@@ -3,7 +3,6 @@
 import doctest
 import importlib
 import pkgutil
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -32,13 +31,12 @@ def test_import_starts_no_device():
     assert out.split() == ["False", "False"]
 
 
-def test_import_costs_little_over_jax():
-    """A tenth of what `import jax` takes, at most: sub-packages load on first use."""
-    code = (
-        "import time; a = time.perf_counter(); import jax; b = time.perf_counter(); import frugax\n"
-        "print((time.perf_counter() - b) / (b - a))"
+def test_import_costs_nothing_over_jax():
+    """Sub-packages load on first use."""
+    out = python(
+        "import sys, jax; before = set(sys.modules); import frugax; print(set(sys.modules) - before)"
     )
-    assert statistics.median(float(python(code)) for _ in range(3)) < 0.1
+    assert out.strip() == "{'frugax'}"
 
 
 def test_pyproject_lists_every_package():
@@ -56,10 +54,14 @@ def test_examples_run(name):
 
 def test_every_public_callable_has_an_example():
     missing = []
-    for package in ("kernels", "layers", "parallel"):
+    for package in ("formats", "kernels", "layers", "optim", "parallel"):
         room = getattr(frugax, package)
         for name in room.__all__:
-            doc = getattr(room, name).__doc__ or ""
+            thing = getattr(room, name)
+            # A state: its function has the example. A module: its functions have.
+            if hasattr(thing, "_fields") or not callable(thing):
+                continue
+            doc = thing.__doc__ or ""
             if ">>>" not in doc:
                 missing.append(f"{package}.{name}")
     assert not missing
