@@ -37,7 +37,8 @@ def measure(leaves: dict[str, tuple[int, ...]], repeats: int) -> dict:
     params = {n: 0.02 * jax.random.normal(k, s) for k, (n, s) in zip(keys, leaves.items(), strict=True)}
     gradient = {n: 1e-3 * jnp.cos(1e3 * p) for n, p in params.items()}
     count = sum(p.size for p in params.values())
-    programs, carries, times, results = {}, {}, {}, {}
+    programs, carries, results = {}, {}, {}
+    times: dict[str, list[float]] = {}
     for name, tx in (("frugax", frugax.optim.adamw_8bit(1e-3)), ("optax", optax.adamw(1e-3))):
 
         def step(params, state, gradient, tx=tx):

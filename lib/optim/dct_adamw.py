@@ -97,11 +97,9 @@ def _with_feedback(
     """`rule`, on gradients to which what its residual rule keeps was added."""
 
     def update(updates: Any, state: LeafwiseState, params: Any = None) -> tuple[Any, LeafwiseState]:
-        gradients, tree = jax.tree.flatten(updates)
-        total = []
-        for decision, g, leaf in zip(
-            spec.decisions(updates, side), gradients, tree.flatten_up_to(state.leaves), strict=True
-        ):
+        tree: Any = jax.tree.structure(updates)
+        gradients, leaves, total = tree.flatten_up_to(updates), tree.flatten_up_to(state.leaves), []
+        for decision, g, leaf in zip(spec.decisions(updates, side), gradients, leaves, strict=True):
             if decision.view is not None:
 
                 def add(g: Array, _: None, kept: QuantizedTensor, step: Array, join=decision.view.join):

@@ -201,10 +201,10 @@ class PowerIteration(_Basis):
 class _Forgetful(_Rowwise):
     """Drawn from the key at each step: nothing is kept, and nothing leads from one draw to the next."""
 
-    def init(self, shape: tuple[int, ...], dtype: Any) -> tuple:
+    def init(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return ()
 
-    def refresh(self, g: Array, kept: tuple, key: Any) -> tuple:
+    def refresh(self, g: Array, kept: Any, key: Any) -> Any:
         return ()
 
     def change(self, old: tuple, new: tuple) -> Array:
@@ -226,12 +226,12 @@ class Gaussian(_Forgetful):
     def _draw(self, m: int, key: Array, dtype: Any) -> Array:
         return jax.random.normal(key, (m, self.rank), dtype) * self.rank**-0.5
 
-    def down(self, g: Array, kept: tuple, key: Any) -> Array:
+    def down(self, g: Array, kept: Any, key: Any) -> Array:
         p = self._draw(g.shape[-2], key, g.dtype)
         # One copy of P a slice: a product of one P with a stack would come out in another order of axes.
         return _t(jnp.broadcast_to(p, (*g.shape[:-2], *p.shape))) @ g
 
-    def up(self, r: Array, shape: tuple[int, ...], kept: tuple, key: Any) -> Array:
+    def up(self, r: Array, shape: tuple[int, ...], kept: Any, key: Any) -> Array:
         return self._draw(shape[-2], key, r.dtype) @ r
 
 
@@ -262,11 +262,11 @@ class Rows(_Forgetful):
         Array(2., dtype=float32)
     """
 
-    def down(self, g: Array, kept: tuple, key: Any) -> Array:
+    def down(self, g: Array, kept: Any, key: Any) -> Array:
         chosen, _ = _drawn(g.shape[-2], self.rank, key)
         return jnp.take(g, chosen, axis=-2, unique_indices=True, indices_are_sorted=True)
 
-    def up(self, r: Array, shape: tuple[int, ...], kept: tuple, key: Any) -> Array:
+    def up(self, r: Array, shape: tuple[int, ...], kept: Any, key: Any) -> Array:
         _, place = _drawn(shape[-2], self.rank, key)
         return _spread(r, place, -2)
 
@@ -289,13 +289,13 @@ class Coordinates(_Forgetful):
         of_rows, of_turns = jax.random.split(key)
         return *_drawn(m, self.rank, of_rows), jax.random.randint(of_turns, (1, n), 0, m)
 
-    def down(self, g: Array, kept: tuple, key: Any) -> Array:
+    def down(self, g: Array, kept: Any, key: Any) -> Array:
         m, n = g.shape[-2:]
         chosen, _, turn = self._draw(m, n, key)
         rows = (chosen[:, None] + turn) % m
         return jnp.take_along_axis(g, jnp.broadcast_to(rows, (*g.shape[:-2], *rows.shape)), axis=-2)
 
-    def up(self, r: Array, shape: tuple[int, ...], kept: tuple, key: Any) -> Array:
+    def up(self, r: Array, shape: tuple[int, ...], kept: Any, key: Any) -> Array:
         m, n = shape[-2:]
         _, place, turn = self._draw(m, n, key)
         place = place[(jnp.arange(m)[:, None] - turn) % m]
@@ -323,11 +323,11 @@ class Slices(_Forgetful):
     def most(self, shape: tuple[int, ...]) -> int:
         return shape[0] if len(shape) > 2 else 0
 
-    def down(self, g: Array, kept: tuple, key: Any) -> Array:
+    def down(self, g: Array, kept: Any, key: Any) -> Array:
         chosen, _ = _drawn(g.shape[0], self.rank, key)
         return jnp.take(g, chosen, axis=0, unique_indices=True, indices_are_sorted=True)
 
-    def up(self, r: Array, shape: tuple[int, ...], kept: tuple, key: Any) -> Array:
+    def up(self, r: Array, shape: tuple[int, ...], kept: Any, key: Any) -> Array:
         _, place = _drawn(shape[0], self.rank, key)
         return _spread(r, place, 0)
 

@@ -193,8 +193,10 @@ def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapte
         if not isinstance(layer, nn.Dense) or not layer.has_variable("params", "lora_a"):
             return y
         unused.pop("/".join((*layer.path, "kernel")), None)
-        a, b = (layer.get_variable("params", name).astype(y.dtype) for name in ("lora_a", "lora_b"))
-        return y + jnp.matmul(jnp.matmul(layer_args[0].astype(y.dtype), a), b)
+        a: Array = layer.get_variable("params", "lora_a")
+        b: Array = layer.get_variable("params", "lora_b")
+        down = jnp.matmul(layer_args[0].astype(y.dtype), a.astype(y.dtype))
+        return y + jnp.matmul(down, b.astype(y.dtype))
 
     with nn.intercept_methods(with_adapter):
         out = module.apply({**variables, "params": unflatten_dict(leaves, sep="/")}, *args, **kwargs)
