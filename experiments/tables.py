@@ -1,4 +1,4 @@
-"""The tables of README.md, from the code and from experiments/benchmarks/results: never written by hand.
+"""The tables of README.md and docs/, from the code and experiments/benchmarks/results: never written by hand.
 
 python -m experiments.tables           rewrite them
 python -m experiments.tables --check   say whether they are as this would write them
@@ -10,6 +10,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 import frugax
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "benchmarks" / "results"
 
 
@@ -57,8 +58,8 @@ def linear_attention_cpu() -> str:
     return f"{caption(result)}\n\n{table(head, rows)}"
 
 
-def tpu_schedule() -> str:
-    result = read("tpu_schedule_linear_attention")
+def tpu_schedule(operation: str) -> str:
+    result = read(f"tpu_schedule_{operation}")
     rows = []
     for r in result["rows"]:
         if "error" in r:
@@ -118,6 +119,77 @@ def training() -> str:
     return f"{text}\n\n{table([*head, 'machine', 'versions'], rows)}"
 
 
+def classification() -> str:
+    rows, versions = [], set()
+    for path in sorted(RESULTS.glob("classify_*.json")):
+        run = json.loads(path.read_text())
+        versions.add(f"jax {run['jax']}, {run['date']}")
+        for name, r in run["results"].items():
+            lengths = r.get("accuracy_by_length", {})
+            longer = ", ".join(f"{length}: {100 * a:.0f}" for length, a in lengths.items())
+            task = f"`{path.stem.removeprefix('classify_')}`"
+            rows.append([task, name, f"{r.get('parameters', ''):,}" if "parameters" in r else ""])
+            rows[-1] += [f"{100 * r['accuracy']:.1f}", longer]
+    head = ["config", "", "parameters", "accuracy, %", "at other lengths, %"]
+    return f"Held out. {'; '.join(sorted(versions))}.\n\n{table(head, rows)}"
+
+
+def optimizers_quality() -> str:
+    result, rows = read("optimizers_quality"), []
+    for name, runs in result["runs"].items():
+        rate, best = min(runs.items(), key=lambda run: run[1]["held_out_bits_per_byte"])
+        bits, loss = (f"{best[key]:.3f}" for key in ("held_out_bits_per_byte", "training_loss"))
+        megabytes = [f"{best[key] / 1e6:.2f}" for key in ("state_bytes", "peak_bytes")]
+        rows.append([f"`{name}`", rate, bits, loss, *megabytes])
+    head = ["", "best rate", "held-out bits per byte", "training loss, nats", "state MB", "step's peak MB"]
+    one = next(iter(next(iter(result["runs"].values())).values()))
+    about = f"{one['parameters']:,} parameters, {one['steps']} steps of {one['bytes_a_step']} bytes"
+    versions = f"jax {result['jax']}, {result['date']}"
+    return f"{about}, best of three learning rates each. {versions}.\n\n{table(head, rows)}"
+
+
+def optimizer_steps() -> str:
+    result, rows = read("optimizer_step_cpu"), []
+    for rank, found in result["results"].items():
+        for name, r in found.items():
+            amortized = next(v for k, v in r.items() if k.startswith("over_adamw_amortized"))
+            ratios = [f"{r['over_adamw_between_refreshes']}x", f"{amortized}x"]
+            rows.append([f"`{name}`", rank.split()[-1], *ratios, r["state_bytes_per_parameter"]])
+    head = ["", "rank", "step over `optax.adamw`'s", "amortized over 200", "state bytes a parameter"]
+    about = f"{result['parameters']:,} parameters, float32. {plain_caption(result)}"
+    return f"{about}\n\n{table(head, rows)}"
+
+
+def mamba_cpu() -> str:
+    result = read("mamba_cpu")
+    sizes = ", ".join(f"{k} {v}" for k, v in result["sizes"].items())
+    rows = []
+    for what, times in result["result"].items():
+        if what in ("step", "loss"):
+            medians = {k.removesuffix(", median_ms"): v for k, v in times.items() if k.endswith("median_ms")}
+            rows += [[what, name, ms] for name, ms in medians.items()]
+            rows[-1].append(f"{times['times_faster']}x faster than the faster `transformers`")
+    about = (
+        f"{sizes}; transformers {result['transformers']}, torch {result['torch']}. {plain_caption(result)}"
+    )
+    return f"{about}\n\n{table(['', '', 'median ms', ''], [[*row, ''][:4] for row in rows])}"
+
+
+def rnn_cpu() -> str:
+    result = read("rnn_cpu")
+    rows = [
+        [shape, what, r["median_ms"], r["temporary_MB"]]
+        for shape, found in result["results"].items()
+        for what, r in found.items()
+    ]
+    head = ["batch, time, channels", "", "median ms", "temporaries MB"]
+    return f"LSTM, {result['dtype']}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def plain_caption(result: dict[str, Any]) -> str:
+    return f"{result['machine']}, jax {result['jax']}, {result['date']}."
+
+
 def caption(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
     machine = result["machine"]
@@ -130,23 +202,29 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "what_runs_where": what_runs_where,
-    "linear_attention_cpu": linear_attention_cpu,
-    "recurrences_cpu": recurrences_cpu,
-    "training": training,
-    "tpu_schedule": tpu_schedule,
-    "hopper": hopper,
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "what_runs_where": what_runs_where,
+        "linear_attention_cpu": linear_attention_cpu,
+        "recurrences_cpu": recurrences_cpu,
+        "training": training,
+    },
+    "docs/compiled.md": {
+        "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
+        "tpu_selective_scan": partial(tpu_schedule, "selective_scan"),
+        "hopper": hopper,
+    },
 }
 
 
-def rewritten(text: str) -> str:
-    """`text` with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
-    for name, make in TABLES.items():
+def rewritten(page: str) -> str:
+    """A page's text with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    text = (ROOT / page).read_text()
+    for name, make in PAGES[page].items():
         start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
         before, found, rest = text.partition(start)
         if not found:
-            raise SystemExit(f"README.md has no place for the table {name}: {start.strip()} fits")
+            raise SystemExit(f"{page} has no place for the table {name}: {start.strip()} fits")
         _, _, after = rest.partition(end)
         text = before + start + make() + end + after
     return text
@@ -158,11 +236,11 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if one is out of date")
     check = parser.parse_args().check
-    text = README.read_text()
-    new = rewritten(text)
-    if check and new != text:
-        sys.exit("README.md: its tables are out of date; `python -m experiments.tables` writes them")
-    README.write_text(new)
+    for page in PAGES:
+        new = rewritten(page)
+        if check and new != (ROOT / page).read_text():
+            sys.exit(f"{page}: its tables are out of date; `python -m experiments.tables` writes them")
+        (ROOT / page).write_text(new)
 
 
 if __name__ == "__main__":

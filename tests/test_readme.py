@@ -1,9 +1,11 @@
-"""README.md: its example runs, and its tables are those of the code and the results."""
+"""README.md: its example runs, and all pages' tables are those of the code and the results."""
 
 import re
 from pathlib import Path
 
-from experiments.tables import rewritten
+import pytest
+
+from experiments.tables import PAGES, rewritten
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
@@ -23,5 +25,6 @@ def test_the_example_runs():
     assert names["logits"].shape == (1, 1, 256)
 
 
-def test_tables_are_up_to_date():
-    assert rewritten(README.read_text()) == README.read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_up_to_date(page):
+    assert rewritten(page) == (README.parent / page).read_text()
