@@ -39,7 +39,6 @@ def start_and_signal(corpus, folder, which, after: int):
     return process
 
 
-@pytest.mark.slow
 def test_sigkill_then_sigterm_then_the_losses_of_a_run_that_never_stopped(corpus, whole_run, tmp_path):
     assert len(whole_run) == STEPS
     killed = start_and_signal(corpus, tmp_path, signal.SIGKILL, after=20)

@@ -156,7 +156,6 @@ for name in ("pmap", "jit"):
 """
 
 
-@pytest.mark.slow
 def test_two_devices_by_jit_and_by_pmap_have_the_losses_of_one(corpus, tmp_path):
     flags = "--xla_force_host_platform_device_count=2"
     finish(start([sys.executable, "-c", MODES, str(corpus), str(tmp_path)], xla_flags=flags))
