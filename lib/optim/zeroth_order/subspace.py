@@ -1,4 +1,4 @@
-"""ZOODiP's subspace gradient: where the parameters have been says which parts of an estimate are noise."""
+"""ZOODiP's subspace gradient: how the parameters moved says which parts of an estimate are noise."""
 
 from typing import Any, NamedTuple
 
@@ -9,39 +9,43 @@ from jaxtyping import Array, Float, Int
 
 
 class SubspaceState(NamedTuple):
-    """Steps done; for each leaf of d numbers its last values and the directions kept, [window, d] each."""
+    """Steps done; for each leaf of d numbers its last values and the directions removed, [window, d] each."""
 
     count: Int[Array, ""]  # type: ignore[assignment]  # a tuple's method, as in optax's states
     history: Any
-    kept: Any
+    removed: Any
 
 
 def history_subspace(window: int, variance: float) -> optax.GradientTransformation:
-    """Project estimates onto the main directions of the parameters' last `window` values.
+    """Remove from estimates the directions along which the parameters' last `window` values hardly moved.
 
-    Every `window` steps the principal components of the values since are found, and those that explain the
-    share `variance` of their variance span the subspace for the next `window` steps. The first `window` steps
-    are not projected.
+    Every `window` steps the principal components of the values since are found. The largest, which together
+    explain the share `variance`, are trusted; the others, along which steps cancelled each other, are noise,
+    and estimates lose them for the next `window` steps. What lies outside of all of them, where nothing moved
+    and nothing is known, stays: so the parameters aren't bound to where they have been. Nothing is removed in
+    the first `window` steps.
 
     Args:
       window: values remembered for each leaf: meant for a token embedding, not for a model.
-      variance: in (0, 1]; the smaller, the fewer directions remain.
+      variance: in (0, 1]; the smaller, the more directions are removed. 1 removes none.
 
     Returns:
       A transformation to chain before a learning rate; its update needs params. State: 8 * window bytes for
-      each number.
+      each number, and 4.
 
     Source: Seo et al. 2025, Efficient Personalization of Quantized Diffusion Model without Backpropagation
-    (arXiv 2503.14868). Their sampling of timesteps is the caller's: it is `jax.random.randint` over a range.
+    (arXiv 2503.14868), where 1 - variance is nu. The authors' code divides each coordinate of the values by
+    its spread before it looks for components; here they are those of the values. Their sampling of timesteps
+    is the caller's: it is `jax.random.randint` over a range.
 
     Example:
         >>> import frugax, jax.numpy as jnp
-        >>> tx = frugax.optim.zeroth_order.history_subspace(window=2, variance=0.9)
-        >>> state = tx.init(jnp.zeros(2))
-        >>> for token in ([0.0, 0.0], [1.0, 0.0], [2.0, 0.0]):  # it moves along the first axis alone
-        ...     g, state = tx.update(jnp.ones(2), state, jnp.array(token))
-        >>> g.round(3).tolist()
-        [1.0, 0.0]
+        >>> tx = frugax.optim.zeroth_order.history_subspace(window=3, variance=0.9)
+        >>> state = tx.init(jnp.zeros(3))
+        >>> for token in ([0.0, 0.0, 0.0], [1.0, 0.1, 0.0], [2.0, 0.0, 0.0], [3.0, 0.0, 0.0]):
+        ...     g, state = tx.update(jnp.ones(3), state, jnp.array(token))
+        >>> abs(g).round(3).tolist()  # forwards along the first axis, to and fro along the second
+        [1.0, 0.0, 1.0]
     """
     if window < 2:
         raise ValueError(f"window: got {window}; at least 2 fits")
@@ -61,22 +65,25 @@ def history_subspace(window: int, variance: float) -> optax.GradientTransformati
             lambda h, x: h.at[state.count % window].set(x.ravel().astype(jnp.float32)), state.history, params
         )
         projected = jax.tree.map(
-            lambda g, v: jnp.where(state.count < window, g, _project(g, v)), updates, state.kept
+            lambda g, v: jnp.where(state.count < window, g, _without(g, v)), updates, state.removed
         )
         count = optax.safe_increment(state.count)
-        kept = jax.lax.cond(count % window == 0, lambda: jax.tree.map(_main, history), lambda: state.kept)
-        return projected, SubspaceState(count, history, kept)
+        removed = jax.lax.cond(
+            count % window == 0, lambda: jax.tree.map(_noise, history), lambda: state.removed
+        )
+        return projected, SubspaceState(count, history, removed)
 
-    def _main(values: Float[Array, "w d"]) -> Float[Array, "w d"]:
+    def _noise(values: Float[Array, "w d"]) -> Float[Array, "w d"]:
         _, sizes, directions = jnp.linalg.svd(values - values.mean(0), full_matrices=False)
         share = jnp.cumsum(sizes**2) / jnp.maximum(jnp.sum(sizes**2), jnp.finfo(jnp.float32).tiny)
-        wanted = jnp.concatenate([jnp.zeros(1), share[:-1]]) < variance  # up to the one that reaches it
-        rows = jnp.where(wanted[:, None], directions, 0.0)
+        trusted = jnp.concatenate([jnp.zeros(1), share[:-1]]) < variance  # up to the one that reaches it
+        moved = sizes > sizes[0] * max(values.shape) * jnp.finfo(jnp.float32).eps  # the rest is rounding
+        rows = jnp.where((moved & ~trusted)[:, None], directions, 0.0)
         return jnp.zeros_like(values).at[: len(rows)].set(rows)
 
     return optax.GradientTransformation(init, update)
 
 
-def _project(g: Array, directions: Float[Array, "w d"]) -> Array:
+def _without(g: Array, directions: Float[Array, "w d"]) -> Array:
     flat = g.ravel().astype(jnp.float32)
-    return ((directions @ flat) @ directions).reshape(g.shape).astype(g.dtype)
+    return (flat - (directions @ flat) @ directions).reshape(g.shape).astype(g.dtype)
