@@ -135,7 +135,7 @@ def mamba_layers(module, params, tokens_RT):
 
     @jax.jit
     def read(p, x):
-        normed = block.norm_class().apply({"params": p["mixer_norm"]}, x)
+        normed = block.norm_class(**dict(block.norm_args)).apply({"params": p["mixer_norm"]}, x)
         watched = {"dt", "dt_B_C", "conv"}
         _, seen = mixer.apply(
             {"params": p["mixer"]},

@@ -31,6 +31,8 @@ class Block:
       mixer_args: the mixer's attributes that differ from its defaults, as a mapping or pairs.
       channel_args: likewise for the channel mixer.
       norm: "RMSNorm", "SimpleRMSNorm", "LayerNorm", or a module class.
+      norm_args: likewise for the norms, such as {"epsilon": 1e-5}; the decoder's last norm has its last
+        block's.
 
     Raises:
       ValueError: a name or an argument that isn't there, with those that are.
@@ -47,14 +49,15 @@ class Block:
     mixer_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
     channel_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
     norm: str | type[nn.Module] = "RMSNorm"
+    norm_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
 
     def __post_init__(self):
         # Sorted pairs of hashable values: equal blocks are equal, and jit can key on them.
-        for field in ("mixer_args", "channel_args"):
+        for field in ("mixer_args", "channel_args", "norm_args"):
             items = getattr(self, field)
             items = items.items() if hasattr(items, "items") else items
             object.__setattr__(self, field, tuple(sorted((k, _hashable(v)) for k, v in items)))
-        _ = self.norm_class  # raises for a norm that isn't there
+        _check_args("norm_args", self.norm_class, self.norm_args)
         _check_args("mixer_args", self.mixer_class, self.mixer_args)
         if self.channel is None and self.channel_args:
             raise ValueError(f"channel_args: got {dict(self.channel_args)} without a channel mixer; none fit")
@@ -140,7 +143,7 @@ class BlockLayer(nn.Module):
         return x, state
 
     def _norm(self, name: str, numbers: dict[str, Any]) -> nn.Module:
-        return self.block.norm_class(**numbers, name=name)
+        return self.block.norm_class(**dict(self.block.norm_args), **numbers, name=name)
 
 
 def _zero_rows(leaf: Array, rows: Array) -> Array:

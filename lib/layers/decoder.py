@@ -115,8 +115,10 @@ class Decoder(nn.Module):
         before = (None,) * len(self.blocks) if state is None else state.layers
         x, after = layers(x, before, self._over_depth(depth), segment_ids, new_document)
 
-        norm = self.blocks[-1].norm_class(dtype=self.dtype, param_dtype=self.param_dtype, name="norm")
-        x = norm(x)
+        last = self.blocks[-1]
+        x = last.norm_class(
+            **dict(last.norm_args), dtype=self.dtype, param_dtype=self.param_dtype, name="norm"
+        )(x)
         if self.tie_embeddings:
             head = embedding
         else:

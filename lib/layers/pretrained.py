@@ -1,6 +1,5 @@
 """Checkpoints from elsewhere: Hugging Face folders of Mamba, FalconMamba and Mamba-2, into our `Decoder`."""
 
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from jax import Array
 
 from .block import Block
 from .decoder import Decoder
-from .norms import RMSNorm
 
 
 def load(folder: str | PathLike) -> tuple[Decoder, dict]:
@@ -110,7 +108,7 @@ def _mamba_block(config: dict, inner_norm: float | None = None) -> Block:
         "dt_rank": math.ceil(width / 16) if rank == "auto" else rank,
         "inner_norm": inner_norm,
     }
-    return Block("Mamba", None, args, norm=_rms_norm(config.get("layer_norm_epsilon", 1e-5)))
+    return Block("Mamba", None, args, norm_args={"epsilon": config.get("layer_norm_epsilon", 1e-5)})
 
 
 def _falcon_block(config: dict) -> Block:
@@ -134,7 +132,7 @@ def _mamba2_block(config: dict) -> Block:
         "conv_width": config.get("conv_kernel", 4),
         "norm_epsilon": epsilon,
     }
-    return Block("Mamba2", None, args, norm=_rms_norm(epsilon))
+    return Block("Mamba2", None, args, norm_args={"epsilon": epsilon})
 
 
 FAMILIES = {
@@ -142,13 +140,6 @@ FAMILIES = {
     "falcon_mamba": Family(_falcon_block, True, _MAMBA),
     "mamba2": Family(_mamba2_block, False, _MAMBA2),
 }
-
-
-@functools.cache  # equal blocks need the same class
-def _rms_norm(epsilon: float) -> type[RMSNorm]:
-    """RMSNorm with an epsilon of its own: a `Block` names a norm, without arguments."""
-    name = f"RMSNorm_{epsilon:g}"
-    return type(name, (RMSNorm,), {"__annotations__": {"epsilon": float}, "epsilon": epsilon})
 
 
 def _get(config: dict, name: str) -> Any:

@@ -265,6 +265,15 @@ def test_blocks_are_values():
     assert one != Block("GatedLinearAttention", mixer_args={"heads": 4, "expand_k": 1.0})
 
 
+def test_norms_take_their_arguments():
+    """So large an epsilon that layers see almost nothing, add nothing, and the last norm is a division."""
+    block = Block(mixer_args={"heads": 2}, norm="SimpleRMSNorm", norm_args={"epsilon": 1e12})
+    model, variables, tokens = make((block,))
+    logits, _ = model.apply(variables, tokens)
+    embedding = np.asarray(variables["params"]["embedding"], np.float64)
+    assert_close(logits, embedding[tokens] / 1e6 @ embedding.T, "float32")
+
+
 class Mean(frugax.layers.Mixer):
     """A mixer of the user's own."""
 
@@ -290,6 +299,7 @@ def test_a_mixer_of_ones_own():
         ({"mixer_args": {"head": 4}}, "mixer_args: GatedLinearAttention takes no 'head'; heads, expand_k"),
         ({"mixer_args": {"dtype": jnp.bfloat16}}, "takes no 'dtype'"),
         ({"channel_args": {"width": 4}}, "channel_args: GLU takes no 'width'; expand, activation fit"),
+        ({"norm_args": {"eps": 1e-5}}, "norm_args: RMSNorm takes no 'eps'; epsilon fit"),
         ({"channel": None, "channel_args": {"expand": 4}}, "channel_args: .* without a channel mixer"),
     ],
 )
