@@ -13,6 +13,7 @@ import math
 import signal
 import sys
 import time
+from logging import getLogger
 from typing import Any
 
 import jax
@@ -194,6 +195,7 @@ def main(argv: list[str]) -> None:
     config.run_dir = run_dir()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+        getLogger("frugax.optim").setLevel("INFO")  # which leaves an optimizer treats as matrices
     try:
         join_processes(config)
         train(config)

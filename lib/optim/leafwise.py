@@ -1,5 +1,7 @@
 """The frame of every optimizer here: matrices go one way, as [..., m, n], and all other leaves another."""
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +12,8 @@ from jax import Array
 
 from .matrix_spec import Decision, MatrixSpec
 from .placement import automatic, placed
+
+_log = logging.getLogger("frugax.optim")
 
 
 class LeafwiseState(NamedTuple):
@@ -45,7 +49,7 @@ def leafwise(
     """A transformation from what becomes of a leaf of matrices, and of another leaf.
 
     Everything is kept and computed in float32 (float64 for float64 gradients); updates come back in the
-    gradients' dtype.
+    gradients' dtype. `init` logs what becomes of each leaf, once (level INFO of the logger "frugax.optim").
 
     Args:
       init_matrices: (decision, dtype) -> the state of a leaf of matrices `decision.view.matrices`.
@@ -81,6 +85,7 @@ def leafwise(
 
     def init(params: Any) -> LeafwiseState:
         leaves, tree = _flat(params)
+        _say_once(spec.table(params, side))
         made = [init_leaf(*pair) for pair in zip(spec.decisions(params, side), leaves, strict=True)]
         return LeafwiseState(jnp.zeros((), jnp.int32), tree.unflatten(made))
 
@@ -104,6 +109,11 @@ def leafwise(
 
 def _flat(tree: Any) -> tuple[list[Any], Any]:
     return jax.tree.flatten(tree)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(table: str) -> None:
+    _log.info("which leaves are matrices, and why:\n%s", table)
 
 
 def _check_state(decision: Decision, expected: Any, state: Any) -> None:

@@ -80,3 +80,17 @@ def test_mistakes(spec, params, words):
 def test_an_unknown_side():
     with pytest.raises(ValueError, match="side: got 'left'"):
         MatrixSpec().decisions({"w": jnp.ones((2, 3))}, "left")
+
+
+def test_an_optimizer_says_what_becomes_of_each_leaf(caplog):
+    params = {"embedding": jnp.ones((9, 4)), "said": {"kernel": jnp.ones((6, 4))}}
+    with caplog.at_level("INFO", logger="frugax.optim"):
+        for _ in range(2):
+            jax.eval_shape(frugax.optim.galore(1e-3, rank=2).init, params)
+    (message,) = caplog.messages  # once
+    assert message.endswith(MatrixSpec().table(params))
+    rows = [line.split("  ") for line in message.splitlines()[2:]]
+    assert [[cell.strip() for cell in row if cell] for row in rows] == [
+        ["embedding", "[9, 4]", "-", "its name"],
+        ["said/kernel", "[6, 4]", "4 x 6 (T)", "its name and shape"],
+    ]
