@@ -1,0 +1,185 @@
+"""WeLore: matrices whose singular values fall off fast become pairs of thin ones, and those are trained."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ..optim.matrix_spec import Decision, MatrixSpec, View, leaf_path
+from .lora import LowRank
+
+Ranks = Mapping[str, tuple[int, ...]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankPart:
+    """The matrices of one leaf that are kept as factors. A pytree of their `a` and `b`.
+
+    Attributes:
+      pairs: each of a rank of its own.
+      places: which of the leaf's matrices they are.
+      view: how the leaf is seen as matrices.
+    """
+
+    pairs: tuple[LowRank, ...]
+    places: tuple[int, ...] = dataclasses.field(metadata=dict(static=True))
+    view: View = dataclasses.field(metadata=dict(static=True))
+
+
+def welore_ranks(
+    params: Any, reduction: float, *, spec: MatrixSpec | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The rank that one threshold leaves each matrix: how many of its singular values s / max(s) reach it.
+
+    The threshold is the value below which the share `reduction` of all matrices' values lies, so the ranks'
+    sum falls by that share, to within one; matrices whose values fall off fast lose most of theirs.
+
+    Args:
+      params: any tree, of concrete arrays: their values decide shapes.
+      reduction: in [0, 1): 0.5 halves the ranks' sum.
+      spec: which leaves are matrices; None: `frugax.optim.MatrixSpec()`. Each matrix of a stack has its own
+        rank.
+
+    Returns:
+      {path of the leaf: its matrices' ranks}.
+
+    Raises:
+      ValueError: a reduction that is no share; as `MatrixSpec.decisions`.
+
+    Source: Jaiswal et al. 2024 (arXiv 2407.11239).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> params = {"w": jnp.stack([jnp.diag(jnp.array(s)) for s in ([3.0, 0.2, 0.1], [5.0, 4.0, 3.0])])}
+        >>> frugax.peft.welore_ranks(params, 1 / 3)
+        {'w': (1, 3)}
+    """
+    if not 0 <= reduction < 1:
+        raise ValueError(f"reduction: got {reduction}; a share from 0 to below 1 fits")
+    values = {}
+    for decision, leaf in _matrices(params, spec):
+        matrices = _split(decision.view, leaf)
+        s = np.asarray(jnp.linalg.svd(matrices.astype(jnp.float32), compute_uv=False))
+        values[decision.path] = s / np.maximum(s[:, :1], np.finfo(np.float32).tiny)
+    every = np.sort(np.concatenate([s.ravel() for s in values.values()]))
+    threshold = every[round(reduction * every.size)]
+    return {path: tuple(np.maximum((s >= threshold).sum(1), 1).tolist()) for path, s in values.items()}
+
+
+def welore_split(
+    params: Any, ranks: Ranks, *, low: float = 0.5, spec: MatrixSpec | None = None
+) -> tuple[dict[str, LowRankPart], Any]:
+    """(what is trained, what rests): factors of the matrices of low rank, and everything else.
+
+    A matrix [m, n] whose rank r is below `low` times its shorter side becomes its best approximation of that
+    rank, r (m + n) numbers; the others stay as they are, whatever their rank is.
+
+    Args:
+      params: any tree, of concrete arrays.
+      ranks: of `welore_ranks`, or your own.
+      low: 0.5 is the paper's, and always saves; 1 makes factors of all that are below full rank.
+      spec: as for `welore_ranks`.
+
+    Returns:
+      {path: `LowRankPart`}, in the leaves' dtypes: an optimizer that is given this alone trains this alone.
+      And the tree of params, whose leaves at those paths hold the other matrices alone, [how many, m, n].
+
+    Raises:
+      ValueError: ranks that aren't of these params.
+
+    Source: Jaiswal et al. 2024 (arXiv 2407.11239).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp, optax
+        >>> params = {"w": jnp.stack([jnp.ones((4, 6)), jnp.eye(4, 6)]), "bias": jnp.zeros(6)}
+        >>> trained, rest = frugax.peft.welore_split(params, {"w": (1, 4)})
+        >>> trained["w"].places, trained["w"].pairs[0].a.shape, rest["w"].shape
+        ((0,), (4, 1), (1, 4, 6))
+        >>> optimizer_state = optax.adam(1e-3).init(trained)
+        >>> loss = lambda trained: frugax.peft.welore_merge(trained, rest)["w"].sum()
+        >>> bool(abs(loss(trained) - 28) < 1e-4)
+        True
+    """
+    found = {decision.path: decision.view for decision, _ in _matrices(params, spec)}
+    wrong = sorted(set(ranks) ^ set(found))
+    if wrong:
+        raise ValueError(f"ranks: got {', '.join(ranks)}; {', '.join(found)} fit (welore_ranks has them)")
+    parts = {}
+
+    def split(path, leaf):
+        name = leaf_path(path)
+        if name not in found:
+            return leaf
+        view, matrices = found[name], _split(found[name], leaf)
+        full = min(matrices.shape[1:])
+        if len(ranks[name]) != len(matrices) or not all(1 <= r <= full for r in ranks[name]):
+            raise ValueError(f"ranks: got {ranks[name]} for {name}; {len(matrices)} from 1 to {full} fit")
+        places = tuple(i for i, r in enumerate(ranks[name]) if r < low * full)
+        if not places:
+            return leaf
+        parts[name] = LowRankPart(tuple(_factors(matrices[i], ranks[name][i]) for i in places), places, view)
+        return matrices[np.setdiff1d(np.arange(len(matrices)), places)]
+
+    rest = jax.tree_util.tree_map_with_path(split, params)
+    return parts, rest
+
+
+def welore_merge(trained: Mapping[str, LowRankPart], rest: Any) -> Any:
+    """The params that a model takes, from both halves of `welore_split`. Differentiable.
+
+    Factors of different ranks can't be stacked, so a program that merges grows with the number of matrices.
+
+    Args:
+      trained, rest: of `welore_split`.
+
+    Raises:
+      ValueError: the two are of different trees.
+
+    Example: see `welore_split`.
+    """
+    unused = set(trained)
+
+    def merge(path, leaf: Array) -> Array:
+        name = leaf_path(path)
+        if name not in trained:
+            return leaf
+        unused.discard(name)
+        part = trained[name]
+        *batch, m, n = part.view.matrices
+        many = int(np.prod(batch, dtype=int))
+        if leaf.shape != (many - len(part.places), m, n):
+            fits = [many - len(part.places), m, n]
+            raise ValueError(f"rest: got {list(leaf.shape)} at {name}; {fits} fits what is trained of it")
+        low = dict(zip(part.places, part.pairs, strict=True))
+        dense = itertools.count()
+        matrices = [low[i].product.astype(leaf.dtype) if i in low else leaf[next(dense)] for i in range(many)]
+        return part.view.join(jnp.stack(matrices))
+
+    params = jax.tree_util.tree_map_with_path(merge, rest)
+    if unused:
+        raise ValueError(f"trained: {', '.join(sorted(unused))} is nowhere in rest")
+    return params
+
+
+def _matrices(params: Any, spec: MatrixSpec | None) -> list[tuple[Decision, Array]]:
+    decisions = (spec or MatrixSpec()).decisions(params, side="rows")
+    pairs = zip(decisions, jax.tree.leaves(params), strict=True)
+    return [(decision, leaf) for decision, leaf in pairs if decision.view is not None]
+
+
+def _split(view: View | None, leaf: Array) -> Array:
+    """All matrices of a leaf [how many, m, n]."""
+    assert view is not None  # of a leaf that `_matrices` found
+    return view.split(leaf).reshape(-1, *view.matrices[-2:])
+
+
+def _factors(w: Array, rank: int) -> LowRank:
+    u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
+    root = jnp.sqrt(s[:rank])  # half of each value on either side: steps of one rate suit both
+    return LowRank((u[:, :rank] * root).astype(w.dtype), (root[:, None] * vt[:rank]).astype(w.dtype), 1.0)
