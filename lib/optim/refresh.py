@@ -1,5 +1,6 @@
 """When projectors are found anew, and what becomes of an inner optimizer's state then."""
 
+import dataclasses
 import zlib
 from typing import Any, NamedTuple
 
@@ -9,22 +10,28 @@ import numpy as np
 import optax
 from jax import Array
 
+from ..formats import QuantizedTensor, quantize
 from .leafwise import Turn
 from .projectors import Projector
 
 MOMENTS = ("keep", "reset", "transport")
 
 
-class Refresh(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Refresh:
     """When projectors are found anew.
 
     Attributes:
-      every: steps from one refresh to the next; may be traced.
-      stagger: spread the leaves' refreshes over the interval, so that no step pays for all of them.
+      every: steps from one refresh to the next, at least 1; may be traced.
+      stagger: spread the leaves' refreshes over the interval, so that no step pays for all of them. Adaptive
+        refreshes spread by themselves.
       threshold: adaptive, if given: a matrix whose new basis is that close to its last one (the mean
         |cosine| of the columns) `patience` times in a row waits twice as long from then on. Needs a
         projector that keeps a basis, and keeps three integers a matrix.
       patience: see threshold.
+
+    Raises:
+      ValueError: naming the attribute that can't be right.
 
     Source: the adaptive rule is Q-GaLore's, Zhang et al. 2024 (arXiv 2407.08296).
 
@@ -38,6 +45,17 @@ class Refresh(NamedTuple):
     stagger: bool = False
     threshold: float | None = None
     patience: int = 5
+
+    def __post_init__(self):
+        if isinstance(self.every, int) and self.every < 1:
+            raise ValueError(f"refresh: got {self.every} steps (update_interval); a number >= 1 fits")
+        if self.threshold is None:
+            return
+        if self.stagger:
+            raise ValueError("stagger: got True with a threshold; one of the two fits")
+        if not 0 < self.threshold <= 1 or self.patience < 1:
+            got = f"{self.threshold} and {self.patience}"
+            raise ValueError(f"threshold, patience: got {got}; a cosine in (0, 1] and a count >= 1 fit")
 
 
 class Waiting(NamedTuple):
@@ -134,16 +152,26 @@ def refresh_some(
 
 
 def _transported(state: Any, change: Array, n: int) -> Any:
-    """Inner's moments [..., r, n] in the new basis; second moments by the squares of `change` [..., r, r]."""
+    """Inner's moments [..., r, n] in the new basis; second moments by the squares of `change` [..., r, r].
+
+    Second moments are what is called `nu`, and codes of a format without negative values.
+    """
 
     def move(path, leaf):
         if leaf.ndim < 2 or leaf.shape[-2:] != (change.shape[-1], n):
             return leaf
-        c = change.astype(leaf.dtype)
         is_second = jax.tree_util.keystr(path[-1:], simple=True) == "nu"
-        return (c * c if is_second else c) @ leaf
+        if isinstance(leaf, QuantizedTensor):
+            is_second = is_second or not leaf.format.signed
+            moved = turned(leaf.dequantize(), is_second)
+            return quantize(moved, leaf.format, axis=leaf.axis, group_size=leaf.group_size)
+        return turned(leaf, is_second)
 
-    return jax.tree_util.tree_map_with_path(move, state)
+    def turned(moment, is_second):
+        c = change.astype(moment.dtype)
+        return (c * c if is_second else c) @ moment
+
+    return jax.tree_util.tree_map_with_path(move, state, is_leaf=lambda x: isinstance(x, QuantizedTensor))
 
 
 def _like(new: Any, old: Any) -> Any:

@@ -62,3 +62,12 @@ def test_names_that_are_none():
         jax.eval_shape(opt.update, TREE, jax.eval_shape(opt.init, TREE))
     with pytest.raises(ValueError, match="threshold"):
         optim.low_rank(optim.Gaussian(2), optax.identity(), refresh=optim.Refresh(9, threshold=0.4))
+
+
+def test_refreshes_that_are_none():
+    with pytest.raises(ValueError, match=r"refresh: got 0 steps \(update_interval\)"):
+        optim.galore(1e-3, rank=2, update_interval=0)
+    with pytest.raises(ValueError, match="stagger: got True with a threshold"):
+        optim.Refresh(9, stagger=True, threshold=0.4)
+    with pytest.raises(ValueError, match=r"threshold, patience: got 1\.5 and 5"):
+        optim.q_galore(1e-3, rank=2, threshold=1.5)

@@ -9,7 +9,7 @@ from jax.extend import core
 
 from frugax import formats, optim
 from frugax.optim import low_rank
-from tests.errors import assert_close
+from tests.errors import assert_close, error
 from tests.optim.optimizers import gradients
 
 KEY = jax.random.key(3)
@@ -201,6 +201,33 @@ def test_moments_at_a_refresh():
     assert_close(
         after["transport"].inner.nu, 0.999 * (c * c) @ old.inner.nu + 0.001 * (q.T @ second) ** 2, "float32"
     )
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optim.quantized_state(optax.scale_by_adam(), {"mu": "dynamic8", "nu": "udynamic8"}, min_size=1),
+        optim.scale_by_adam_8bit(moments=optim.EightBit(min_size=1)),
+    ],
+)
+def test_moments_in_codes_are_transported_as_what_they_stand_for(inner):
+    first, second = (jnp.asarray(g, jnp.float32) for g in gradients((4, 6), 2))
+    opt = low_rank(optim.SVD(4), inner, refresh=1, moments="transport")
+    is_codes = lambda x: isinstance(x, formats.QuantizedTensor)  # noqa: E731
+
+    def moments(leaf):
+        return [x.dequantize() for x in jax.tree.leaves(leaf.inner, is_leaf=is_codes) if is_codes(x)]
+
+    _, before = opt.update({"w": first}, opt.init({"w": first}))
+    _, after = opt.update({"w": second}, before)
+    before, after = before.leaves["w"], after.leaves["w"]
+    m, v = moments(before)
+    c, r = after.projector.T @ before.projector, after.projector.T @ second
+    assert error(jnp.eye(4), jnp.abs(c)) > 0.1  # the basis turned
+    got_m, got_v = moments(after)
+    # Codes twice, of which the coarsest are 1 / 50 of a row's largest value apart.
+    assert jnp.abs(got_m - (0.9 * c @ m + 0.1 * r)).max() < 0.02 * jnp.abs(got_m).max()
+    assert jnp.abs(got_v - (0.999 * (c * c) @ v + 0.001 * r * r)).max() < 0.02 * jnp.abs(got_v).max()
 
 
 def test_draws_depend_on_seed_leaf_and_turn():
