@@ -11,6 +11,7 @@ from .based import Based
 from .block import Block
 from .channel import GLU, MLP
 from .decoder import Decoder, DecoderState
+from .depthwise_conv import DepthwiseConv
 from .feature_maps import LearnedMap, elu_plus_one, taylor
 from .flash_rnn import FlashRNN
 from .gated_convolution import GatedConvolution
@@ -49,6 +50,7 @@ __all__ = [
     "ConvEmbedding",
     "Decoder",
     "DecoderState",
+    "DepthwiseConv",
     "FlashRNN",
     "GatedConvolution",
     "GatedLinearAttention",

@@ -12,6 +12,7 @@ from ..kernels import paths_2d, selective_scan_2d
 from ..kernels.arguments import accumulator
 from ..kernels.dispatch import Backend
 from ..kernels.selective_scan_2d import Scan
+from .depthwise_conv import DepthwiseConv
 from .mamba import init_dt_bias, init_rates, inner_width
 from .mixer import scaled_dense
 
@@ -71,7 +72,7 @@ class SelectiveScan2D(nn.Module):
         numbers = {"dtype": x.dtype, "param_dtype": self.param_dtype}
 
         u, z = jnp.split(nn.Dense(2 * E, use_bias=False, **numbers, name="in_gate")(x), 2, axis=-1)
-        u = jax.nn.silu(nn.Conv(E, (3, 3), feature_group_count=E, **numbers, name="conv")(u))
+        u = jax.nn.silu(DepthwiseConv(**numbers, name="conv")(u))
         which = {"scan": self.scan, "step": self.stride}
         u_KBLE = paths_2d(u, **which)
         K = u_KBLE.shape[0]

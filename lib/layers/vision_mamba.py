@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from .channel import MLP
+from .depthwise_conv import DepthwiseConv
 from .selective_scan_2d import SelectiveScan2D, check_image
 
 BLOCKS = ("EVSS", "VSS", "InvertedResidual")
@@ -78,7 +79,7 @@ class EVSS(nn.Module):
         y = nn.LayerNorm(**numbers, name="norm")(x)
         args = {"scan": "atrous"} | dict(self.scan_args or {})
         scanned = SelectiveScan2D(**args, **numbers, name="scan")(y)
-        local = nn.Conv(width, (3, 3), feature_group_count=width, **numbers, name="conv")(y)
+        local = DepthwiseConv(**numbers, name="conv")(y)
         local = jax.nn.gelu(nn.LayerNorm(**numbers, name="conv_norm")(local))
         local = nn.Dense(width, **numbers, name="conv_out")(local)
         x = x + SqueezeExcite(**numbers, name="weigh_scan")(scanned)
@@ -114,7 +115,7 @@ class InvertedResidual(nn.Module):
         width, hidden = x.shape[-1], round(self.expand * x.shape[-1])
         y = nn.Dense(hidden, use_bias=False, **numbers, name="in")(x)
         y = jax.nn.gelu(nn.LayerNorm(**numbers, name="in_norm")(y))
-        y = nn.Conv(hidden, (3, 3), feature_group_count=hidden, use_bias=False, **numbers, name="conv")(y)
+        y = DepthwiseConv(use_bias=False, **numbers, name="conv")(y)
         y = jax.nn.gelu(nn.LayerNorm(**numbers, name="conv_norm")(y))
         return x + nn.Dense(width, **numbers, name="out")(y)
 
