@@ -208,6 +208,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "linear_attention_cpu": linear_attention_cpu,
         "recurrences_cpu": recurrences_cpu,
         "training": training,
+        "classification": classification,
     },
     "docs/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),

@@ -3,8 +3,9 @@
 Reproduces: Gu and Dao 2023 (Mamba, arXiv 2312.00752), section 4.1.2, far smaller; also tested at lengths
 never trained at. The rival's steps, input and output maps are learned constants; its inner width makes up for
 the parameters that this takes away.
-Should reach: both accuracies beside chance.
-Time: minutes.
+Should reach: 100 % for both at the trained length of 32; at 128, 100 % and 14 %; at 1024, 55 % and 6 %, which
+is chance.
+Time: under a minute a model on one core.
 
   python -m experiments.classify --config=experiments/configs/induction_heads.py
   python -m experiments.classify --config=experiments/configs/induction_heads.py:smoke     ends in seconds

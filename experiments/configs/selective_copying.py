@@ -2,8 +2,8 @@
 
 Reproduces: Gu and Dao 2023 (Mamba, arXiv 2312.00752), section 4.1.1, far smaller. The rival's steps, input
 and output maps are learned constants; its inner width makes up for the parameters that this takes away.
-Should reach: both accuracies beside chance.
-Time: minutes.
+Should reach: 99.9 % of the symbols, and 74 % without selection; chance is 12.5 %.
+Time: about two minutes a model on one core.
 
   python -m experiments.classify --config=experiments/configs/selective_copying.py
   python -m experiments.classify --config=experiments/configs/selective_copying.py:smoke     ends in seconds
