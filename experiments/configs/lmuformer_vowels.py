@@ -1,8 +1,8 @@
 """LMUFormer and its spiking variant on real speech: who of nine said a vowel.
 
 Reproduces: no published run; the model is that of Liu et al. 2024 (arXiv 2402.04882), causal, small.
-Should reach: about 95 % (spiking 91, sliding-window attention 94; nearest neighbour 92). Logistic regression on
-all frames of an utterance at once reaches 98: 270 utterances are few.
+Should reach: about 95 % (spiking 91, sliding-window attention 94; nearest neighbour 92). Logistic regression
+on all frames of an utterance at once reaches 98: 270 utterances are few.
 Time: a minute on one core, for all three.
 
   python -m experiments.classify --config=experiments/configs/lmuformer_vowels.py
