@@ -104,6 +104,21 @@ def test_apollo_that_projects_nothing_is_adam_by_channel():
     assert_close(got, -g * jnp.linalg.norm(u, axis=0) / jnp.linalg.norm(g, axis=0), "float32")
 
 
+def test_apollo_scales_concentrate_with_rank():
+    """Over Adam's own scale times sqrt(rank / m), each channel's has mean 1 and a spread of 1 / sqrt(2 rank):
+    at the first step |Adam(P g)| / |Adam(g)| is sqrt(rank / m), and |g|^2 / |P g|^2 is rank over chi squared.
+    """
+    m, n = 200, 256
+    g = jnp.asarray(gradients((m, n), 1)[0], jnp.float32)
+    for rank in (16, 64):
+        opt = optim.apollo(1.0, rank=rank, limit=None)
+        update = opt.update({"w": g}, opt.init({"w": g}))[0]["w"]
+        ratio = np.asarray(jnp.linalg.norm(update, axis=0)) / m**0.5 / (rank / m) ** 0.5
+        # A root's mean is 1 + 3 / 4 rank; channels share one P, whose squared size is off by sqrt(2 / m rank).
+        assert abs(ratio.mean() - 1) < 1 / rank + 4 * (1 / (2 * rank * n) + 2 / (m * rank)) ** 0.5
+        assert 0.85 < ratio.std() * (2 * rank) ** 0.5 < 1.3
+
+
 def primitives(jaxpr, inside=False):
     """(name, whether it is inside a conditional) of everything that a jaxpr does."""
     is_jaxpr = lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr)  # noqa: E731
