@@ -33,6 +33,7 @@ from .natural_galore import natural_galore
 from .projectors import DCT, SVD, Coordinates, Gaussian, Gram, PowerIteration, RandomizedSVD, Rows, Slices
 from .q_galore import q_galore
 from .quantized import quantized_state
+from .random_basis import RandomBasis
 from .refresh import Refresh
 from .residuals import SGD, Scaled, SignSGD
 from .slimfit import slimfit
@@ -54,6 +55,7 @@ __all__ = [
     "LeafwiseState",
     "MatrixSpec",
     "PowerIteration",
+    "RandomBasis",
     "RandomizedSVD",
     "Refresh",
     "Rows",

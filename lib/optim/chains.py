@@ -8,6 +8,7 @@ import optax
 
 from . import projectors
 from .projectors import Projector
+from .random_basis import RandomBasis
 
 PROJECTORS = {
     "svd": projectors.SVD,
@@ -22,11 +23,12 @@ PROJECTORS = {
 }
 
 
-def make_projector(name: str, rank: int | float, **options: Any) -> Projector:
-    """The projector that an optimizer's argument names."""
+def make_projector(name: str, rank: int | float, *, orthonormal: bool = False, **options: Any) -> Projector:
+    """The projector that an optimizer's argument names; orthonormal for those that use what it leaves out."""
     if name not in PROJECTORS:
         raise ValueError(f"projector: got {name!r}; one of {', '.join(PROJECTORS)} fits")
-    return PROJECTORS[name](rank=rank, **options)
+    make = RandomBasis if orthonormal and name == "random" else PROJECTORS[name]
+    return make(rank=rank, **options)
 
 
 def static_size(name: str, value: Any) -> int:

@@ -50,8 +50,7 @@ def cosmos(
     U is on the short side here, and starts as a random orthonormal basis. At full rank there is no B.
 
     State, for a matrix of short side m and long side n: 4 * (m n + m r + r r + r n) bytes; for another leaf
-      of
-    size d: 4 * (2 d + 1); and 4 for the count.
+    of size d: 4 * (2 d + 1); and 4 for the count.
 
     Args:
       learning_rate: a number or a schedule.

@@ -33,9 +33,8 @@ def fira(
 
     P are the top `rank` left singular vectors of G, and R = P^T G.
 
-    State, for a matrix of short side m and long side n: 4 * (m r + 2 r n + 2) bytes; for another leaf of
-      size d:
-    4 * (2 d + 1); and 4 for the count.
+    State, for a matrix of short side m and long side n: 4 * (m r + 2 r n + 2) bytes; for another leaf of size
+    d: 4 * (2 d + 1); and 4 for the count.
 
     Args:
       limit: how much the residual part of a matrix may grow in norm from one step to the next.
@@ -47,7 +46,9 @@ def fira(
     Raises:
       ValueError: as `low_rank`.
 
-    Source: Chen et al. 2024 (arXiv 2410.01623).
+    Source: Chen et al. 2024 (arXiv 2410.01623). The authors' code applies `scale` to the part in the subspace
+    alone, W -= learning_rate * (scale * P Adam(R) + (G - scale * P R) diag(s)); here both
+    parts weigh the same.
 
     Example:
         >>> import frugax, jax.numpy as jnp
@@ -56,7 +57,7 @@ def fira(
         True
     """
     rule = low_rank(
-        make_projector(projector, static_size("rank", rank)),
+        make_projector(projector, static_size("rank", rank), orthonormal=True),
         optax.scale_by_adam(b1, b2, eps),
         Scaled("column", limit=limit),
         scale=scale,

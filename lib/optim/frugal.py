@@ -37,7 +37,8 @@ def frugal(
     density.
 
     State, for a matrix of short side m and long side n, with r = rank or density * m: 4 * (2 r n + 1) bytes;
-    "blocks" of L stacked matrices: 4 * (2 r m n + 1), with r = rank or density * L; "svd": 4 m r more.
+    "blocks" of L stacked matrices: 4 * (2 r m n + 1), with r = rank or density * L; "svd", "random": 4 m r
+    more.
     For another leaf of size d: 4 * (2 d + 1); and 4 for the count.
 
     Args:
@@ -48,7 +49,8 @@ def frugal(
       weight_decay: decoupled, as in `optax.adamw`.
       mask: which leaves decay, as in `optax.adamw`.
       density: 0 is signSGD, 1 is Adam.
-      projector: "columns", "coordinates", "blocks" (whole matrices of a stack), "random", "svd", ...
+      projector: "columns", "coordinates", "blocks" (whole matrices of a stack), "random" (a basis,
+        orthonormal), "svd", ...
       residual: "sign" or "sgd".
       residual_scale: the residual's learning rate over Adam's.
       moments: at a new draw; "reset" is the paper's, see `low_rank`.
@@ -76,7 +78,9 @@ def frugal(
     if not isinstance(density, int | float) or not 0 <= density <= 1:
         raise ValueError(f"density: got {density!r}; a number from 0 to 1 fits, and no traced one")
     rule = low_rank(
-        make_projector(projector, float(density) if rank is None else static_size("rank", rank)),
+        make_projector(
+            projector, float(density) if rank is None else static_size("rank", rank), orthonormal=True
+        ),
         optax.scale_by_adam(b1, b2, eps),
         RESIDUALS[residual](residual_scale),
         spec=spec,

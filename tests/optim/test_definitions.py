@@ -151,13 +151,33 @@ def test_frugal(name, make):
     assert (np.linalg.matrix_rank(got) > 2).all()  # than what Adam sees
 
 
-@pytest.mark.parametrize("name", ["columns", "coordinates", "svd"])
+def test_frugal_with_a_random_subspace():
+    """Orthonormal: what Adam doesn't see is orthogonal to what it sees, and its signs are of that."""
+    g, expected, bases = gradients((5, 7), STEPS), [], []
+    for t, G in enumerate(g):
+        if t % EVERY == 0:
+            adam = Adam()
+            with jax.enable_x64(True):
+                p = optim.RandomBasis(rank=2)
+                key, _ = schedule(Refresh(EVERY), p, 0, "kernel", Turn(0, 1, jnp.asarray(t, jnp.int32)))
+                P = np.asarray(p.refresh(jnp.asarray(G), p.init((5, 7), jnp.float64), key))
+            assert_close(P.T @ P, np.eye(2), "float64")
+            bases.append(P)
+        R = P.T @ G
+        expected.append(-RATE * (P @ adam(R) + np.sign(G - P @ R)))
+    spanned = np.linalg.svd(np.concatenate(bases, axis=1), compute_uv=False)
+    assert spanned.min() > 0.5  # another subspace each time
+    got = ours(lambda: optim.frugal(RATE, rank=2, update_interval=EVERY, projector="random"), g)
+    assert_close(got, np.stack(expected), "float64")
+
+
+@pytest.mark.parametrize("name", ["columns", "coordinates", "random", "svd"])
 def test_frugal_at_its_ends(name):
     g = gradients((5, 7), 10)
     adam = Adam()
     make = lambda density: lambda: optim.frugal(RATE, density=density, projector=name)  # noqa: E731
     assert_close(ours(make(0.0), g), -RATE * np.sign(g), "float64")
-    if name != "svd":  # in a basis of its own Adam is another optimizer
+    if name in ("columns", "coordinates"):  # in a basis of its own Adam is another optimizer
         assert_close(ours(make(1.0), g), np.stack([-RATE * adam(G) for G in g]), "float64")
 
 

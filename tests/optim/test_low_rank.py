@@ -20,6 +20,7 @@ PROJECTORS = {
     "power": optim.PowerIteration(3),
     "dct": optim.DCT(3),
     "random": optim.Gaussian(3),
+    "orthonormal": optim.RandomBasis(3),
     "columns": optim.Rows(3),
     "coordinates": optim.Coordinates(3),
     "blocks": optim.Slices(2),
@@ -114,7 +115,7 @@ def test_apollo_scales_concentrate_with_rank():
         opt = optim.apollo(1.0, rank=rank, limit=None)
         update = opt.update({"w": g}, opt.init({"w": g}))[0]["w"]
         ratio = np.asarray(jnp.linalg.norm(update, axis=0)) / m**0.5 / (rank / m) ** 0.5
-        # A root's mean is 1 + 3 / 4 rank; channels share one P, whose squared size is off by sqrt(2 / m rank).
+        # A root's mean is 1 + 3 / 4 rank; channels share one P, whose square is off by sqrt(2 / m rank).
         assert abs(ratio.mean() - 1) < 1 / rank + 4 * (1 / (2 * rank * n) + 2 / (m * rank)) ** 0.5
         assert 0.85 < ratio.std() * (2 * rank) ** 0.5 < 1.3
 
