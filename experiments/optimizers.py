@@ -6,6 +6,8 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+import frugax
+
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """Linear warmup, then cosine decay to `final_fraction` of the peak at `steps`.
@@ -87,15 +89,10 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
 
 
 def _find(name: str):
-    homes = [optax, optax.contrib]
-    try:
-        import frugax.optim
-
-        homes.insert(0, frugax.optim)
-    except ModuleNotFoundError:
-        pass
-    for home in homes:
+    for home in (frugax.optim, optax, optax.contrib):
         build = getattr(home, name, None)
         if callable(build) and "learning_rate" in inspect.signature(build).parameters:
             return build
-    raise ValueError(f"optimizer.name: got {name!r}; 'adamw', 'muon' or another optimizer of optax fits")
+    raise ValueError(
+        f"optimizer.name: got {name!r}; 'adamw', 'muon' or another optimizer of frugax.optim or optax fits"
+    )
