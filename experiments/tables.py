@@ -209,6 +209,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "recurrences_cpu": recurrences_cpu,
         "training": training,
         "classification": classification,
+        "optimizers_quality": optimizers_quality,
     },
     "docs/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
