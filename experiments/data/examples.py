@@ -1,4 +1,4 @@
-"""Labelled examples: scikit-learn's digits, spoken vowels that ship with sktime, and Mamba's synthetic tasks.
+"""Labelled examples: scikit-learn's digits, spoken vowels that ship with sktime, and synthetic tasks.
 
 Each is a `Task` of arrays: inputs [n, ...], labels and weights [n] or, where each token has one, [n, T].
 """
@@ -110,3 +110,22 @@ def induction_heads(
     rng = np.random.default_rng(seed)
     trained, held = make(train, length), make(held_out, length)
     return Task(trained, held, symbols + 1, {str(n): make(held_out, n) for n in longer})
+
+
+def parity(train: int, held_out: int, length: int, seed: int, longer: Sequence[int] = ()) -> Task:
+    """Random bits; at each, whether the ones so far are odd in number.
+
+    `longer` are lengths never trained on, each with as many examples as are held out; what counts there are
+    the tokens beyond `length`.
+
+    Source: the state tracking of xLSTM (arXiv 2405.04517) and FlashRNN (2412.07752).
+    """
+
+    def make(n, length, counted_from=0):
+        bits = rng.integers(0, 2, (n, length), np.int32)
+        weights = np.broadcast_to((np.arange(length) >= counted_from).astype(np.float32), bits.shape)
+        return Examples(bits, np.cumsum(bits, axis=1, dtype=np.int32) % 2, weights)
+
+    rng = np.random.default_rng(seed)
+    trained, held = make(train, length), make(held_out, length)
+    return Task(trained, held, 2, {str(n): make(held_out, n, length) for n in longer})

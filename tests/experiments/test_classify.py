@@ -12,7 +12,7 @@ from experiments.classify import classify
 from experiments.data import examples
 from tests.experiments.runs import ROOT
 
-CONFIGS = ("induction_heads", "lmuformer_vowels", "selective_copying", "vmamba_digits")
+CONFIGS = ("induction_heads", "lmuformer_vowels", "parity", "selective_copying", "vmamba_digits")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -86,6 +86,15 @@ def test_induction_heads_ask_for_what_followed_the_special_token():
             assert last == length - 1
             assert labels[-1] == inputs[first + 1]
             assert weights.tolist() == [0] * (length - 1) + [1]
+
+
+def test_parity_asks_for_the_parity_of_the_bits_so_far():
+    task = examples.parity(train=20, held_out=5, length=9, seed=1, longer=(15,))
+    for part, length, counted in ((task.train, 9, 9), (task.held_out, 9, 9), (task.lengths["15"], 15, 6)):
+        for inputs, labels, weights in zip(*part, strict=True):
+            assert weights.tolist() == [0] * (length - counted) + [1] * counted
+            assert labels.tolist() == [sum(inputs[: i + 1].tolist()) % 2 for i in range(length)]
+    assert task.train.inputs.mean() == pytest.approx(0.5, abs=0.15)
 
 
 def test_the_data_sets():
