@@ -108,4 +108,7 @@ class Scaled:
 
 
 def _norm(x: Array, axes) -> Array:
-    return jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True))
+    # As a product: XLA takes that in any order of axes, and would copy a transposed x before summing squares.
+    kept = "...n" if axes == -2 else "..."
+    squares = jnp.einsum(f"...mn,...mn->{kept}", x, x, precision="highest")
+    return jnp.sqrt(jnp.expand_dims(squares, axes))
