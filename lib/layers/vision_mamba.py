@@ -205,7 +205,13 @@ class VisionMamba(nn.Module):
             x = nn.Dense(width, use_bias=False, **numbers, name=f"merge_{i}")(x)
             x = nn.LayerNorm(**numbers, name=f"merge_norm_{i}")(x)
             block, args = kinds[name]
-            stage = nn.scan(_Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+            stage = nn.scan(
+                _Step,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=depth,
+                check_constancy_invariants=False,  # as in the decoder
+            )
             x, _ = stage(block, tuple((args | numbers).items()), name=f"stage_{i}")(x, None)
         x = jnp.mean(nn.LayerNorm(**numbers, name="norm")(x), axis=(1, 2))
         return nn.Dense(self.classes, **numbers, name="head")(x)
