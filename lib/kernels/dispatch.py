@@ -74,14 +74,19 @@ class Operation:
     Attributes:
       name: the folder in `frugax.kernels`.
       independent: the axes of its arrays that may be split over a mesh.
+      sequence: the call's array [batch, time, ...] whose kernel on GPU pads time to a chunk: a single token
+        goes to xla, unless a backend is named. None: there is no such kernel.
     """
 
     name: str
     independent: tuple[str, ...]
+    sequence: str | None = None
 
     def plan(self, call: Any, backend: str | None) -> tuple[dict[str, str], dict[str, str | None]]:
         """(platform -> backend, Pallas backend -> why it can't serve or None). Raises as `plan` does."""
         reasons = {name: self._room(name).unsupported_reason(call) for name in PLATFORM_OF}
+        if backend is None and self.sequence and getattr(call, self.sequence).shape[1] == 1:
+            reasons["pallas_gpu"] = reasons["pallas_gpu"] or "one token, which it would pad to a chunk"
         return plan(self.name, backend, reasons), reasons
 
     def forward(self, chosen: Mapping[str, str], axes: Axes, call: Any, **options: Any) -> Any:

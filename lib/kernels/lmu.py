@@ -62,8 +62,7 @@ def lmu(
     """
     u, initial_state, segment_ids = map(as_shaped, (u, initial_state, segment_ids))
     _check(u, order, theta, initial_state, segment_ids, method)
-    if method is None:
-        method = "fft" if u.shape[1] >= _FFT_FROM and segment_ids is None else "recurrent"
+    method = method or _method(u, segment_ids)
     wide = u.astype(accumulator(u.dtype))
     B, T, D = u.shape
     m0 = jnp.zeros((B, D, order)) if initial_state is None else initial_state
@@ -75,6 +74,17 @@ def lmu(
     else:
         m = _recurrence(wide, m0, float(theta), segment_ids)
     return m.astype(u.dtype), m[:, -1]
+
+
+def plan(u, order, theta, *, initial_state=None, segment_ids=None, method=None):
+    """What `frugax.kernels.explain` prints: no kernel serves this one, so the same method runs everywhere."""
+    u, initial_state, segment_ids = map(as_shaped, (u, initial_state, segment_ids))
+    _check(u, order, theta, initial_state, segment_ids, method)
+    return dict.fromkeys(("cpu", "tpu", "cuda"), f"xla ({method or _method(u, segment_ids)})"), {}
+
+
+def _method(u, segment_ids) -> Method:
+    return "fft" if u.shape[1] >= _FFT_FROM and segment_ids is None else "recurrent"
 
 
 @functools.lru_cache(maxsize=32)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from .arguments import as_shaped, reject
 from .dispatch import Backend
+from .selective_scan import plan as scan_plan
 from .selective_scan import selective_scan
 
 Scan = Literal["cross", "atrous"]
@@ -60,12 +61,7 @@ def selective_scan_2d(
     """
     dt, A, B, C, D, dt_bias = map(as_shaped, (dt, A, B, C, D, dt_bias))
     paths = paths_2d(x, scan=scan, step=step)
-    for name, array in dict(dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias).items():
-        if array is not None and array.shape[:1] != paths.shape[:1]:
-            reject(name, array, f"a first axis of {len(paths)}, one for each path,")
-    for name, array in dict(dt=dt, B=B, C=C).items():
-        if array.shape[:-1] != paths.shape[:-1]:
-            reject(name, array, f"{list(paths.shape[:-1])} and its channels (paths, batch, tokens)")
+    _check_paths(paths, dt, A, B, C, D, dt_bias)
 
     def one(x, dt, A, B, C, D, dt_bias):
         y, _ = selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, backend=backend)
@@ -73,6 +69,25 @@ def selective_scan_2d(
 
     y = jax.vmap(one)(paths, dt, A, B, C, D, dt_bias)
     return merge_paths_2d(y, x.shape[1], x.shape[2], scan=scan, step=step)
+
+
+def plan(x, dt, A, B, C, D=None, *, scan="cross", step=2, dt_bias=None, dt_softplus=False, backend=None):
+    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
+    paths = jax.eval_shape(partial(paths_2d, scan=scan, step=step), as_shaped(x))
+    arrays = [paths, *map(as_shaped, (dt, A, B, C, D, dt_bias))]
+    _check_paths(*arrays)
+    *arrays, bias = (a if a is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in arrays)
+    return scan_plan(*arrays, dt_bias=bias, dt_softplus=dt_softplus, backend=backend)
+
+
+def _check_paths(paths, dt, A, B, C, D, dt_bias) -> None:
+    """Raise ValueError unless every path has its arrays, and of tokens as many as it visits."""
+    for name, array in dict(dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias).items():
+        if array is not None and array.shape[:1] != paths.shape[:1]:
+            reject(name, array, f"a first axis of {len(paths)}, one for each path,")
+    for name, array in dict(dt=dt, B=B, C=C).items():
+        if array.shape[:-1] != paths.shape[:-1]:
+            reject(name, array, f"{list(paths.shape[:-1])} and its channels (paths, batch, tokens)")
 
 
 def paths_2d(

@@ -10,7 +10,7 @@ from ..dispatch import Backend, Operation, names_of, only_xla
 from ..sharding import Axes, align
 from .inputs import Inputs, check
 
-OPERATION = Operation("linear_attention", independent=("b", "h"))
+OPERATION = Operation("linear_attention", independent=("b", "h"), sequence="q")
 RESULT_AXES = ("b t h v", "b h k v")
 
 

@@ -10,7 +10,7 @@ from ..dispatch import Backend, Operation, names_of, only_xla
 from ..sharding import Axes, align
 from .inputs import Inputs, check
 
-OPERATION = Operation("rnn", independent=("b", "h"))
+OPERATION = Operation("rnn", independent=("b", "h"), sequence="gates")
 RESULT_AXES = ("b t h d", "b s h d")
 READS_AXES = "t h r b d"  # as the kernels have it: nothing but them reads it
 

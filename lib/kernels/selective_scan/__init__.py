@@ -10,7 +10,7 @@ from ..dispatch import Backend, Operation, names_of, only_xla
 from ..sharding import Axes, align
 from .inputs import Inputs, check, step_size
 
-OPERATION = Operation("selective_scan", independent=("b", "d"))
+OPERATION = Operation("selective_scan", independent=("b", "d"), sequence="x")
 RESULT_AXES = ("b t d", "b d n")
 
 
