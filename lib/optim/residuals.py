@@ -109,6 +109,5 @@ class Scaled:
 
 def _norm(x: Array, axes) -> Array:
     # As a product: XLA takes that in any order of axes, and would copy a transposed x before summing squares.
-    kept = "...n" if axes == -2 else "..."
-    squares = jnp.einsum(f"...mn,...mn->{kept}", x, x, precision="highest")
-    return jnp.sqrt(jnp.expand_dims(squares, axes))
+    squares = jnp.einsum("...mn,...mn->...n", x, x, precision="highest")[..., None, :]
+    return jnp.sqrt(squares if axes == -2 else jnp.sum(squares, axis=-1, keepdims=True))
