@@ -59,9 +59,13 @@ def in_place(step: Callable[..., Any], rate: float, **options) -> Method:
 
 
 def sparse(rate: float, density: float) -> Method:
-    """Sparse MeZO: its thresholds are found once."""
-    method = in_place(zo.sparse_mezo_step, rate, epsilon=EPSILON)
-    return method._replace(init=lambda params: {"thresholds": zo.magnitude_thresholds(params, density)})
+    """Sparse MeZO: its thresholds are found once. All of the head moves: it starts at zero."""
+
+    def init(params):
+        thresholds = zo.magnitude_thresholds(params, density)
+        return {"thresholds": thresholds | {"head": jnp.array(jnp.inf)}}
+
+    return in_place(zo.sparse_mezo_step, rate, epsilon=EPSILON)._replace(init=init)
 
 
 def by_optax(optimizer: Callable[..., optax.GradientTransformation], rate: float, estimator=None) -> Method:
@@ -80,16 +84,16 @@ def by_optax(optimizer: Callable[..., optax.GradientTransformation], rate: float
 
 
 AWAY = zo.two_point(EPSILON, in_place=False)
-METHODS = {
-    "MeZO": in_place(frugax.optim.mezo_step, 1e-4, epsilon=EPSILON),
-    "Sparse MeZO": sparse(1e-4, density=0.25),
-    "ZO-SGD": by_optax(optax.sgd, 1e-4, AWAY),
-    "ZO-SGD-sign": by_optax(optax.sign_sgd, 1e-4, AWAY),
-    "ZO-SGD-momentum": by_optax(lambda rate: optax.sgd(rate, momentum=0.9), 1e-5, AWAY),
-    "ZO-Adam": by_optax(optax.adam, 1e-4, AWAY),
-    "ZO-SGD-conservative": in_place(zo.conservative_step, 1e-4, estimator=AWAY),
-    "forward gradient": in_place(zo.zo_step, 1e-4, estimator=zo.forward_gradient()),
-    "Adam, first order": by_optax(optax.adam, 1e-3),
+METHODS: dict[str, tuple[float, Callable[[float], Method]]] = {  # the learning rate, and what takes it
+    "MeZO": (1e-4, lambda rate: in_place(frugax.optim.mezo_step, rate, epsilon=EPSILON)),
+    "Sparse MeZO": (1e-4, lambda rate: sparse(rate, density=0.25)),
+    "ZO-SGD": (1e-4, lambda rate: by_optax(optax.sgd, rate, AWAY)),
+    "ZO-SGD-sign": (1e-4, lambda rate: by_optax(optax.sign_sgd, rate, AWAY)),
+    "ZO-SGD-momentum": (1e-5, lambda rate: by_optax(lambda r: optax.sgd(r, momentum=0.9), rate, AWAY)),
+    "ZO-Adam": (1e-4, lambda rate: by_optax(optax.adam, rate, AWAY)),
+    "ZO-SGD-conservative": (1e-4, lambda rate: in_place(zo.conservative_step, rate, estimator=AWAY)),
+    "forward gradient": (1e-4, lambda rate: in_place(zo.zo_step, rate, estimator=zo.forward_gradient())),
+    "Adam, first order": (1e-3, lambda rate: by_optax(optax.adam, rate)),
 }
 
 
@@ -222,9 +226,9 @@ def main(argv: list[str] | None = None) -> None:
     train, test = snippets(20_000, False, 0), snippets(HELD_OUT, True, 1)
     rows = {}
     for name in args.only:
-        method = METHODS[name]
+        rate, make = METHODS[name]
         steps = 3 if args.smoke else args.steps // (10 if "first order" in name else 1)
-        rows[name] = run(method, module, params, steps, train, test)
+        rows[name] = run(make(args.rate or rate), module, params, steps, train, test)
         print(name, rows[name], flush=True)
     print(table(rows))
     out = args.out or (None if args.smoke else RESULTS)

@@ -83,6 +83,11 @@ def displace(params: Any, key: Array, amount: float | Array, direction: Directio
     return jax.tree.unflatten(tree, moved)
 
 
+def displaced_copy(params: Any, key: Array, amount: float | Array, direction: Direction = gaussian) -> Any:
+    """`displace` for a loss: behind a condition, XLA can't make the noise again in each product of it."""
+    return lax.cond(amount != 0, lambda: displace(params, key, amount, direction), lambda: params)
+
+
 def _add(x: Array, step: Array) -> Array:
     if jnp.finfo(x.dtype).bits >= 32:
         return x + step.astype(x.dtype)

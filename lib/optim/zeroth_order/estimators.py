@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .directions import Direction, displace
+from .directions import Direction, displace, displaced_copy
 
 
 class Estimate(NamedTuple):
@@ -51,8 +51,7 @@ def two_point(epsilon: float, *, in_place: bool = True) -> Estimator:
         # A loop of two turns, not two calls: parameters stay in their place. Each turn makes its own noise.
         def move(params, turn):
             amount, key = turn
-            # Behind a condition, XLA can't compute the noise again in every product that reads what it moved.
-            moved = lax.cond(amount != 0, lambda: displace(params, key, amount, direction), lambda: params)
+            moved = displaced_copy(params, key, amount, direction)
             return (moved if in_place else params), loss_fn(moved)
 
         amounts = jnp.array([epsilon, -2 * epsilon if in_place else -epsilon])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Key
 
-from .directions import Direction, displace, gaussian
+from .directions import Direction, displace, displaced_copy, gaussian
 from .estimators import Estimator, opaque_copies, two_point
 
 
@@ -222,6 +222,6 @@ def conservative_step(
     reach = -learning_rate * found.slope
     scalars = jnp.stack([jnp.zeros_like(reach), reach, -reach])
     turns = (scalars, opaque_copies(key, 3))
-    losses = jax.lax.map(lambda turn: loss_fn(displace(params, turn[1], turn[0], direction)), turns)
+    losses = jax.lax.map(lambda turn: loss_fn(displaced_copy(params, turn[1], turn[0], direction)), turns)
     scalar = scalars[jnp.argmin(losses)]
     return displace(params, key, scalar, direction), StepInfo(losses[0], found.slope, scalar)
