@@ -175,17 +175,6 @@ def mamba_cpu() -> str:
     return f"{about}\n\n{table(['', '', 'median ms', ''], [[*row, ''][:4] for row in rows])}"
 
 
-def rnn_cpu() -> str:
-    result = read("rnn_cpu")
-    rows = [
-        [shape, what, r["median_ms"], r["temporary_MB"]]
-        for shape, found in result["results"].items()
-        for what, r in found.items()
-    ]
-    head = ["batch, time, channels", "", "median ms", "temporaries MB"]
-    return f"LSTM, {result['dtype']}. {plain_caption(result)}\n\n{table(head, rows)}"
-
-
 def plain_caption(result: dict[str, Any]) -> str:
     return f"{result['machine']}, jax {result['jax']}, {result['date']}."
 
@@ -209,7 +198,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "recurrences_cpu": recurrences_cpu,
         "training": training,
         "classification": classification,
+        "mamba_cpu": mamba_cpu,
         "optimizers_quality": optimizers_quality,
+        "optimizer_steps": optimizer_steps,
     },
     "docs/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
