@@ -224,29 +224,29 @@ def main(argv: list[str] | None = None) -> None:
     else:
         parser.error("--run: a run of experiments.train fits")
     train, test = snippets(20_000, False, 0), snippets(HELD_OUT, True, 1)
+    module = module.clone(backend="xla")  # the forward gradient needs forward-mode differentiation
+    out = args.out or (None if args.smoke else RESULTS)
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "frugax": frugax.__version__,
+        "model": f"{config.model.width} wide, {config.model.repeats} layers, {step} steps of training",
+        "parameters": int(optax.tree.size(params)),
+        "task": f"which of {', '.join(PACKAGES)} {LENGTH} bytes come from; {HELD_OUT} held out",
+        "batch": BATCH,
+    }
     rows = {}
     for name in args.only:
         rate, make = METHODS[name]
         steps = 3 if args.smoke else args.steps // (10 if "first order" in name else 1)
         rows[name] = run(make(args.rate or rate), module, params, steps, train, test)
         print(name, rows[name], flush=True)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(result | {"rows": rows}, indent=2) + "\n")
     print(table(rows))
-    out = args.out or (None if args.smoke else RESULTS)
-    if out is not None:
-        result = {
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "frugax": frugax.__version__,
-            "model": f"{config.model.width} wide, {config.model.repeats} layers, {step} steps of training",
-            "parameters": int(optax.tree.size(params)),
-            "task": f"which of {', '.join(PACKAGES)} {LENGTH} bytes come from; {HELD_OUT} held out",
-            "batch": BATCH,
-            "rows": rows,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
