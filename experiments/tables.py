@@ -175,6 +175,17 @@ def mamba_cpu() -> str:
     return f"{about}\n\n{table(['', '', 'median ms', ''], [[*row, ''][:4] for row in rows])}"
 
 
+def mezo_finetune() -> str:
+    result, rows = read("mezo_finetune"), []
+    for name, r in result["rows"].items():
+        sizes = [r[key] / 1e6 for key in ("state_bytes", "step_temporaries", "inference_temporaries")]
+        loss = f"{r['loss_before']:.3f} to {r['loss']:.3f}"
+        rows.append([name, r["steps"], loss, f"{100 * r['accuracy']:.0f}", *(f"{x:.1f}" for x in sizes)])
+    head = ["", "steps", "loss", "accuracy, %", "state MB", "step's temporaries MB", "a forward pass's"]
+    about = f"{result['task']}, {result['parameters']:,} parameters"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def plain_caption(result: dict[str, Any]) -> str:
     return f"{result['machine']}, jax {result['jax']}, {result['date']}."
 
@@ -201,6 +212,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "mamba_cpu": mamba_cpu,
         "optimizers_quality": optimizers_quality,
         "optimizer_steps": optimizer_steps,
+        "mezo_finetune": mezo_finetune,
     },
     "docs/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
