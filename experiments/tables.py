@@ -89,16 +89,14 @@ def recurrences_cpu() -> str:
     return "; ".join(about) + f".\n\n{table(head, rows)}"
 
 
-def hopper() -> str:
-    result = read("gpu_linear_attention_deviceless")
-    rows = []
-    for call in result["rows"]:
-        for k in call["kernels"]:
-            where = f"{call['decay']}, {call['D']}"
-            rows.append(
-                [where, f"`{k['name']}`", k["registers"], k["spill_stores"], f"{k['shared_bytes']:,}"]
-            )
-    head = ["decay, K = V", "kernel", "registers", "bytes spilled", "shared memory, bytes"]
+def hopper(operation: str) -> str:
+    result = read(f"gpu_{operation}_deviceless")
+    rows = [
+        [call["what"], f"`{k['name']}`", k["registers"], k["spill_stores"], f"{k['shared_bytes']:,}"]
+        for call in result["rows"]
+        for k in call["kernels"]
+    ]
+    head = ["call", "kernel", "registers", "bytes spilled", "shared memory, bytes"]
     return f"{result['chip']}, jax {result['versions']['jax']}, {result['date']}.\n\n{table(head, rows)}"
 
 
@@ -217,7 +215,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
         "tpu_selective_scan": partial(tpu_schedule, "selective_scan"),
-        "hopper": hopper,
+        "hopper_linear_attention": partial(hopper, "linear_attention"),
+        "hopper_selective_scan": partial(hopper, "selective_scan"),
+        "hopper_rnn": partial(hopper, "rnn"),
     },
 }
 

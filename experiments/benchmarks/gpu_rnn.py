@@ -8,14 +8,10 @@ for W, and its time with that product is the one reported. It has one head, so i
 differs from the float32 definition is reported as wrong and not timed.
 """
 
-import argparse
 import dataclasses
-import datetime
 import importlib
-import json
-import statistics
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,9 +21,8 @@ import numpy as np
 import frugax
 from frugax.kernels.rnn.cells import CELLS
 
-from .gpu_linear_attention import milliseconds, versions, why_not, worst_error
+from . import gpu
 
-RESULTS = Path(__file__).parent / "results"
 WORST_ERROR = 2**-6  # rmse over rms: two units in the last place of bfloat16, which h is rounded to each step
 
 
@@ -40,12 +35,13 @@ class Shape:
     cell: str
 
     def arrays(self) -> list[np.ndarray]:
-        """W x, R, h's cotangent."""
+        """W x, R, h's cotangent, in bfloat16."""
         rng = np.random.default_rng(0)
         G = CELLS[self.cell].gates
         gates = rng.standard_normal((self.B, self.T, self.H, G, self.D), np.float32)
         recurrent = rng.standard_normal((self.H, G, self.D, self.D), np.float32) / self.D**0.5
-        return [gates, recurrent, rng.standard_normal((self.B, self.T, self.H, self.D), np.float32)]
+        cotangent = rng.standard_normal((self.B, self.T, self.H, self.D), np.float32)
+        return [x.astype(jnp.bfloat16) for x in (gates, recurrent, cotangent)]
 
 
 SHAPES = [
@@ -59,10 +55,8 @@ SHAPES = [
 ]
 
 
-def frugax_rnn(backend: str | None) -> Callable[[Shape], Callable[..., Any]]:
-    return lambda shape: (
-        lambda gates, recurrent: frugax.kernels.rnn(gates, recurrent, cell=shape.cell, backend=backend)[0]
-    )
+def frugax_rnn(backend: str, shape: Shape) -> Callable[..., Any]:
+    return lambda gates, recurrent: frugax.kernels.rnn(gates, recurrent, cell=shape.cell, backend=backend)[0]
 
 
 def plain_scan(shape: Shape) -> Callable[..., Any]:
@@ -83,34 +77,17 @@ def plain_scan(shape: Shape) -> Callable[..., Any]:
     return run
 
 
-def in_jax(make: Callable[[Shape], Callable[..., Any]]) -> Callable[[Shape], dict[str, Callable[[], Any]]]:
-    def runner(shape: Shape) -> dict[str, Callable[[], Any]]:
-        *inputs, cotangent = (jnp.asarray(x, jnp.bfloat16) for x in shape.arrays())
-        f = make(shape)
-        forward = jax.jit(f)
-
-        @jax.jit
-        def both(cotangent, *inputs):
-            out, pullback = jax.vjp(f, *inputs)
-            return out, pullback(cotangent)
-
-        return {
-            "forward": lambda: jax.block_until_ready(forward(*inputs)),
-            "both": lambda: jax.block_until_ready(both(cotangent, *inputs)),
-        }
-
-    return runner
+def in_jax(make: Callable[[Shape], Callable[..., Any]], shape: Shape) -> gpu.Runner:
+    return gpu.jax_runner(make(shape), shape.arrays())
 
 
-def cudnn(shape: Shape) -> dict[str, Callable[[], Any]]:
+def cudnn(shape: Shape) -> gpu.Runner:
     torch = importlib.import_module("torch")
     names = {"lstm": "LSTM", "gru": "GRU"}
     if shape.H != 1 or shape.cell not in names:
         raise ValueError("cuDNN has one head, and LSTM and GRU")
     B, T, D, G = shape.B, shape.T, shape.D, CELLS[shape.cell].gates
-    gates, recurrent, cotangent = (
-        torch.tensor(x, device="cuda", dtype=torch.bfloat16) for x in shape.arrays()
-    )
+    gates, recurrent, cotangent = map(gpu.torch_tensor, shape.arrays())
     x = gates.reshape(B, T, G * D).requires_grad_()
     module = getattr(torch.nn, names[shape.cell])(
         G * D, D, bias=False, batch_first=True, device="cuda", dtype=torch.bfloat16
@@ -121,76 +98,51 @@ def cudnn(shape: Shape) -> dict[str, Callable[[], Any]]:
 
     def forward():
         with torch.no_grad():
-            out = module(x)[0]
-        torch.cuda.synchronize()
-        return out[:, :, None]
+            return module(x)[0][:, :, None]
 
     def both():
         out = module(x)[0][:, :, None]
         dx, dR = torch.autograd.grad(out, [x, module.weight_hh_l0], cotangent)
-        torch.cuda.synchronize()
         return out, (dx.reshape(B, T, 1, G, D), dR.reshape(1, G, D, D).transpose(2, 3))
 
-    return {"forward": forward, "both": both}
+    return gpu.Runner(forward, both, lambda _: torch.cuda.synchronize())
 
 
-RUNNERS: dict[str, Callable[[Shape], dict[str, Callable[[], Any]]]] = {
-    "frugax pallas_gpu": in_jax(frugax_rnn("pallas_gpu")),
-    "frugax xla": in_jax(frugax_rnn("xla")),
-    "lax.scan": in_jax(plain_scan),
+CONTENDERS: dict[str, Callable[[Shape], gpu.Runner]] = {
+    "frugax pallas_gpu": partial(in_jax, partial(frugax_rnn, "pallas_gpu")),
+    "frugax xla": partial(in_jax, partial(frugax_rnn, "xla")),
+    "lax.scan": partial(in_jax, plain_scan),
     "cuDNN (torch)": cudnn,
 }
 
 
-def gate(name: str, small: Shape) -> float:
-    """The error of both passes."""
-    *wide, cotangent = (jnp.asarray(x, jnp.bfloat16).astype(jnp.float32) for x in small.arrays())
-    with jax.default_matmul_precision("highest"):
-        out, pullback = jax.vjp(frugax_rnn("reference")(small), *wide)
-        expected = out, pullback(cotangent)
-    return worst_error(RUNNERS[name](small)["both"](), expected)
+def least_bytes(shape: Shape, passes: str) -> int:
+    """W x and R read, h written; the gradient reads them again, with h's cotangent, and writes theirs."""
+    h, G = shape.B * shape.T * shape.H * shape.D, CELLS[shape.cell].gates
+    R = shape.H * G * shape.D**2
+    forward = 2 * ((G + 1) * h + R)
+    return forward if passes == "forward" else forward + 2 * ((2 * G + 2) * h + 2 * R)
 
 
-def measure(repeats: int) -> list[dict[str, Any]]:
-    rows = []
-    for shape in SHAPES:
-        runners: dict[str, Any] = {}
-        errors: dict[str, Any] = {}  # how far off, or why not at all
-        for name, make in RUNNERS.items():
-            try:
-                errors[name] = gate(name, dataclasses.replace(shape, T=64))
-                if errors[name] <= WORST_ERROR:
-                    runners[name] = make(shape)
-                    for run in runners[name].values():
-                        run()
-                        run()
-            except Exception as problem:  # not installed, or refuses the call
-                runners.pop(name, None)
-                errors[name] = f"{type(problem).__name__}: {problem}"[:200]
-        for passes in ("forward", "both"):
-            times: dict[str, list[float]] = {name: [] for name in runners}
-            for _ in range(repeats):  # in turns, so that a drifting clock is the same for all
-                for name, runner in runners.items():
-                    times[name].append(milliseconds(runner[passes]))
-            row = dataclasses.asdict(shape) | {
-                "passes": passes,
-                "median_ms": {name: round(statistics.median(t), 4) for name, t in times.items()},
-                "errors": errors,
-            }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
+def measure(shapes: list[Shape], repeats: int) -> list[dict[str, Any]]:
+    return gpu.measure(
+        shapes,
+        CONTENDERS,
+        partial(frugax_rnn, "reference"),
+        stand_in=lambda shape: dataclasses.replace(shape, T=64),
+        bound=WORST_ERROR,
+        least_bytes=least_bytes,
+        repeats=repeats,
+    )
 
 
-def deviceless() -> list[dict[str, Any]]:
+def deviceless(shapes: list[Shape]) -> list[dict[str, Any]]:
     from frugax.kernels.rnn import pallas_gpu  # the kernels alone: no other backend is compiled
     from frugax.kernels.rnn.inputs import check
 
-    from .deviceless_gpu import kernels_for_h200, table
-
     rows = []
-    for shape in SHAPES:
-        arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in shape.arrays()]
+    for shape in shapes:
+        arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shape.arrays()]
         call = jax.eval_shape(
             lambda g, R, cell=shape.cell: check(g, R, None, None, None, cell=cell), *arrays[:2]
         )
@@ -199,30 +151,10 @@ def deviceless() -> list[dict[str, Any]]:
             h, state, reads = pallas_gpu.forward(call, keep=True, interpret=False)
             return h, pallas_gpu.backward(call, h, reads, (h, state), interpret=False)
 
-        kernels = kernels_for_h200(both, call)  # none where an earlier shape had the same
-        print(shape, table(kernels), sep="\n", flush=True)
-        rows.append(dataclasses.asdict(shape) | {"kernels": [dataclasses.asdict(k) for k in kernels]})
+        what = f"{shape.cell}, D = {shape.D}, H = {shape.H}, B = {shape.B}"
+        rows.append(gpu.compiled(shape, both, call, what=what, prefix="rnn_"))
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--deviceless", action="store_true", help="compile for H200 and report; run nothing")
-    parser.add_argument("--repeats", type=int, default=30, help="timings of each implementation, default 30")
-    options = parser.parse_args()
-    if options.deviceless:
-        chip, rows = "H200 (compiled for, not run)", deviceless()
-    else:
-        if reason := why_not():
-            raise SystemExit(reason)
-        chip, rows = jax.devices()[0].device_kind, measure(options.repeats)
-    path = RESULTS / f"gpu_rnn_{'deviceless' if options.deviceless else 'measured'}.json"
-    record = {"chip": chip, "date": datetime.date.today().isoformat(), "versions": versions(), "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
-
-
 if __name__ == "__main__":
-    main()
+    gpu.main(__doc__, "rnn", SHAPES, measure, deviceless)

@@ -1,0 +1,280 @@
+"""What the GPU benchmarks share: contenders on the same inputs, timed by turns once their numbers agree.
+
+A shape is a frozen dataclass with `arrays()`: the inputs in their dtypes (float32 or bfloat16) and the
+output's cotangent, the same at every call. A contender makes a `Runner` of a shape.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import importlib.metadata
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+INNER = 10  # calls in a row: a kernel of a tenth of a millisecond is shorter than its dispatch
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-linear-attention",
+    "flash-linear-attention",
+    "mamba-ssm",
+    "torch",
+    "triton",
+)
+
+
+class Runner(NamedTuple):
+    """One contender with its inputs in place. The first two return before the chip is done."""
+
+    forward: Callable[[], Any]  # the output
+    both: Callable[[], Any]  # (the output, the gradient of every input)
+    wait: Callable[[Any], Any]  # for the chip, given what a call returned
+
+
+def jax_runner(f: Callable[..., Any], arrays: Iterable[np.ndarray]) -> Runner:
+    """`f` of the inputs has one output."""
+    *inputs, cotangent = map(jnp.asarray, arrays)
+    forward = jax.jit(f)
+
+    @jax.jit
+    def both(cotangent, *inputs):
+        out, pullback = jax.vjp(f, *inputs)
+        return out, pullback(cotangent)
+
+    return Runner(lambda: forward(*inputs), lambda: both(cotangent, *inputs), jax.block_until_ready)
+
+
+def torch_runner(f: Callable[..., Any], arrays: Iterable[np.ndarray]) -> Runner:
+    """`f` of the inputs, as CUDA tensors, has one output."""
+    torch = importlib.import_module("torch")
+    *inputs, cotangent = map(torch_tensor, arrays)
+    for x in inputs:
+        x.requires_grad_()
+
+    def forward():
+        with torch.no_grad():
+            return f(*inputs)
+
+    def both():
+        out = f(*inputs)
+        return out, torch.autograd.grad(out, inputs, cotangent)
+
+    return Runner(forward, both, lambda _: torch.cuda.synchronize())
+
+
+def torch_tensor(x: np.ndarray) -> Any:
+    """A CUDA tensor of the same numbers, dtype and strides."""
+    torch = importlib.import_module("torch")
+    dtype = torch.float32 if x.dtype == np.float32 else torch.bfloat16
+    return torch.from_numpy(np.asarray(x, np.float32)).to("cuda", dtype)
+
+
+def worst_error(result: Any, expected: Any) -> float:
+    """The largest rmse / rms over the output and the gradients."""
+
+    def numpy(x):
+        return np.asarray(x.detach().float().cpu() if hasattr(x, "detach") else x, np.float64)
+
+    pairs = [(result[0], expected[0]), *zip(result[1], expected[1], strict=True)]
+    wide = [(numpy(a), numpy(e)) for a, e in pairs]
+    return max(float(np.sqrt(np.mean((a - e) ** 2) / np.mean(e**2))) for a, e in wide)
+
+
+def expected(definition: Callable[..., Any], small: Any) -> Any:
+    """The definition's output and gradients, in float32, of the inputs as they are rounded."""
+    with jax.default_matmul_precision("highest"):
+        return jax_runner(definition, [np.asarray(x, np.float32) for x in small.arrays()]).both()
+
+
+def gate(make: Callable[[Any], Runner], small: Any, wanted: Any) -> float | str:
+    """How far a contender's output and gradients are from what they should be; or why it can't run."""
+    try:
+        return worst_error(make(small).both(), wanted)
+    except Exception as problem:  # not installed, or refuses the call
+        return f"{type(problem).__name__}: {problem}"[:200]
+
+
+def milliseconds(run: Callable[[], Any], wait: Callable[[Any], Any], inner: int = INNER) -> float:
+    """The time of a call, of `inner` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(inner):
+        out = run()
+    wait(out)
+    return 1e3 * (time.perf_counter() - start) / inner
+
+
+def copy_rate(size: int = 2**30) -> float:
+    """Bytes a second that a copy of `size` bytes moves, reads and writes: the bandwidth there is to reach."""
+    x = jnp.zeros(size // 4, jnp.uint32)
+    copy = jax.jit(lambda x: x ^ 1)
+    jax.block_until_ready(copy(x))
+    times = [milliseconds(lambda: copy(x), jax.block_until_ready) for _ in range(10)]
+    return 2 * size / (1e-3 * statistics.median(times))
+
+
+def measure(
+    shapes: Iterable[Any],
+    contenders: dict[str, Callable[[Any], Runner]],
+    definition: Callable[[Any], Callable[..., Any]],
+    *,
+    stand_in: Callable[[Any], Any],
+    bound: float,
+    least_bytes: Callable[[Any, str], int],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """A row for each shape and for the forward pass and both: median times, and their share of a copy's rate.
+
+    Args:
+      shapes: what to time.
+      contenders: each makes a `Runner` of a shape, or raises.
+      definition: the function that a contender must agree with on `stand_in(shape)`, or is not timed.
+      stand_in: a shape small enough for the definition, for which contenders choose the same kernels.
+      bound: of rmse over rms of the output and every gradient.
+      least_bytes: of a shape and "forward" or "both": what must be read and written.
+      repeats: timings of each, in turns, so that a drifting clock is the same for all.
+    """
+    rate, rows = copy_rate(), []
+    gated: dict[Any, dict[str, float | str]] = {}
+    for shape in shapes:
+        small = stand_in(shape)
+        if small not in gated:
+            wanted = expected(definition(small), small)
+            gated[small] = {name: gate(make, small, wanted) for name, make in contenders.items()}
+            print(f"gate {small}: {gated[small]}", flush=True)
+        runners = {}
+        for name, error in gated[small].items():
+            if isinstance(error, float) and error <= bound:
+                try:
+                    runner = contenders[name](shape)
+                    for run in (runner.forward, runner.both) * 2:
+                        runner.wait(run())
+                    runners[name] = runner
+                except Exception as problem:  # out of memory, or refuses this size
+                    print(f"{shape} {name}: {type(problem).__name__}: {problem}"[:300], flush=True)
+        for passes in ("forward", "both"):
+            times: dict[str, list[float]] = {name: [] for name in runners}
+            for _ in range(repeats):
+                for name, runner in runners.items():
+                    times[name].append(milliseconds(getattr(runner, passes), runner.wait))
+            least = 1e3 * least_bytes(shape, passes) / rate
+            medians = {name: statistics.median(t) for name, t in times.items()}
+            row = dataclasses.asdict(shape) | {
+                "passes": passes,
+                "median_ms": {name: round(t, 4) for name, t in medians.items()},
+                "quartiles_ms": {
+                    name: [round(float(x), 4) for x in np.quantile(t, [0.25, 0.75])]
+                    for name, t in times.items()
+                },
+                "share_of_copy": {name: round(least / t, 3) for name, t in medians.items()},
+                "copy_gb_a_second": round(rate / 1e9),
+                "errors": gated[small],
+            }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def one_each(shapes: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
+    """The first shape of each kind."""
+    found: dict[Any, Any] = {}
+    for shape in shapes:
+        found.setdefault(kind(shape), shape)
+    return list(found.values())
+
+
+def compiled(
+    shape: Any,
+    program: Callable[..., Any],
+    arguments: Any,
+    *,
+    what: str,
+    prefix: str,
+    kernel_bytes: Any = None,
+) -> dict[str, Any]:
+    """The row of a shape that no chip has run: what the compiled kernels take, by the name after `prefix`.
+
+    Args:
+      shape: for its numbers.
+      program, arguments: what to compile; kernels compiled before in this process are left out.
+      what: a few words that tell the row's kernels from others.
+      prefix: of the kernels' names.
+      kernel_bytes: {kernel: what it moves to and from device memory}, if that is known.
+    """
+    from .deviceless_gpu import kernels_for_h200, table
+
+    def short(name: str) -> str:  # a number of the dump's is at its end
+        return name.rstrip("_0123456789").removeprefix(prefix).lstrip("_") or "forward"
+
+    kernels = [
+        dataclasses.replace(kernel, name=short(kernel.name))
+        for kernel in kernels_for_h200(program, arguments)
+    ]
+    print(shape, table(kernels), sep="\n", flush=True)
+    moved = kernel_bytes or {}
+    return dataclasses.asdict(shape) | {
+        "what": what,
+        "kernels": [
+            dataclasses.asdict(k) | ({"bytes": moved[k.name]} if k.name in moved else {}) for k in kernels
+        ],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what takes part."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def why_not() -> str | None:
+    """Why this process can't measure; None if it can."""
+    if jax.default_backend() != "gpu":
+        return f"this needs a Hopper GPU; jax runs on {jax.default_backend()} here (--deviceless needs none)"
+    capability = jax.devices()[0].compute_capability
+    if float(capability) < 9:
+        return f"this needs a Hopper GPU; this one's capability is {capability}"
+    return None
+
+
+def main(
+    doc: str | None,
+    name: str,
+    shapes: list[Any],
+    measure: Callable[[list[Any], int], list[dict[str, Any]]],
+    deviceless: Callable[[list[Any]], list[dict[str, Any]]],
+) -> None:
+    """The command line of a benchmark; writes results/gpu_NAME_measured.json or gpu_NAME_deviceless.json."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--deviceless", action="store_true", help="compile for H200 and report; run nothing")
+    parser.add_argument("--repeats", type=int, default=30, help="timings of each contender, default 30")
+    parser.add_argument("--only", default="", help="only shapes whose text has this in it, as H=96 or 'lstm'")
+    parser.add_argument("--output", type=Path, help="where the JSON goes, default results/")
+    options = parser.parse_args()
+    chosen = [shape for shape in shapes if options.only in str(shape)]
+    if options.deviceless:
+        chip, rows = "H200 (compiled for, not run)", deviceless(chosen)
+    else:
+        if reason := why_not():
+            sys.exit(reason)
+        chip, rows = jax.devices()[0].device_kind, measure(chosen, options.repeats)
+    path = options.output or RESULTS / f"gpu_{name}_{'deviceless' if options.deviceless else 'measured'}.json"
+    record = {"chip": chip, "date": datetime.date.today().isoformat(), "versions": versions(), "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"wrote {path}")
