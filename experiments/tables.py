@@ -173,6 +173,18 @@ def mamba_cpu() -> str:
     return f"{about}\n\n{table(['', '', 'median ms', ''], [[*row, ''][:4] for row in rows])}"
 
 
+def rnn_cpu() -> str:
+    result = read("rnn_cpu")
+    rows = [
+        [shape, what, r["median_ms"], f"{r['time_over_frugax']}x", r["temporary_MB"] or ""]
+        for shape, found in result["results"].items()
+        for what, r in found.items()
+    ]
+    head = ["batch, time, channels", "", "median ms", "time over frugax", "temporaries MB"]
+    about = f"LSTM, {result['dtype']}; torch {result['torch']}, flax {result['flax']}"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def mezo_finetune() -> str:
     result, rows = read("mezo_finetune"), []
     for name, r in result["rows"].items():
@@ -205,6 +217,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "what_runs_where": what_runs_where,
         "linear_attention_cpu": linear_attention_cpu,
         "recurrences_cpu": recurrences_cpu,
+        "rnn_cpu": rnn_cpu,
         "training": training,
         "classification": classification,
         "mamba_cpu": mamba_cpu,

@@ -42,35 +42,48 @@ def with_gradient(f: Callable) -> Callable:
     return run
 
 
-def compare(contenders: dict[str, Callable], args, cotangent, *, reference: str, bound: float, repeats: int):
+def compare(
+    contenders: dict[str, Callable],
+    args,
+    cotangent,
+    *,
+    reference: str,
+    bound: float,
+    repeats: int,
+    others: dict[tuple[str, str], Callable[[], Any]] | None = None,
+):
     """Rows of median and least milliseconds and of temporaries, forward and with the gradient.
 
     Args:
       contenders: functions of `args` with one result, of `cotangent`'s shape.
       reference: the contender that the others must agree with to `bound`, as rmse over rms.
+      others: what is not JAX: {(name, "forward" or "forward+gradient"): a call with the same result}.
 
     Raises:
       AssertionError: one of them doesn't: no time of a wrong answer is worth reporting.
     """
-    programs, answers = {}, {}
+    calls: dict[Any, Callable[[], Any]] = {}
+    answers, temporaries = {}, {}
     for name, f in contenders.items():
         for what, g, given in (
             ("forward", f, args),
             ("forward+gradient", with_gradient(f), (cotangent, *args)),
         ):
             compiled = jax.jit(g).lower(*given).compile()
-            programs[name, what] = compiled, given
+            calls[name, what] = lambda program=compiled, given=given: program(*given)
             answers[name, what] = compiled(*given)
-    for name, what in programs:
+            temporaries[name, what] = compiled.memory_analysis().temp_size_in_bytes / 1e6
+    for key, call in (others or {}).items():
+        calls[key], answers[key] = call, call()
+    for name, what in calls:
         error = worst_error(answers[name, what], answers[reference, what])
         if not error < bound:
             raise AssertionError(f"{name}, {what}: {error:.1e} from {reference}; {bound:.0e} is the bound")
-    calls = {key: lambda p=program, a=given: p(*a) for key, (program, given) in programs.items()}
     return {
         f"{name}, {what}": {
             "median_ms": round(float(np.median(times)), 2),
             "min_ms": round(min(times), 2),
-            "temporary_MB": round(programs[name, what][0].memory_analysis().temp_size_in_bytes / 1e6, 1),
+            "temporary_MB": round(temporaries[name, what], 1) if (name, what) in temporaries else None,
         }
         for (name, what), times in milliseconds(calls, repeats).items()
     }
@@ -89,12 +102,18 @@ def about() -> dict[str, Any]:
     """When, where and with what a benchmark ran."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {_cores()} cores",
         "load_average_at_start": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "frugax": frugax.__version__,
     }
+
+
+def _cores() -> str:
+    all_of_them = os.cpu_count() or 1
+    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_of_them
+    return f"{all_of_them}" if ours == all_of_them else f"{ours} of {all_of_them}"
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
