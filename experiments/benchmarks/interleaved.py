@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def compare(
             ("forward+gradient", with_gradient(f), (cotangent, *args)),
         ):
             compiled = jax.jit(g).lower(*given).compile()
-            calls[name, what] = lambda program=compiled, given=given: program(*given)
+            calls[name, what] = partial(compiled, *given)
             answers[name, what] = compiled(*given)
             temporaries[name, what] = compiled.memory_analysis().temp_size_in_bytes / 1e6
     for key, call in (others or {}).items():
