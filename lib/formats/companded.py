@@ -7,7 +7,7 @@ zero, so that a second moment that was not zero never becomes it.
 import jax.numpy as jnp
 from jax import Array
 
-from .format import Format, round_half_away
+from .format import Format, floor
 
 
 class Companded(Format):
@@ -22,16 +22,14 @@ class Companded(Format):
         return 127 if self.signed else 255
 
     def encode(self, x: Array) -> Array:
+        # The middle between codes c and c + 1, solved for c.
         if self.signed:
-            # Midway between two values is not midway on the curve: the nearer code is found by trial.
-            guess = round_half_away(127 * (2 * x / (1 + jnp.abs(x))))
+            magnitude = jnp.abs(x)
+            code = floor(254 * magnitude / (1 + magnitude) + (0.5 - (1 + magnitude) * (1 / 1016)))
+            code = jnp.where(x < 0, -code, code)
         else:
-            guess = round_half_away(256 * jnp.sqrt(jnp.maximum(x, 0.0))) - 1
-        guess = jnp.clip(guess, self.lowest, self.highest)
-        value = self.decode(guess)
-        beside = jnp.clip(guess + jnp.where(x > value, 1, -1), self.lowest, self.highest)
-        nearer = jnp.abs(x - self.decode(beside)) < jnp.abs(x - value)
-        return jnp.where(nearer, beside, guess).astype(jnp.int32)
+            code = floor(jnp.sqrt(jnp.maximum(65536 * x, 2.25) - 0.25) - 0.5)
+        return code.astype(jnp.int32)
 
     def decode(self, codes: Array) -> Array:
         c = codes.astype(jnp.float32)

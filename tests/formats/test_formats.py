@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import frugax
+from frugax.formats.integer import Integer
+from frugax.formats.lookup import lookup
 
 INTEGERS = [f"int{n}" for n in range(2, 9)]
 EVERY = [*INTEGERS, "dynamic8", "udynamic8", "softsign8", "sqrt8"]
@@ -63,6 +65,30 @@ def test_the_nearest_code_is_chosen(name):
     format, values, x = frugax.formats.format_named(name), table(name), numbers(name)
     nearest = np.abs(x.astype(np.float64)[:, None] - values).argmin(1) + format.lowest
     np.testing.assert_array_equal(format.encode(jnp.asarray(x)), nearest)
+
+
+@pytest.mark.parametrize("name", ["int8", "dynamic8", "udynamic8", "softsign8", "sqrt8"])
+def test_tables_are_the_arithmetic(name):
+    """What is looked up is what is computed, on both sides of every middle and for zeros and tiny numbers."""
+    format, values = frugax.formats.format_named(name), table(name)
+    tables = jax.tree.map(jnp.asarray, lookup(format))
+    tiny = np.float32([0, -0.0, 1e-9, 1e-30, 1e-45] if values[0] >= 0 else [0, -0.0, 1e-9, -1e-9, -1e-45])
+    x = np.concatenate([numbers(name), tiny])
+    nearest = np.abs(x.astype(np.float64)[:, None] - values).argmin(1) + format.lowest
+    np.testing.assert_array_equal(jax.jit(lambda t, x: t.encode(x))(tables, x), nearest)
+    codes = jnp.arange(format.lowest, format.highest + 1)
+    np.testing.assert_array_equal(tables.decode(codes), format.decode(codes))
+
+
+def test_values_too_close_for_tables():
+    """A format with two middles in one bucket says so, where its codes would be wrong."""
+    with pytest.raises(ValueError, match="format: got dense, whose values lie too close"):
+        lookup(_Dense("dense", 8, signed=False))
+
+
+class _Dense(Integer):
+    def decode(self, codes):
+        return 0.5 + codes.astype(jnp.float32) * (0.5 / 2**12)
 
 
 def test_relative_error_over_seven_decades():

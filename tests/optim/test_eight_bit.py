@@ -254,7 +254,7 @@ def test_a_step_needs_little_more_than_the_gradient():
 
     f = jax.jit(step, donate_argnums=(0, 1))
     compiled = f.lower(p, jax.eval_shape(tx.init, p)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < (64 + 2) * 2**20
+    assert compiled.memory_analysis().temp_size_in_bytes < (64 + 6) * 2**20
 
 
 def test_blocks_keep_what_one_scale_loses():

@@ -1,12 +1,14 @@
 """The portable form, which CPU gets: a chunk at a time, in place, so that no moment is whole in float32."""
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 
-import jax.numpy as jnp
 from jax import Array, lax
 
-from ..sharding import per_shard
+from ...formats.dynamic import Dynamic
+from ...formats.lookup import Lookup, lookup
+from ..sharding import Axes, per_shard
 from .blocks import update_blocks
 from .inputs import INDEPENDENT, Inputs, Spec, axes_of
 from .tiling import CHUNK
@@ -14,56 +16,68 @@ from .tiling import CHUNK
 
 def forward(call: Inputs, spec: Spec) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """(update, codes, scales): like grad, and like each moment's."""
+    axes = axes_of(call, spec)
+    # A cache looks the dynamic map up faster than it is computed; TPU has no such cache.
+    tables = {i: lookup(f) for i, f in enumerate(spec.formats) if isinstance(f, Dynamic)}
+    with_tables = Axes(
+        (*axes.arguments, dict.fromkeys(tables, Lookup("codes", "signs buckets"))), axes.results
+    )
+    loop = partial(_loop, spec=spec)
+    # XLA would gather what a loop takes slices of: it is told that each shard has a loop of its own. TPU's
+    # compiler can't ask.
+    on_tpu = per_shard(partial(loop, tables={}), axes, INDEPENDENT, partitioner=False)
+    elsewhere = per_shard(loop, with_tables, INDEPENDENT)
+    return lax.platform_dependent(call, tables, tpu=lambda call, _: on_tpu(call), default=elsewhere)
 
-    def split(partitioner: bool):
-        # XLA would gather what a loop takes slices of: it is told that each shard has a loop of its own.
-        return per_shard(partial(_loop, spec=spec), axes_of(call, spec), INDEPENDENT, partitioner=partitioner)
 
-    return lax.platform_dependent(call, tpu=split(False), default=split(True))  # TPU's compiler can't ask
-
-
-def _loop(call: Inputs, spec: Spec) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+def _loop(
+    call: Inputs, tables: Mapping[int, Lookup], *, spec: Spec
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     row = call.grad.shape[-1]  # a group, or a row of groups of which the last is short
     n = math.prod(call.grad.shape[:-1])
     wide = (call.grad, *call.codes)
     arrays = [x.reshape(n, row) for x in wide] + [s.reshape(n, -1) for s in call.scales]
     rows = min(n, max(1, CHUNK // row))
-
-    def visit(start, arrays, rows):
-        chunk = [lax.dynamic_slice_in_dim(x, start, rows) for x in arrays]
-        k = len(call.codes)
-        results = _update_rows(chunk[0], chunk[1 : 1 + k], chunk[1 + k :], call.hyper, spec)
-        return [lax.dynamic_update_slice_in_dim(x, y, start, 0) for x, y in zip(arrays, results, strict=True)]
-
     # The update takes the gradient's place, so that nothing of its size is written twice.
-    arrays = lax.fori_loop(0, n // rows, lambda i, arrays: visit(i * rows, arrays, rows), arrays)
+    codecs = [tables.get(i, f) for i, f in enumerate(spec.formats)]
+    step = partial(_update_rows, hyper=call.hyper, codecs=codecs, spec=spec)
+    arrays = lax.fori_loop(0, n // rows, lambda i, arrays: step(arrays, i * rows, rows), arrays)
     if n % rows:
-        arrays = visit(n - n % rows, arrays, n % rows)
+        arrays = step(arrays, n - n % rows, n % rows)
     update, *codes = (x.reshape(y.shape) for x, y in zip(arrays, wide, strict=False))
     scales = (x.reshape(y.shape) for x, y in zip(arrays[len(wide) :], call.scales, strict=True))
     return update, tuple(codes), tuple(scales)
 
 
-def _update_rows(grad, codes, scales, hyper, spec: Spec) -> list[Array]:
-    """Rows [R, row] and scales [R, groups of a row]: short groups are filled with zeros."""
-    R, row = grad.shape
-    groups = -(-row // spec.group_size)
+def _update_rows(arrays: Sequence[Array], start, rows: int, *, hyper: Array, codecs, spec: Spec):
+    """Arrays with `rows` rows from `start` on replaced: the whole groups of each, then the short ones."""
+    k = len(spec.formats)
+    row, G = arrays[0].shape[1], spec.group_size
+    whole = row // G * G
+    for column, width in ((0, whole), (whole, row - whole)):
+        if width == 0:
+            continue
+        size = min(G, width)
+        places = [(start, column)] * (1 + k) + [(start, column // G)] * k
+        shapes = [(rows, width)] * (1 + k) + [(rows, width // size)] * k
 
-    def blocks(x):
-        if spec.ragged:
-            x = jnp.pad(x, ((0, 0), (0, groups * spec.group_size - row)))
-        return x.reshape(R * groups, spec.group_size)
+        def chunk(arrays, places=places, shapes=shapes):
+            return [lax.dynamic_slice(x, at, s) for x, at, s in zip(arrays, places, shapes, strict=True)]
 
-    def rows(x):
-        return x.reshape(R, -1)[:, :row]
+        def updated(arrays, chunk=chunk, size=size, shapes=shapes):
+            grad, *rest = chunk(arrays)
+            update, codes, scales = update_blocks(
+                grad.reshape(-1, size),
+                [c.reshape(-1, size) for c in rest[:k]],
+                [s.reshape(-1, 1) for s in rest[k:]],
+                list(hyper),
+                spec,
+                codecs=codecs,
+            )
+            return [x.reshape(s) for x, s in zip((update, *codes, *scales), shapes, strict=True)]
 
-    update, codes, scales = update_blocks(
-        blocks(grad), [blocks(c) for c in codes], [s.reshape(-1, 1) for s in scales], list(hyper), spec,
-        valid=_valid(R, row, groups, spec) if spec.ragged else None,
-    )  # fmt: skip
-    return [rows(update), *map(rows, codes), *(s.reshape(R, groups) for s in scales)]
-
-
-def _valid(R: int, row: int, groups: int, spec: Spec) -> Array:
-    at = jnp.arange(groups * spec.group_size).reshape(groups, spec.group_size) < row
-    return jnp.tile(at, (R, 1))
+        # Scales are never negative. But XLA can't know, and so does not fuse the arithmetic into the writing
+        # in place, which it leaves to one core.
+        new = lax.cond(arrays[-1][0, 0] < 0, chunk, updated, arrays)
+        arrays = [lax.dynamic_update_slice(x, y, at) for x, y, at in zip(arrays, new, places, strict=True)]
+    return arrays

@@ -79,7 +79,8 @@ def test_chunks_and_their_rest_in_place():
 
 
 def test_temporaries_do_not_grow_with_the_leaf():
-    """A leaf of 64 MB (float32) needs less than 2 MB besides gradient and state, updated in place."""
+    """A leaf of 64 MB needs six float32 copies of a chunk at most, besides what is updated in place."""
+    from frugax.kernels.quantized_update.tiling import CHUNK
 
     def temporaries(rows):
         g = jax.ShapeDtypeStruct((rows, 4096), jnp.float32)
@@ -94,7 +95,7 @@ def test_temporaries_do_not_grow_with_the_leaf():
         )
         return f.lower(g, moments).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(4096) < 2 * 2**20
+    assert temporaries(4096) < 6 * 4 * CHUNK
     assert abs(temporaries(4096) - temporaries(1024)) < 2**17
 
 
