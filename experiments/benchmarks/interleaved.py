@@ -82,8 +82,8 @@ def compare(
             raise AssertionError(f"{name}, {what}: {error:.1e} from {reference}; {bound:.0e} is the bound")
     return {
         f"{name}, {what}": {
-            "median_ms": round(float(np.median(times)), 2),
-            "min_ms": round(min(times), 2),
+            "median_ms": round(float(np.median(times)), 3),
+            "min_ms": round(min(times), 3),
             "temporary_MB": round(temporaries[name, what], 1) if (name, what) in temporaries else None,
         }
         for (name, what), times in milliseconds(calls, repeats).items()

@@ -13,7 +13,10 @@ from .arguments import accumulator, as_shaped, reject
 
 Method = Literal["fft", "recurrent"]
 
-_FFT_FROM = 16  # tokens from which a convolution beats a loop
+# On CPU the loop: up to order 64 a convolution takes 1.4 to 5 times as long at every length from 4 to 256
+# tokens, at order 256 it takes 0.6 to 1.7 times as long (benchmarks/results/lmu_cpu.json, one core). On TPU
+# and GPU, where each step of a loop waits for the last, a convolution from this many tokens on: not measured.
+_FFT_FROM = 16
 
 
 def lmu(
@@ -38,8 +41,8 @@ def lmu(
       initial_state: the memory before the first token [B, D, N]; None means zeros.
       segment_ids: the document of each token; the memory restarts wherever the id changes. The initial state
         belongs to the first token's document. A convolution knows no documents: "recurrent" alone takes them.
-      method: "fft" (a convolution, parallel over time) or "recurrent" (a loop, for streams); None takes the
-        convolution for long calls without segment_ids.
+      method: "fft" (a convolution, parallel over time) or "recurrent" (a loop); None takes the loop on CPU,
+        elsewhere for streams and segment_ids alone.
 
     Returns:
       m [B, T, D, N] in u's dtype, and the last memory [B, D, N] in float32 (float64 for float64 inputs),
@@ -62,29 +65,39 @@ def lmu(
     """
     u, initial_state, segment_ids = map(as_shaped, (u, initial_state, segment_ids))
     _check(u, order, theta, initial_state, segment_ids, method)
-    method = method or _method(u, segment_ids)
     wide = u.astype(accumulator(u.dtype))
     B, T, D = u.shape
     m0 = jnp.zeros((B, D, order)) if initial_state is None else initial_state
     m0 = m0.astype(wide.dtype)
-    if method == "fft":
+
+    def convolution(wide, m0):
         m = _convolution(wide, int(order), float(theta))
-        if initial_state is not None:
-            m = m + _free_response(m0, T, float(theta))
+        return m if initial_state is None else m + _free_response(m0, T, float(theta))
+
+    def recurrence(wide, m0):
+        return _recurrence(wide, m0, float(theta), segment_ids)
+
+    forms = {"fft": convolution, "recurrent": recurrence}
+    chosen = _methods(u, segment_ids, method)
+    on_cpu, elsewhere = forms[chosen["cpu"]], forms[chosen["tpu"]]
+    if on_cpu is elsewhere:
+        m = on_cpu(wide, m0)
     else:
-        m = _recurrence(wide, m0, float(theta), segment_ids)
+        m = jax.lax.platform_dependent(wide, m0, cpu=on_cpu, default=elsewhere)
     return m.astype(u.dtype), m[:, -1]
 
 
 def plan(u, order, theta, *, initial_state=None, segment_ids=None, method=None):
-    """What `frugax.kernels.explain` prints: no kernel serves this one, so the same method runs everywhere."""
+    """What `frugax.kernels.explain` prints: no kernel serves this one, but methods differ."""
     u, initial_state, segment_ids = map(as_shaped, (u, initial_state, segment_ids))
     _check(u, order, theta, initial_state, segment_ids, method)
-    return dict.fromkeys(("cpu", "tpu", "cuda"), f"xla ({method or _method(u, segment_ids)})"), {}
+    return {place: f"xla ({chosen})" for place, chosen in _methods(u, segment_ids, method).items()}, {}
 
 
-def _method(u, segment_ids) -> Method:
-    return "fft" if u.shape[1] >= _FFT_FROM and segment_ids is None else "recurrent"
+def _methods(u, segment_ids, method: Method | None) -> dict[str, Method]:
+    """The method of each platform."""
+    elsewhere: Method = "fft" if u.shape[1] >= _FFT_FROM and segment_ids is None else "recurrent"
+    return {"cpu": method or "recurrent", "tpu": method or elsewhere, "cuda": method or elsewhere}
 
 
 @functools.lru_cache(maxsize=32)

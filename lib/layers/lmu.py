@@ -24,8 +24,8 @@ class LMU(Mixer):
     """u_t = relu(W_u x_t + b);  m_t = A m_{t-1} + B u_t;  y_t = W_out relu(W_h [m_t, x_t] + c).
 
     A and B are `frugax.kernels.lmu`'s: of each of the S signals u, m holds the last `theta` tokens as `order`
-    coefficients. They are fixed, so long calls without segment_ids are a convolution by FFT, and streams a
-    recurrence, with the same numbers.
+    coefficients. They are fixed, so a long call without segment_ids may be a convolution by FFT, and a stream
+    a recurrence, with the same numbers.
 
     With `spiking`, x, u, m and what was relu's output are spikes of leaky integrate-and-fire neurons; m and
     W_h's output pass a norm before them.
@@ -44,7 +44,7 @@ class LMU(Mixer):
         >>> import frugax, jax, jax.numpy as jnp
         >>> mixer = frugax.layers.LMU(order=8, theta=32.0)
         >>> x = jnp.ones((1, 40, 16))
-        >>> (y, state), params = mixer.init_with_output(jax.random.key(0), x)  # a convolution
+        >>> (y, state), params = mixer.init_with_output(jax.random.key(0), x)
         >>> y, state = mixer.apply(params, x[:, :1], state=state)  # one token more
         >>> y.shape, state.memory.shape
         ((1, 1, 16), (1, 1, 8))

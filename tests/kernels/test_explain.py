@@ -37,7 +37,9 @@ def test_one_token_goes_to_xla_on_gpu(op):
 
 @pytest.mark.parametrize(("T", "method"), [(1, "recurrent"), (1000, "fft")])
 def test_lmu_names_its_method(T, method):
-    assert f"tpu: xla ({method})" in frugax.kernels.explain("lmu", array(1, T, 3), 4, 50.0)
+    text = frugax.kernels.explain("lmu", array(1, T, 3), 4, 50.0)
+    assert "cpu: xla (recurrent)" in text
+    assert f"tpu: xla ({method})" in text
 
 
 def test_compositions_check_their_arguments():

@@ -96,6 +96,20 @@ def test_gradients(method):
             )
 
 
+def test_platforms_take_the_form_that_is_fast_on_them():
+    """One program, exported: a loop for CPU, a convolution for TPU; and it has a gradient."""
+    u, m0 = signals()
+
+    def f(u, m0):
+        return run(u, initial_state=m0)[0].sum()
+
+    arguments = u.astype(np.float32), m0.astype(np.float32)
+    for platform, fft in (("cpu", False), ("tpu", True)):
+        text = jax.export.export(jax.jit(jax.grad(f)), platforms=[platform])(*arguments).mlir_module()
+        assert ("stablehlo.fft" in text) == fft
+        assert ("stablehlo.while" in text) != fft
+
+
 def test_the_memory_is_the_window_and_better_so_with_order():
     """u(t - s) = sum_n P_n((2 s + 1) / theta - 1) m_n, for signals slow enough for the order."""
     theta, t = 60.0, np.arange(400)
