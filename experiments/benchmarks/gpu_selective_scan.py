@@ -170,8 +170,8 @@ def deviceless(shapes: list[Shape]) -> list[dict[str, Any]]:
         call = jax.eval_shape(check, x, dt, A, B, C, D, z, dt_bias, None, ids)
 
         def both(call):
-            out = pallas_gpu.forward(call, True, interpret=False)
-            return out, pallas_gpu.backward(call, out, True, interpret=False)
+            *out, states = pallas_gpu.forward(call, True, keep_states=True, interpret=False)
+            return out, pallas_gpu.backward(call, states, tuple(out), True, interpret=False)
 
         moved = kernel_bytes(shape)
         what = f"N = {shape.N}" + (", packed" if shape.packed else "")

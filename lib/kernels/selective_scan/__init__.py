@@ -12,6 +12,7 @@ from .inputs import Inputs, check, step_size
 
 OPERATION = Operation("selective_scan", independent=("b", "d"), sequence="x")
 RESULT_AXES = ("b t d", "b d n")
+STATES_AXES = "b c n d"  # as the TPU kernel keeps them
 
 
 def selective_scan(
@@ -55,8 +56,9 @@ def selective_scan(
     Raises:
       ValueError: naming the argument that can't be right, or the reason why a named backend can't serve.
 
-    Differentiable in every float input; of the states, which are N times as large as x, the backward pass
-    computes anew what it needs. `jax.jvp` and second derivatives: with backend "reference" or "xla".
+    Differentiable in every float input. Of the states, which are N times as large as x, TPUs keep one every
+    128 tokens for the backward pass, which computes the others anew. `jax.jvp` and second derivatives: with
+    backend "reference" or "xla".
 
     Source: Gu and Dao 2023 (Mamba, arXiv 2312.00752), algorithm 2 with real A.
 
@@ -104,13 +106,16 @@ _with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
 
 
 def _with_kernels_fwd(chosen, softplus, call):
-    return _with_kernels(chosen, softplus, call), call  # only the inputs: the backward pass recomputes
+    axes = Axes((_axes(call),), (*RESULT_AXES, STATES_AXES))
+    y, state, states = OPERATION.forward(dict(chosen), axes, call, softplus=softplus, keep_states=True)
+    return (y, state), (call, states)
 
 
-def _with_kernels_bwd(chosen, softplus, call, cotangents):
+def _with_kernels_bwd(chosen, softplus, saved, cotangents):
+    call, states = saved
     names = _axes(call)
-    axes = Axes((names, RESULT_AXES), names._replace(starts=None))
-    return (OPERATION.backward(dict(chosen), axes, call, cotangents, softplus=softplus),)
+    axes = Axes((names, STATES_AXES, RESULT_AXES), names._replace(starts=None))
+    return (OPERATION.backward(dict(chosen), axes, call, states, cotangents, softplus=softplus),)
 
 
 _with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

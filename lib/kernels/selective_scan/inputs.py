@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..arguments import accumulator, reject
+from ..sharding import vary_like
+
+KEPT = 128  # tokens between the states that the TPU's forward pass keeps for its gradient
 
 
 class Inputs(NamedTuple):
@@ -28,6 +31,15 @@ def step_size(call: Inputs, softplus: bool) -> Array:
     """dt [B, T, D] as the recurrence has it, in the accumulator's dtype."""
     dt_BTD = call.dt.astype(call.A.dtype) + call.dt_bias
     return jax.nn.softplus(dt_BTD) if softplus else dt_BTD
+
+
+def no_states(call: Inputs) -> Array:
+    """Zeros [B, T / KEPT, N, D], which nobody reads, where the TPU has the states before every KEPT tokens.
+
+    For the branches of a program for several platforms return the same shapes.
+    """
+    batch, T, D = call.x.shape
+    return vary_like(jnp.zeros((batch, -(-T // KEPT), call.A.shape[1], D), jnp.float32), call)
 
 
 def finish(call: Inputs, y_BTD: Array) -> Array:

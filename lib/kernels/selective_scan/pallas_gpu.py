@@ -12,7 +12,7 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .. import compat
-from .inputs import Inputs, step_size
+from .inputs import Inputs, no_states, step_size
 from .pallas_gpu_backward import backward_body
 from .pallas_gpu_blocks import CHANNELS, F32, Plan, Walk, step_sizes
 from .tiling import GPU_BACKWARD, GPU_FORWARD, GPU_MOST_STATES, round_up
@@ -31,17 +31,21 @@ def unsupported_reason(call: Inputs) -> str | None:
     return compat.local_gpu_lacks_mosaic()
 
 
-def forward(call: Inputs, softplus: bool, *, interpret: bool) -> tuple[Array, Array]:
-    """y [B, T, D] in x's dtype and the final state [B, D, N] in float32."""
+def forward(call: Inputs, softplus: bool, keep_states: bool = False, *, interpret: bool) -> tuple[Array, ...]:
+    """y [B, T, D] in x's dtype, the final state [B, D, N] in float32; with `keep_states` also `no_states`."""
     plan, arrays = _arrays(call, softplus, GPU_FORWARD, interpret)
     arrays |= {"state": _state(call.initial_state, plan)}
     results = {"y": arrays["x"], "final": arrays["state"]}
     got = _run("selective_scan", forward_body, plan, arrays, results)
-    return _trim(got["y"], call), _trim_state(got["final"], call)
+    results = _trim(got["y"], call), _trim_state(got["final"], call)
+    return (*results, no_states(call)) if keep_states else results
 
 
-def backward(call: Inputs, cotangents: tuple[Array, Array], softplus: bool, *, interpret: bool) -> Inputs:
+def backward(
+    call: Inputs, states: Array, cotangents: tuple[Array, Array], softplus: bool, *, interpret: bool
+) -> Inputs:
     """The gradient of each input, in its shape and dtype; None where the input is None."""
+    del states
     D, N = call.A.shape
     T = call.x.shape[1]
     plan, arrays = _arrays(call, softplus, GPU_BACKWARD, interpret)

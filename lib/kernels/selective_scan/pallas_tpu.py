@@ -1,7 +1,8 @@
 """The scan on TPU: channels on lanes, states on sublanes, token after token, states in VMEM between blocks.
 
-A's log is base 2 from here on: exp(dt A) = 2^(dt A2). The gradient first finds the states before each block
-of time, then visits blocks from the last: it computes the block's states anew and walks back over them.
+A's log is base 2 from here on: exp(dt A) = 2^(dt A2). The gradient visits blocks of time from the last: from
+the state before a block, which the forward pass keeps for it, it computes the others anew and walks back over
+them.
 """
 
 import jax
@@ -11,11 +12,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .inputs import Inputs, step_size
+from .inputs import KEPT, Inputs, step_size
 from .pallas_tpu_backward import backward_kernel
 from .pallas_tpu_blocks import F32, Plan
-from .pallas_tpu_forward import forward_kernel, states_kernel
-from .tiling import LANES, ROWS, SUBLANES, TPU_MOST_STATES, TPUTiling, for_tpu, round_up
+from .pallas_tpu_forward import forward_kernel
+from .tiling import LANES, SUBLANES, TPU_MOST_STATES, TPUTiling, for_tpu, round_up
 
 LOG2_E = float(np.log2(np.e))
 NO_STEP = -1e30  # softplus of it is zero
@@ -32,44 +33,43 @@ def unsupported_reason(call: Inputs) -> str | None:
     return None
 
 
-def forward(call: Inputs, softplus: bool, *, interpret: bool) -> tuple[Array, Array]:
-    """y [B, T, D] in x's dtype and the final state [B, D, N] in float32."""
-    launch = _Launch(call, softplus, interpret, time=512)
+def forward(call: Inputs, softplus: bool, keep_states: bool = False, *, interpret: bool) -> tuple[Array, ...]:
+    """y [B, T, D] in x's dtype and the final state [B, D, N] in float32.
+
+    With `keep_states` also the states before every KEPT tokens [B, T / KEPT, N, D], in float32.
+    """
+    launch = _Launch(call, softplus, interpret, time=KEPT if keep_states else 512)
     launch.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "keep")
     launch.write("y", launch.padded(call.x.shape, call.x.dtype), launch.block)
     launch.write("final_state", launch.state_shape, launch.state_block)
-    results = launch.run(
-        "selective_scan_forward", forward_kernel, {"state": launch.scratch_state, **launch.tiles(2)}
-    )
-    return launch.trim(results["y"]), launch.trim_state(results["final_state"])
+    if keep_states:
+        launch.write("states", launch.states_shape, launch.states_block)
+    scratch = {"state": launch.scratch_state, **launch.tiles(2), **launch.sums(1)}
+    got = launch.run("selective_scan_forward", forward_kernel, scratch)
+    results = launch.trim(got["y"]), launch.trim_state(got["final_state"])
+    N, D = call.A.T.shape
+    return (*results, got["states"][:, :, :N, :D]) if keep_states else results
 
 
-def backward(call: Inputs, cotangents: tuple[Array, Array], softplus: bool, *, interpret: bool) -> Inputs:
+def backward(
+    call: Inputs, states: Array, cotangents: tuple[Array, Array], softplus: bool, *, interpret: bool
+) -> Inputs:
     """The gradient of each input, in its shape and dtype; None where the input is None."""
     batch, T, D = call.x.shape
     N = call.A.shape[1]
-    before = _Launch(call, softplus, interpret, time=LANES)
-    before.read("x", "dt", "A", "B", "dt_bias", "initial_state", "keep")
-    states = jax.ShapeDtypeStruct((batch, before.plan.blocks, *before.state_shape.shape[1:]), F32)
-    before.write("states", states, before.states_block)
-    states = before.run(
-        "selective_scan_states", states_kernel, {"state": before.scratch_state, **before.tiles(2)}
-    )["states"]
-
-    launch = _Launch(call, softplus, interpret, time=LANES, backwards=True)
+    launch = _Launch(call, softplus, interpret, time=KEPT, backwards=True)
     launch.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "keep")
     launch.add("dy", launch.pad(cotangents[0].astype(call.x.dtype)), launch.block)
     launch.add("d_final", launch.pad_state(cotangents[1]), launch.state_block)
-    launch.add("states", states, launch.states_block)
+    launch.add("states", launch.fit(states, launch.states_shape.shape), launch.states_block)
     for name in ("x", "dt", "z"):
         if name in launch.arrays:
             launch.write(f"d{name}", launch.arrays[name], launch.block)
     channel_blocks = launch.grid[1]
     columns = jax.ShapeDtypeStruct((batch, channel_blocks, *launch.arrays["B"].shape[1:]), F32)
-    states, width = launch.state_shape.shape[1:]
     for name, block in (("B", columns), ("C", columns)):
         launch.write(f"d{name}", block, launch.columns_by_channels)
-    rows = jax.ShapeDtypeStruct((batch, SUBLANES, width), F32)
+    rows = jax.ShapeDtypeStruct((batch, SUBLANES, launch.shape[2]), F32)
     for name in ("D", "dt_bias"):
         launch.write(f"d{name}", rows, launch.rows_block)
     for name in ("A", "initial_state"):
@@ -81,6 +81,7 @@ def backward(call: Inputs, cotangents: tuple[Array, Array], softplus: bool, *, i
         "carry": launch.scratch_state,
         **{name: pltpu.VMEM((time, launch.tiling.channels), F32) for name in ("step", "dout")},
         **launch.tiles(3),
+        **launch.sums(2),
     }
     got = launch.run("selective_scan_backward", backward_kernel, scratch)
 
@@ -124,13 +125,20 @@ class _Launch:
         self.state_block = pl.BlockSpec((None, n, ch), lambda b, d, i: (b, 0, d))
         self.states_block = pl.BlockSpec((None, None, n, ch), lambda b, d, i: (b, at(i), 0, d))
         self.state_shape = jax.ShapeDtypeStruct((batch, n, self.shape[2]), F32)
+        self.states_shape = jax.ShapeDtypeStruct((batch, blocks, n, self.shape[2]), F32)
         self.scratch_state = pltpu.VMEM((n, ch), F32)
         self.arrays, self.specs = {}, {}
         self.results, self.result_specs = {}, {}
 
     def tiles(self, count: int) -> dict:
-        """Scratch for ROWS tokens, named tile0, tile1, ..."""
-        return {f"tile{i}": pltpu.VMEM((ROWS, self.tiling.channels), F32) for i in range(count)}
+        """Scratch for a tile of tokens, named tile0, tile1, ..."""
+        shape = (self.tiling.rows, self.tiling.channels)
+        return {f"tile{i}": pltpu.VMEM(shape, F32) for i in range(count)}
+
+    def sums(self, count: int) -> dict:
+        """Scratch for `OverStates`, named sums0, sums1, ..."""
+        shape = (self.tiling.tiles, self.tiling.rows * SUBLANES, LANES)
+        return {f"sums{i}": pltpu.VMEM(shape, F32) for i in range(count)}
 
     def add(self, name: str, array: Array, spec: pl.BlockSpec) -> None:
         self.arrays[name], self.specs[name] = array, spec
@@ -148,9 +156,9 @@ class _Launch:
             elif name in ("B", "C"):
                 self.add(name, self.pad_columns(getattr(call, name), self.tiling.states), self.columns)
             elif name in ("D", "dt_bias"):
-                self.add(name, self._fit(getattr(call, name)[None], (1, self.shape[2])), self.row)
+                self.add(name, self.fit(getattr(call, name)[None], (1, self.shape[2])), self.row)
             elif name == "A":
-                rates = self._fit(call.A.T * LOG2_E, self.state_shape.shape[1:])
+                rates = self.fit(call.A.T * LOG2_E, self.state_shape.shape[1:])
                 self.add(name, rates, self.rates)
             elif name == "initial_state":
                 self.add(name, self.pad_state(call.initial_state), self.state_block)
@@ -182,13 +190,13 @@ class _Launch:
         return jax.ShapeDtypeStruct(self.shape, dtype)
 
     def pad(self, x: Array, value: float = 0.0) -> Array:
-        return self._fit(x, self.shape, value)
+        return self.fit(x, self.shape, value)
 
     def pad_columns(self, x: Array, rows: int, value: float = 0.0) -> Array:
-        return self._fit(jnp.swapaxes(x, 1, 2), (x.shape[0], rows, self.lanes), value)
+        return self.fit(jnp.swapaxes(x, 1, 2), (x.shape[0], rows, self.lanes), value)
 
     def pad_state(self, state: Array) -> Array:
-        return self._fit(jnp.swapaxes(state, 1, 2).astype(F32), self.state_shape.shape)
+        return self.fit(jnp.swapaxes(state, 1, 2).astype(F32), self.state_shape.shape)
 
     def trim(self, x: Array) -> Array:
         _, T, D = self.call.x.shape
@@ -199,7 +207,7 @@ class _Launch:
         return jnp.swapaxes(state[:, :N, :D], 1, 2)
 
     @staticmethod
-    def _fit(x: Array, shape, value: float = 0.0) -> Array:
+    def fit(x: Array, shape, value: float = 0.0) -> Array:
         widths = [(0, to - n) for n, to in zip(x.shape, shape, strict=True)]
         return (
             jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))

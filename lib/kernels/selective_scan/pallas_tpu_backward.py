@@ -1,13 +1,12 @@
 """The TPU kernel of the gradient: a block's states computed anew, then walked back over."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from .pallas_tpu_blocks import F32, OverStates, Plan, silu, step_sizes
-from .tiling import LANES, ROWS, SUBLANES
+from .pallas_tpu_blocks import F32, OverStates, Plan, sigmoid, silu, step_sizes
+from .tiling import LANES, SUBLANES
 
 LN_2 = float(np.log(2))
 
@@ -15,12 +14,14 @@ LN_2 = float(np.log(2))
 def backward_kernel(
     plan: Plan, *, x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, dt_bias_ref, dy_ref, d_final_ref, states_ref,
     dx_ref, ddt_ref, dB_ref, dC_ref, dD_ref, ddt_bias_ref, dA_ref, dinitial_state_ref,
-    before_ref, carry_ref, step_ref, dout_ref, tile0_ref, tile1_ref, tile2_ref,
+    before_ref, carry_ref, step_ref, dout_ref, tile0_ref, tile1_ref, tile2_ref, sums0_ref, sums1_ref,
     z_ref=None, dz_ref=None, keep_ref=None,
 ):  # fmt: skip
     """before[t]: the state before token t; carry: what the token just visited sends to the state before it;
     step, dout: dt and the gradient of C h, for each token of the block; tiles: dt, dt * x and the gradient of
-    C h of those at work."""
+    C h of those at work; sums: for `OverStates`."""
+
+    tokens = plan.tiling.rows
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -29,15 +30,15 @@ def backward_kernel(
             ref[...] = jnp.zeros_like(ref)
 
     def states(row, h):
-        rows = pl.ds(row, ROWS)
+        rows = pl.ds(row, tokens)
         x, dy = x_ref[rows, :].astype(F32), dy_ref[rows, :].astype(F32)
         dt = step_sizes(plan, dt_ref[rows, :].astype(F32) + dt_bias_ref[...])
         tile0_ref[...], tile1_ref[...], step_ref[rows, :] = dt, dt * x, dt
         B = plan.columns(B_ref, row)
         C = None if z_ref is None else plan.columns(C_ref, row)
         keeps = None if keep_ref is None else plan.columns(keep_ref, row)
-        y = OverStates()
-        for r in range(ROWS):
+        y = OverStates(sums0_ref)
+        for r in range(tokens):
             a = plan.keep(keeps, r, jnp.exp2(plan.spread(tile0_ref, r) * A_ref[...]))
             before_ref[row + r] = h
             h = a * h + plan.spread(tile1_ref, r) * plan.column(B, r)
@@ -45,7 +46,7 @@ def backward_kernel(
                 y.put(r, h * plan.column(C, r))
         if z_ref is not None:
             z = z_ref[rows, :].astype(F32)
-            gate = jax.nn.sigmoid(z)
+            gate = sigmoid(z)
             slope = gate * (1 + z * (1 - gate))
             dz_ref[rows, :] = (dy * (y.rows() + D_ref[...] * x) * slope).astype(dz_ref.dtype)
             dy = dy * silu(z)
@@ -58,13 +59,13 @@ def backward_kernel(
 
     def back(row, carry):
         dh, dA, dB, dC = carry
-        rows = pl.ds(row, ROWS)
+        rows = pl.ds(row, tokens)
         x, dy_rows, dt = x_ref[rows, :].astype(F32), dout_ref[rows, :], step_ref[rows, :]
         tile0_ref[...], tile1_ref[...], tile2_ref[...] = dt, dt * x, dy_rows
         B, C = plan.columns(B_ref, row), plan.columns(C_ref, row)
         keeps = None if keep_ref is None else plan.columns(keep_ref, row)
-        dsource, dexponent = OverStates(), OverStates()
-        for r in range(ROWS - 1, -1, -1):
+        dsource, dexponent = OverStates(sums0_ref), OverStates(sums1_ref)
+        for r in range(tokens - 1, -1, -1):
             t = row + r
             dy, before = plan.spread(tile2_ref, r), before_ref[t]
             dh = dh + plan.column(C, r) * dy
@@ -82,10 +83,11 @@ def backward_kernel(
         dx_ref[rows, :] = (dy_rows * D_ref[...] + ds * dt).astype(dx_ref.dtype)
         ddt = LN_2 * dexponent.rows() + ds * x
         if plan.softplus:
-            ddt = ddt * jax.nn.sigmoid(dt_ref[rows, :].astype(F32) + dt_bias_ref[...])
+            # softplus' slope, sigmoid(raw) = exp(raw - softplus(raw)): exact for small steps too
+            ddt = ddt * jnp.exp(dt_ref[rows, :].astype(F32) + dt_bias_ref[...] - dt)
         ddt_ref[rows, :] = ddt.astype(ddt_ref.dtype)
         for ref, value in ((dD_ref, dy_rows * x), (ddt_bias_ref, ddt)):
-            ref[...] += sum(value[i : i + SUBLANES] for i in range(0, ROWS, SUBLANES))
+            ref[...] += sum(value[i : i + SUBLANES] for i in range(0, tokens, SUBLANES))
         return dh, dA, dB, dC
 
     none = jnp.zeros((plan.tiling.states, LANES), F32)

@@ -1,15 +1,15 @@
-"""The TPU kernels that walk forward: outputs, and the states before each block of time."""
+"""The TPU kernel that walks forward: outputs, and for the gradient the states before each block of time."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from .pallas_tpu_blocks import F32, OverStates, Plan, silu, step_sizes
-from .tiling import ROWS
 
 
 def forward_kernel(
     plan: Plan, *, x_ref, dt_ref, A_ref, B_ref, C_ref, D_ref, dt_bias_ref, initial_state_ref,
-    y_ref, final_state_ref, state_ref, tile0_ref, tile1_ref, z_ref=None, keep_ref=None,
+    y_ref, final_state_ref, state_ref, tile0_ref, tile1_ref, sums0_ref,
+    z_ref=None, keep_ref=None, states_ref=None,
 ):  # fmt: skip
     """y and the final state; state_ref carries the state from block to block."""
 
@@ -17,15 +17,18 @@ def forward_kernel(
     def _():
         state_ref[...] = initial_state_ref[...]
 
+    if states_ref is not None:
+        states_ref[...] = state_ref[...]
+
     def visit(row, h):
-        rows = pl.ds(row, ROWS)
+        rows = pl.ds(row, plan.tiling.rows)
         x = x_ref[rows, :].astype(F32)
         dt = step_sizes(plan, dt_ref[rows, :].astype(F32) + dt_bias_ref[...])
         tile0_ref[...], tile1_ref[...] = dt, dt * x
         B, C = plan.columns(B_ref, row), plan.columns(C_ref, row)
         keeps = None if keep_ref is None else plan.columns(keep_ref, row)
-        y = OverStates()
-        for r in range(ROWS):
+        y = OverStates(sums0_ref)
+        for r in range(plan.tiling.rows):
             a = plan.keep(keeps, r, jnp.exp2(plan.spread(tile0_ref, r) * A_ref[...]))
             h = a * h + plan.spread(tile1_ref, r) * plan.column(B, r)
             y.put(r, h * plan.column(C, r))
@@ -40,31 +43,3 @@ def forward_kernel(
     @pl.when(pl.program_id(2) == plan.blocks - 1)
     def _():
         final_state_ref[...] = state_ref[...]
-
-
-def states_kernel(
-    plan: Plan, *, x_ref, dt_ref, A_ref, B_ref, dt_bias_ref, initial_state_ref,
-    states_ref, state_ref, tile0_ref, tile1_ref, keep_ref=None,
-):  # fmt: skip
-    """The state before each block."""
-
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        state_ref[...] = initial_state_ref[...]
-
-    states_ref[...] = state_ref[...]
-
-    def visit(row, h):
-        rows = pl.ds(row, ROWS)
-        dt = step_sizes(plan, dt_ref[rows, :].astype(F32) + dt_bias_ref[...])
-        tile0_ref[...], tile1_ref[...] = dt, dt * x_ref[rows, :].astype(F32)
-        B = plan.columns(B_ref, row)
-        keeps = None if keep_ref is None else plan.columns(keep_ref, row)
-        for r in range(ROWS):
-            a = plan.keep(keeps, r, jnp.exp2(plan.spread(tile0_ref, r) * A_ref[...]))
-            h = a * h + plan.spread(tile1_ref, r) * plan.column(B, r)
-        return h
-
-    @pl.when(pl.program_id(2) < plan.blocks - 1)
-    def _():
-        state_ref[...] = plan.each_tile(visit, state_ref[...])

@@ -4,7 +4,6 @@ import dataclasses
 
 LANES = 128
 SUBLANES = 8
-ROWS = 16  # tokens read and written at once: the height of a bfloat16 tile, two float32 ones
 
 
 def round_up(n: int, to: int) -> int:
@@ -13,9 +12,13 @@ def round_up(n: int, to: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TPUTiling:
-    """One grid step takes `time` tokens of `channels` channels with `states` states each (N and zeros)."""
+    """One grid step takes `time` tokens of `channels` channels with `states` states each (N and zeros).
+
+    `rows` tokens are read, walked over and written at once: 16 are the height of a bfloat16 tile.
+    """
 
     time: int
+    rows: int
     channels: int
     states: int
 
@@ -33,12 +36,10 @@ def for_tpu(T: int, D: int, N: int, *, time: int) -> TPUTiling:
     states, lanes = round_up(N, SUBLANES), round_up(D, LANES)
     most = max(LANES, SUBLANES * 16 * LANES // states)
     channels = next(c for c in (1024, 512, 256, LANES) if c <= most and lanes % c == 0)
-    if T <= LANES:
-        return TPUTiling(round_up(T, ROWS), channels, states)
+    rows = 16 if T <= 16 else 32
     blocks = round_up(T, LANES) // LANES
-    return TPUTiling(
-        next(t for t in (512, 256, LANES) if t <= time and blocks % (t // LANES) == 0), channels, states
-    )
+    times = (t for t in (512, 256, LANES) if t <= time and blocks % (t // LANES) == 0)
+    return TPUTiling(round_up(T, rows) if T <= LANES else next(times), rows, channels, states)
 
 
 # Tokens a tile. Of the gradient's the states stay in shared memory: 8 KB a token with 16 states.

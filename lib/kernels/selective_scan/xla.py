@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..sharding import vary_like
-from .inputs import Inputs, finish, step_size
+from .inputs import Inputs, finish, no_states, step_size
 
 CHUNK = 32  # tokens: the states kept are N / CHUNK times as large as x
 
@@ -29,17 +29,19 @@ class _Tokens(NamedTuple):
     starts: Array | None  # [B]
 
 
-@partial(jax.jit, static_argnames="softplus")
-def forward(call: Inputs, softplus: bool) -> tuple[Array, Array]:
-    """y [B, T, D] in x's dtype and the final state [B, D, N]."""
+@partial(jax.jit, static_argnames=("softplus", "keep_states"))
+def forward(call: Inputs, softplus: bool, keep_states: bool = False) -> tuple[Array, ...]:
+    """y [B, T, D] in x's dtype and the final state [B, D, N]; with `keep_states` also `no_states`."""
     chunk = jax.checkpoint(partial(_chunk, call.A.T))
     state_BND, y = lax.scan(chunk, _first_state(call), _chunked(_tokens(call, softplus)))
-    return finish(call, _whole(y, call)), jnp.swapaxes(state_BND, 1, 2)
+    results = finish(call, _whole(y, call)), jnp.swapaxes(state_BND, 1, 2)
+    return (*results, no_states(call)) if keep_states else results
 
 
 @partial(jax.jit, static_argnames="softplus")
-def backward(call: Inputs, cotangents: tuple[Array, Array], softplus: bool) -> Inputs:
+def backward(call: Inputs, states: Array, cotangents: tuple[Array, Array], softplus: bool) -> Inputs:
     """The gradient of each input, in its shape and dtype; None where the input is None."""
+    del states
     integers = call.starts
     floats = call._replace(starts=None)
     tokens, pull_tokens = jax.vjp(lambda c: _tokens(c, softplus), floats)
