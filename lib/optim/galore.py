@@ -29,9 +29,8 @@ def galore(
 ) -> optax.GradientTransformation:
     """GaLore: W -= learning_rate * scale * P Adam(P^T G), P the top `rank` left singular vectors of G.
 
-    State, for a matrix of short side m and long side n: 4 * (m r + 2 r n + 1) bytes; for another leaf of
-      size d:
-    4 * (2 d + 1); and 4 for the count.
+    State, for a matrix of short side m and long side n: 4 * (m r + 2 r n + 1) bytes; for another leaf of size
+    d: 4 * (2 d + 1); and 4 for the count.
 
     Args:
       learning_rate: a number or a schedule.

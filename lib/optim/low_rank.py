@@ -10,7 +10,7 @@ from jax import Array
 
 from .leafwise import Turn, leafwise
 from .matrix_spec import Decision, MatrixSpec
-from .projectors import Projector
+from .projectors import Gaussian, Projector
 from .refresh import MOMENTS, Refresh, first_waiting, refresh_all, refresh_some, schedule
 from .residuals import Residual
 
@@ -48,7 +48,8 @@ def low_rank(
     Args:
       projector: a value of `projectors.py`. A float as its rank is a share of the projected side.
       inner: any Optax transformation, of projected gradients [..., r, n]; it sees params projected likewise.
-      residual: a value of `residuals.py`; None drops what the projector leaves out.
+      residual: a value of `residuals.py`; None drops what the projector leaves out. What a `Gaussian` leaves
+        out is mostly noise, so with that only a residual of the whole gradient goes.
       plain: for the other leaves; None: `inner`.
       scale: of matrices' updates.
       spec: which leaves are matrices; None: `MatrixSpec()`.
@@ -63,7 +64,8 @@ def low_rank(
 
     Raises:
       ValueError: naming the leaf and the argument: a rank above the projected side, leaves that are no
-        floats, rules that match nothing, a state that was made with other arguments.
+        floats, rules that match nothing, a state that was made with other arguments; a projector that doesn't
+        go with the residual.
 
     Source: GaLore, Zhao et al. 2024 (arXiv 2403.03507).
 
@@ -82,6 +84,11 @@ def low_rank(
     inner = optax.with_extra_args_support(inner)
     if moments not in MOMENTS:
         raise ValueError(f"moments: got {moments!r}; one of {', '.join(MOMENTS)} fits")
+    if isinstance(projector, Gaussian) and residual is not None and not residual.whole:
+        raise ValueError(
+            f"projector: got Gaussian, of which {type(residual).__name__} would get mostly noise: up(down(G)) "
+            "is no part of G; RandomBasis fits, or a residual with whole=True"
+        )
     adaptive = refresh.threshold is not None
     if adaptive and (moments == "reset" or not hasattr(projector, "find")):
         raise ValueError(

@@ -18,7 +18,7 @@ def natural_galore(
     scale: Any = 0.25,
     b1: Any = 0.9,
     b2: Any = 0.999,
-    eps: Any = 1e-8,
+    eps: Any = 1e-6,
     weight_decay: Any = 0.0,
     *,
     mask: Any = None,
@@ -47,7 +47,7 @@ def natural_galore(
     Raises:
       ValueError: as `low_rank`.
 
-    Source: Das 2024 (arXiv 2410.16029); history and damping are the defaults of the author's code.
+    Source: Das 2024 (arXiv 2410.16029); history, damping and eps are the defaults of the author's code.
 
     Example:
         >>> import frugax, jax.numpy as jnp

@@ -70,7 +70,7 @@ def quiet():
         x = {"kernel": jax.device_put(jnp.ones(shape), NamedSharding(mesh, spec))}
         for side, silent in (("unsharded", True), ("short" if shape[0] == 2 else "long", shape[0] == 2)):
             rule = optim.low_rank(
-                optim.Gaussian(2),
+                optim.RandomBasis(2),
                 optax.scale_by_adam(),
                 optim.SignSGD(),
                 spec=optim.MatrixSpec(partition={"kernel": spec}),

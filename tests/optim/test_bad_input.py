@@ -64,6 +64,15 @@ def test_names_that_are_none():
         optim.low_rank(optim.Gaussian(2), optax.identity(), refresh=optim.Refresh(9, threshold=0.4))
 
 
+@pytest.mark.parametrize("residual", [optim.SGD(), optim.SignSGD(0.1), optim.Scaled("column")])
+def test_what_a_gaussian_leaves_out_is_noise(residual):
+    named = f"projector: got Gaussian, of which {type(residual).__name__}.*RandomBasis fits"
+    with pytest.raises(ValueError, match=named):
+        optim.low_rank(optim.Gaussian(2), optax.identity(), residual)
+    optim.low_rank(optim.RandomBasis(2), optax.identity(), residual)
+    optim.low_rank(optim.Gaussian(2), optax.identity(), optim.Scaled("column", whole=True))
+
+
 def test_refreshes_that_are_none():
     with pytest.raises(ValueError, match=r"refresh: got 0 steps \(update_interval\)"):
         optim.galore(1e-3, rank=2, update_interval=0)
