@@ -86,8 +86,8 @@ def low_rank(
         raise ValueError(f"moments: got {moments!r}; one of {', '.join(MOMENTS)} fits")
     if isinstance(projector, Gaussian) and residual is not None and not residual.whole:
         raise ValueError(
-            f"projector: got Gaussian, of which {type(residual).__name__} would get mostly noise: up(down(G)) "
-            "is no part of G; RandomBasis fits, or a residual with whole=True"
+            f"projector: got Gaussian, of which {type(residual).__name__} would get mostly noise: "
+            "up(down(G)) is no part of G; RandomBasis fits, or a residual with whole=True"
         )
     adaptive = refresh.threshold is not None
     if adaptive and (moments == "reset" or not hasattr(projector, "find")):
