@@ -110,8 +110,9 @@ def rewrite(folder, tmp_path, change, config=None):
 
 def test_wrong_tensors_are_listed_all(folders, tmp_path):
     def change(tensors):
-        del tensors["backbone.layers.1.mixer.D"], tensors["backbone.norm_f.weight"]
+        del tensors["backbone.norm_f.weight"]
         tensors["backbone.layers.0.mixer.extra"] = np.ones(3)
+        tensors["backbone.layers.1.mixer.skip"] = tensors.pop("backbone.layers.1.mixer.D")  # misnamed
         tensors["backbone.layers.2.mixer.x_proj.weight"] = np.ones((4, 4))
 
     folder = rewrite(folders["mamba"][1], tmp_path, change)
@@ -120,7 +121,7 @@ def test_wrong_tensors_are_listed_all(folders, tmp_path):
     lines = str(error.value).splitlines()[1:]
     assert lines[0].split(": ")[0].strip() == "missing"
     assert set(lines[0].split(": ")[1].split(", ")) == {"backbone.norm_f.weight", "backbone.layers.1.mixer.D"}
-    assert lines[1] == "  unexpected: backbone.layers.0.mixer.extra"
+    assert lines[1] == "  unexpected: backbone.layers.0.mixer.extra, backbone.layers.1.mixer.skip"
     assert lines[2] == "  misshaped: backbone.layers.2.mixer.x_proj.weight [4, 4] ([12, 40] fits)"
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import frugax
 from tests.errors import assert_close
@@ -135,6 +136,40 @@ def test_names_the_argument(change, message):
     floats = {n: jnp.asarray(x, jnp.float32) for n, x in args.items()}
     with pytest.raises(ValueError, match=message):
         frugax.kernels.selective_scan_2d(**{**floats, "dt_softplus": True, **change})
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(("step", "tokens"), [(2, 2), (4, 1)])
+def test_an_image_that_the_step_does_not_divide_has_more_tokens(step, tokens):
+    """Of 5 x 3 pixels a grid has ceil(5 / step) * ceil(3 / step), not the quotient rounded down."""
+    _, args = arguments(5, 3, "atrous", step)
+    floats = {n: jnp.asarray(x, jnp.float32) for n, x in args.items()}
+    P, B, T = args["dt"].shape[:3]
+    assert T > tokens == (5 // step) * max(3 // step, 1)
+    floats["dt"] = floats["dt"][:, :, :tokens]
+    with pytest.raises(ValueError, match=rf"dt: got .*; \[{P}, {B}, {T}\] and its channels"):
+        frugax.kernels.selective_scan_2d(**floats, scan="atrous", step=step)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "softplus", "message"),
+    [
+        ("A", 0.1, True, "A: a value is positive"),
+        ("dt", -0.1, False, "dt: a value is negative"),
+        ("dt", -0.1, True, None),
+    ],
+)
+def test_signs_are_caught_under_checkify(name, value, softplus, message):
+    _, args = arguments(3, 2, "atrous", 2)
+    floats = {n: jnp.asarray(x, jnp.float32) for n, x in args.items() if n != "dt_bias"}
+    floats["dt"] = abs(floats["dt"])
+    floats[name] = floats[name].at[-1].set(value)  # of the last path alone
+
+    def call(floats):
+        return frugax.kernels.selective_scan_2d(**floats, scan="atrous", dt_softplus=softplus)
+
+    error, _ = checkify.checkify(jax.jit(call), errors=checkify.user_checks)(floats)
+    assert (error.get() is None) if message is None else (message in error.get())
 
 
 def test_merging_names_the_argument():

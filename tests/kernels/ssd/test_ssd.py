@@ -172,6 +172,11 @@ def test_wrong_signs_are_caught_under_checkify(change, message):
     frugax.kernels.ssd(**{**GOOD, **change})  # and cost nothing without it
 
 
+def test_a_negative_dt_is_right_before_a_softplus():
+    call = {**GOOD, "dt": -jnp.ones((2, 6, 4)), "dt_softplus": True}
+    checkify.checkify(lambda: frugax.kernels.ssd(**call), errors=checkify.user_checks)()[0].throw()
+
+
 def test_explain_says_what_linear_attention_would_run():
     text = frugax.kernels.explain("ssd", **GOOD)
     assert "cpu: xla" in text

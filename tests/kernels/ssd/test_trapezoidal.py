@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import frugax
 from tests.errors import assert_close
@@ -122,6 +123,17 @@ def test_names_the_argument(name, shape, unchecked_types):
     a, _, _ = arguments(6)
     with pytest.raises(ValueError, match=f"{name}: got"):
         call(a | {name: np.ones(shape, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("A", 0.1, "A: a value is positive"), ("dt", -0.1, "dt: a value is negative"), ("mix", 0.5, None)],
+)
+def test_wrong_signs_are_caught_under_checkify(name, value, message):
+    a, _, _ = arguments(6)
+    a[name][1, 2, 3] = value
+    error, _ = checkify.checkify(lambda: call(a), errors=checkify.user_checks)()
+    assert (error.get() is None) if message is None else (message in error.get())
 
 
 def test_example():
