@@ -28,6 +28,7 @@ from tqdm import tqdm
 import frugax
 from experiments.data import examples
 from experiments.flags import CONFIG, run_dir
+from experiments.huge_pages import use_huge_pages
 from experiments.metrics import read_lines
 from experiments.optimizers import make_optimizer
 
@@ -227,4 +228,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from experiments.checkpoints import CheckpointError, Checkpoints, check_same_config
 from experiments.data import find_corpus, load_tokenizer, make_loader
 from experiments.flags import CONFIG, run_dir
+from experiments.huge_pages import use_huge_pages
 from experiments.metrics import Metrics
 from experiments.optimizers import make_optimizer, schedule
 from experiments.parallel import make_layout
@@ -205,4 +206,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)
