@@ -4,14 +4,12 @@ python -m experiments.benchmarks.optimizer_step_cpu
 
 The params are those of a Llama-like model of 50 million: 8 stacked layers of width 640, a vocabulary of 8192.
 As in training, the gradient is made inside the jitted step, so that an optimizer may overwrite it; what
-making it takes alone is measured by turns with the rest and taken off.
+making it takes alone is measured by turns with the rest and taken off. It runs with huge pages, as
+training does (`experiments.huge_pages`): without, page faults of new memory take longer than the arithmetic.
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import time
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,8 @@ import numpy as np
 import optax
 
 import frugax
+from experiments.benchmarks.interleaved import about, save
+from experiments.huge_pages import use_huge_pages
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step_cpu.json"
 SHAPES = {
@@ -42,7 +42,6 @@ def contenders(rank: int) -> dict[str, optax.GradientTransformation]:
     of, rate = frugax.optim, 1e-3
     return {
         "apollo": of.apollo(rate, rank=rank),
-        "apollo_mini": of.apollo_mini(rate),
         "galore": of.galore(rate, rank=rank),
         "galore (randomized)": of.galore(rate, rank=rank, projector="randomized"),
         "galore (svd)": of.galore(rate, rank=rank, projector="svd"),
@@ -53,12 +52,19 @@ def contenders(rank: int) -> dict[str, optax.GradientTransformation]:
         "dct_adamw": of.dct_adamw(rate, rank=rank),
         "trion": of.trion(rate, rank=rank),
         "cosmos": of.cosmos(rate, rank=rank),
+    }
+
+
+def without_rank() -> dict[str, optax.GradientTransformation]:
+    """Those that have no rank, or a fixed one."""
+    of, rate = frugax.optim, 1e-3
+    companded = of.EightBit(signed="softsign8", unsigned="sqrt8")
+    return {
+        "apollo_mini": of.apollo_mini(rate),
         "lisa": of.lisa(rate, active=2),
         "lion": of.lion(rate),
         "adamw_8bit": of.adamw_8bit(rate),
-        "adamw_8bit (softsign8, sqrt8)": of.adamw_8bit(
-            rate, moments=of.EightBit(signed="softsign8", unsigned="sqrt8")
-        ),
+        "adamw_8bit (softsign8, sqrt8)": of.adamw_8bit(rate, moments=companded),
     }
 
 
@@ -135,35 +141,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ranks", nargs="+", type=int, default=[160, 64], help="640 / 4 is the papers' share"
+        "--ranks", nargs="+", type=int, default=[160, 64, 16], help="640 / 4 is the papers' share"
     )
     parser.add_argument("--only", nargs="+", help="names, or their beginnings")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
     args = parser.parse_args()
     gradient = normal_tree(1, 1e-3)
-    result = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_average_at_start": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "frugax": frugax.__version__,
+    result = about() | {
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
         "parameters": int(optax.tree.size(gradient)),
         "repeats": args.repeats,
         "results": {},
     }
-    for rank in args.ranks:
-        for name, optimizer in contenders(rank).items():
+    groups = {"any rank": without_rank(), **{f"rank {rank}": contenders(rank) for rank in args.ranks}}
+    for group, optimizers in groups.items():
+        for name, optimizer in optimizers.items():
             if args.only and not name.startswith(tuple(args.only)):
                 continue
-            result["results"].setdefault(f"rank {rank}", {})[name] = measure(
-                optimizer, gradient, args.repeats
-            )
-            print(rank, name, result["results"][f"rank {rank}"][name], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+            found = measure(optimizer, gradient, args.repeats)
+            result["results"].setdefault(group, {})[name] = found
+            print(group, name, found, flush=True)
+    save(args.out, result)
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     main()
