@@ -54,8 +54,9 @@ def q_galore(
       ValueError: as `low_rank`.
 
     Source: Zhang et al. 2024 (arXiv 2407.08296): a cosine of 40 % at several refreshes in a row doubles the
-    interval. Their code asks it of the mean over the last 5 refreshes and of the first vector alone; here it
-    is asked 5 times in a row, of all vectors.
+    interval. Their code asks it of the mean over the last 5 refreshes and of the first vector alone, with its
+    sign, and once that holds it doubles at every refresh; here it is asked 5 times in a row, of all vectors,
+    and 5 times more for the next doubling. Their int4 codes have a zero point, ours are symmetric.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
