@@ -44,7 +44,7 @@ def _t(x: Array) -> Array:
 
 
 def _project(p: Array, g: Array) -> Array:
-    """P^T G, as one product: XLA would turn one of two transposed matrices around, into a slower one."""
+    """P^T G, as one product: of two transposed matrices XLA would make a slower one."""
     return jnp.einsum("...mr,...mn->...rn", p, g)
 
 
@@ -228,16 +228,17 @@ class Gaussian(_Forgetful):
         (2, 5)
     """
 
-    def _draw(self, m: int, key: Array, dtype: Any) -> Array:
-        return jax.random.normal(key, (m, self.rank), dtype) * self.rank**-0.5
+    def _draw(self, shape: tuple[int, ...], key: Array, dtype: Any) -> Array:
+        """P^T [..., r, m], in the order of axes that a CPU multiplies with fastest."""
+        p = jax.random.normal(key, (self.rank, shape[-2]), dtype) * self.rank**-0.5
+        # One copy a slice: a product of one P with a stack would come out in another order of axes.
+        return jnp.broadcast_to(p, (*shape[:-2], *p.shape))
 
     def down(self, g: Array, kept: Any, key: Any) -> Array:
-        p = self._draw(g.shape[-2], key, g.dtype)
-        # One copy of P a slice: a product of one P with a stack would come out in another order of axes.
-        return _project(jnp.broadcast_to(p, (*g.shape[:-2], *p.shape)), g)
+        return jnp.einsum("...rm,...mn->...rn", self._draw(g.shape, key, g.dtype), g)
 
     def up(self, r: Array, shape: tuple[int, ...], kept: Any, key: Any) -> Array:
-        return self._draw(shape[-2], key, r.dtype) @ r
+        return _project(self._draw(shape, key, r.dtype), r)
 
 
 def _drawn(count: int, rank: int, key: Any) -> tuple[Array, Array]:
