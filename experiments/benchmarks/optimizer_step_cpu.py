@@ -141,7 +141,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--ranks", nargs="+", type=int, default=[160, 64, 16], help="640 / 4 is the papers' share"
+        "--ranks", nargs="+", type=int, default=[160, 64, 32, 16], help="640 / 4 is the papers' share"
     )
     parser.add_argument("--only", nargs="+", help="names, or their beginnings")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
