@@ -141,26 +141,28 @@ VECTOR = {"v5e": 4096, "v5p": 8192, "v6e": 4096, "tpu7x": 4096}
 def count_bundles(text: str) -> list[int]:
     """How often each bundle of a `final_bundles` dump runs.
 
-    A loop's trips are in its exit test. The outermost loop is the grid, software-pipelined: its first and its
-    last turn skip the largest region that a branch can skip, and only move blocks. Regions inside that one
-    (`pl.when`) are taken to run once, as those for the first and the last block of a sequence do.
+    A loop's trips are in its exit test, which may stand in a loop inside it. The outermost loop is the grid,
+    software-pipelined: its first and its last turn skip the largest region that a branch can skip, and only
+    move blocks. Regions inside that one (`pl.when`) are taken to run once, as those for the first and the
+    last block of a sequence do: a kernel must have no others.
     """
-    loops: list[list[int]] = []  # [depth, trips], those open
-    within: list[tuple[list[int], ...]] = []  # the loops around each bundle
+    loops: list[dict[str, Any]] = []  # depth, trips, names of the next turn's counters: of those open
+    within: list[tuple[dict[str, Any], ...]] = []  # the loops around each bundle
     ends, skips = {}, []  # region -> bundle; (bundle, region)
     depth = 0
     pattern = r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)(.*)"
     for place, match in enumerate(filter(None, (re.match(pattern, x) for x in text.splitlines()))):
         kind, marks, body = match.groups()
         depth = marks.count(">") if marks or kind or not body.startswith("{}") else depth
-        while loops and loops[-1][0] > depth - (kind == "LB"):
+        while loops and loops[-1]["depth"] > depth - (kind == "LB"):
             loops.pop()
         if kind == "LB":
-            loops.append([depth, 1])
+            loops.append({"depth": depth, "trips": 1, "next": re.findall(r"sphi \S+, (%\w+)", body)})
         within.append(tuple(loops))
-        if exit_test := re.search(r"scmp\.ge\S* (\S+), (\d+) /\* loop exit test", body):
-            step = re.search(rf"{re.escape(exit_test[1])} = sadd\.s32 (\d+), ", text)
-            loops[-1][1] = int(exit_test[2]) // int(step[1] if step else 1)
+        for counter, most in re.findall(r"scmp\.ge\S* (?:\(\S+\), )?(%\w+), (\d+) /\* loop exit test", body):
+            step = re.search(rf"{counter} = sadd\.s32 (\d+), ", text)
+            (loop,) = [x for x in loops if counter in x["next"]] or loops[-1:]
+            loop["trips"] = int(most) // int(step[1] if step else 1)
         if depth == 1 and (skip := re.search(r"br\.rel \([^)]*\) target = \$region(\d+)", body)):
             skips.append((place, skip[1]))
         if kind == "PF":
@@ -172,11 +174,11 @@ def count_bundles(text: str) -> list[int]:
     times = []
     for place, around in enumerate(within):
         count = 1
-        for level, (_, trips) in enumerate(around):
+        for level, loop in enumerate(around):
             if level or main is None or not main[1] < place < main[2]:
-                count *= trips
+                count *= loop["trips"]
             elif not any(first < place < end for _, first, end in regions):
-                count *= max(1, trips - 2)
+                count *= max(1, loop["trips"] - 2)
         times.append(count)
     return times
 
