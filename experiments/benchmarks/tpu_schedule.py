@@ -104,6 +104,23 @@ def rnn() -> list[Kernel]:
     from frugax.kernels.rnn.cells import CELLS
     from frugax.kernels.rnn.inputs import Inputs
 
+    # Tokens come and go as [T, B, H n D]: so XLA lays out what the products around a layer write and read.
+    def split(x, like):
+        return jnp.swapaxes(x, 0, 1).reshape(like)
+
+    def join(x):
+        return jnp.swapaxes(x.reshape(*x.shape[:2], -1), 0, 1)
+
+    def forward(shape, gates, *rest):
+        h, *others = pallas_tpu.forward(Inputs(split(gates, shape), *rest), keep=True, interpret=False)
+        return join(h), *others
+
+    def backward(shape, gates, recurrent, bias, state, h, reads, dh, dstate):
+        call = Inputs(split(gates, shape), recurrent, bias, state, None)
+        h, dh = (split(x, (*shape[:3], shape[4])) for x in (h, dh))
+        gradient = pallas_tpu.backward(call, h, reads, (dh, dstate), interpret=False)
+        return gradient._replace(gates=join(gradient.gates))
+
     kernels = []
     for cell, B, H, D in (
         ("lstm", 16, 1, 1024),
@@ -115,15 +132,14 @@ def rnn() -> list[Kernel]:
         def array(*shape, dtype=jnp.bfloat16):
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        state = array(B, S, H, D, dtype=jnp.float32)
-        call = Inputs(array(B, T, H, G, D), array(H, G, D, D), array(H, G, D), state, None)
-        h, reads = array(B, T, H, D), array(T, H, R, B, D, dtype=jnp.float32)
+        shape, state = (B, T, H, G, D), array(B, S, H, D, dtype=jnp.float32)
+        call = (array(T, B, H * G * D), array(H, G, D, D), array(H, G, D), state)
+        h, reads = array(T, B, H * D), array(T, H, R, B, D, dtype=jnp.float32)
         label, flops = f"{cell} {B}x{H}x{D}", 2 * B * T * H * G * D * D
-        f = partial(pallas_tpu.forward, keep=True, interpret=False)
-        kernels.append(Kernel(f"forward {label}", f, (call,), flops))
-        b = partial(pallas_tpu.backward, interpret=False)
-        # The kernel's own: the two products over all tokens, before it and after it, are XLA's.
-        kernels.append(Kernel(f"backward {label}", b, (call, h, reads, (h, state)), flops))
+        kernels.append(Kernel(f"forward {label}", partial(forward, shape), (*call, None), flops))
+        # The kernel's own: R's gradient, a product over all tokens after it, is XLA's.
+        b = partial(backward, shape)
+        kernels.append(Kernel(f"backward {label}", b, (*call, h, reads, h, state), 2 * flops))
     return kernels
 
 

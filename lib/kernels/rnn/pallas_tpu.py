@@ -1,8 +1,10 @@
 """The cells on TPU: a head's R stays in VMEM over all steps, as states do; gates pass by in blocks of time.
 
-Time is in front and the batch on sublanes, [time, gates, batch, channels], so that a step is one index and
-its product has the batch for rows. The walk back gets pre-activations from one product over all tokens
-before it, returns their gradient, and R's gradient is one product over all tokens after it.
+Time is in front and the batch on sublanes: a step is one index, and its product has the batch for rows. What
+the products around a layer write and read, gates, h and their gradients, comes and goes as [time, batch,
+heads * n * channels]: XLA lets those products put time first, where heads before the batch would take a copy.
+The kernels' own arrays are [time, heads, n, batch, channels]. The walk back finds a block's pre-activations
+in one product; R's gradient is one over all tokens after it, which alone moves h to where it wants it.
 """
 
 from functools import partial
@@ -16,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from .cells import Cell
 from .inputs import Inputs
 from .tiling import LANES, VMEM_LIMIT, Shape, TPUTiling, for_tpu, round_up
-from .tokens import matrix_gradients, pre_activations
+from .tokens import before, matrix_gradients
 
 F32 = jnp.float32
 
@@ -35,18 +37,18 @@ def forward(call: Inputs, keep: bool = False, *, interpret: bool) -> tuple[Array
     cell, dtype = call.cell, call.gates.dtype
     walk = _Walk(call, backward=False)
     S, R = len(cell.states), len(cell.reads) if keep else 0
-    out_shape = [walk.tokens(1, dtype), walk.states(S)] + ([walk.tokens(R, F32)] if R else [])
+    out_shape = [walk.wide_tokens(1, dtype), walk.states(S)] + ([walk.tokens(R, F32)] if R else [])
     h, state, *reads = walk.run(
         partial(_forward_kernel, cell=cell, walk=walk, keep=R > 0),
-        [walk.time_first(call.gates, dtype), call.recurrent, call.bias[:, :, None], call.initial_state],
-        [walk.block(G), walk.matrix(G), walk.bias(G), walk.state(S)],
+        [walk.wide_time_first(call.gates, dtype), call.recurrent, call.bias[:, :, None], call.initial_state],
+        [walk.wide_block(G), walk.matrix(G), walk.bias(G), walk.state(S)],
         out_shape,
-        [walk.block(1), walk.state(S)] + ([walk.block(R)] if R else []),
+        [walk.wide_block(1), walk.state(S)] + ([walk.block(R)] if R else []),
         [pltpu.VMEM((walk.tiling.batch, walk.D), dtype)],
         "rnn_forward",
         interpret,
     )
-    results = walk.batch_first(h)[:, :, :, 0], walk.trim_state(state)
+    results = walk.wide_batch_first(h)[:, :, :, 0], walk.trim_state(state)
     if not keep:
         return results
     return (*results, reads[0][:T, :, :, :B, :D] if reads else jnp.zeros((T, H, 0, B, D), F32))
@@ -61,24 +63,29 @@ def backward(
     P, S, R, G = cell.pre_activations, len(cell.states), len(cell.reads), cell.gates
     dh, dstate = cotangents
     operands = [
-        walk.time_first(pre_activations(call, h), F32),
+        walk.wide_time_first(call.gates, dtype),
+        walk.wide_time_first(before(call, h)[:, :, :, None], dtype),
+        call.bias[:, :, None],
         *([_pad(reads, walk.tokens(R, F32).shape)] if R else []),
-        walk.time_first(dh[:, :, :, None], dtype),
-        jnp.swapaxes(call.recurrent, 2, 3),
+        walk.wide_time_first(dh[:, :, :, None], dtype),
+        call.recurrent,
         dstate,
     ]
-    specs = [walk.block(P), *([walk.block(R)] if R else []), walk.block(1), walk.matrix(G), walk.state(S)]
-    dpre, dstate = walk.run(
+    specs = [walk.wide_block(G), walk.wide_block(1), walk.bias(G), *([walk.block(R)] if R else [])]
+    specs += [walk.wide_block(1), walk.matrix(G), walk.state(S)]
+    dgates, dpre, dstate = walk.run(
         partial(_backward_kernel, cell=cell, walk=walk),
         operands,
         specs,
-        [walk.tokens(P, dtype), walk.states(S)],
-        [walk.block(P), walk.state(S)],
-        [],
+        [walk.wide_tokens(G, dtype), walk.tokens(P, dtype), walk.states(S)],
+        [walk.wide_block(G), walk.block(P), walk.state(S)],
+        [pltpu.VMEM((walk.tiling.time, P, walk.tiling.batch, walk.D), F32)],
         "rnn_backward",
         interpret,
     )
-    return matrix_gradients(call, h, walk.batch_first(dpre))._replace(initial_state=walk.trim_state(dstate))
+    return matrix_gradients(call, h, walk.batch_first(dpre))._replace(
+        gates=walk.wide_batch_first(dgates), initial_state=walk.trim_state(dstate)
+    )
 
 
 def _tiling(call: Inputs, backward: bool) -> tuple[TPUTiling | None, str | None]:
@@ -111,6 +118,11 @@ class _Walk:
         shape = (self.tiling.time, None, n, self.tiling.batch, self.D)
         return pl.BlockSpec(shape, lambda h, b, i: (self.at(i), h, 0, b, 0))
 
+    def wide_block(self, n: int) -> pl.BlockSpec:
+        """Of [T, B, H n D]: the n D columns of a head for each token and sequence."""
+        shape = (self.tiling.time, self.tiling.batch, n * self.D)
+        return pl.BlockSpec(shape, lambda h, b, i: (self.at(i), b, h))
+
     def matrix(self, n: int) -> pl.BlockSpec:
         """Of [H, n, D, D]: fetched once a head, so that there is no second one to overlap with."""
         return pl.BlockSpec(
@@ -128,17 +140,27 @@ class _Walk:
         rows, time = self.batches * self.tiling.batch, self.blocks * self.tiling.time
         return jax.ShapeDtypeStruct((time, self.H, n, rows, self.D), dtype)
 
+    def wide_tokens(self, n: int, dtype) -> jax.ShapeDtypeStruct:
+        time, heads, n, rows, D = self.tokens(n, dtype).shape
+        return jax.ShapeDtypeStruct((time, rows, heads * n * D), dtype)
+
     def states(self, n: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.H, n, self.batches * self.tiling.batch, self.D), F32)
-
-    def time_first(self, x: Array, dtype) -> Array:
-        """[B, T, H, n, D] -> [T', H, n, B', D'], whole blocks."""
-        return _pad(jnp.transpose(x.astype(dtype), (1, 2, 3, 0, 4)), self.tokens(x.shape[3], dtype).shape)
 
     def batch_first(self, x: Array) -> Array:
         """[T', H, n, B', D'] -> [B, T, H, n, D]."""
         x = x[: self.T, :, :, : self.B, : self.call.gates.shape[-1]]
         return jnp.transpose(x, (3, 0, 1, 2, 4))
+
+    def wide_time_first(self, x: Array, dtype) -> Array:
+        """[B, T, H, n, D] -> [T', B', H n D'], whole blocks."""
+        widened = _pad(x.astype(dtype), (*x.shape[:-1], self.D)).reshape(self.B, self.T, -1)
+        return _pad(jnp.swapaxes(widened, 0, 1), self.wide_tokens(x.shape[3], dtype).shape)
+
+    def wide_batch_first(self, x: Array) -> Array:
+        """[T', B', H n D'] -> [B, T, H, n, D]."""
+        x = jnp.swapaxes(x[: self.T, : self.B], 0, 1).reshape(self.B, self.T, self.H, -1, self.D)
+        return x[..., : self.call.gates.shape[-1]]
 
     def trim_state(self, x: Array) -> Array:
         """[H, S, B', D'] -> [B, S, H, D]."""
@@ -173,6 +195,10 @@ class _Walk:
             interpret=interpret,
             name=name,
         )(*operands)
+
+    def columns_of(self, n: int, d):
+        """Where channels `d` of row n lie in a `wide_block`."""
+        return pl.ds(pl.multiple_of(n * self.D + d.start, LANES), d.size)
 
     def each_token(self, visit) -> None:
         """Call `visit(place in the block, whether the token exists; None: all do)` in the walk's order."""
@@ -221,19 +247,19 @@ def _forward_kernel(x_ref, matrix_ref, bias_ref, first_ref, *refs, cell: Cell, w
                 _dot(operand_ref[...], matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32)
                 for g in range(cell.gates)
             ]
-            x = [x_ref[t, g, :, d].astype(F32) for g in range(cell.gates)]
+            x = [x_ref[t, :, walk.columns_of(g, d)].astype(F32) for g in range(cell.gates)]
             before = [state_ref[s, :, d] for s in range(len(cell.states))]
             reads = [before[s] for s in cell.reads]
             if keep:
                 for n, read in enumerate(reads):
                     reads_ref[t, n, :, d] = read
             state = cell.step(cell.combine(x, r), reads)
-            h_ref[t, 0, :, d] = state[0].astype(h_ref.dtype)
+            h_ref[t, :, d] = state[0].astype(h_ref.dtype)
             for s, value in enumerate(state):
                 state_ref[s, :, d] = value if exists is None else jnp.where(exists, value, before[s])
 
         walk.each_columns(columns)
-        operand_ref[...] = h_ref[t, 0]
+        operand_ref[...] = h_ref[t]
 
     walk.each_token(visit)
 
@@ -242,17 +268,28 @@ def _forward_kernel(x_ref, matrix_ref, bias_ref, first_ref, *refs, cell: Cell, w
         last_ref[...] = state_ref[...]
 
 
-def _backward_kernel(pre_ref, *refs, cell: Cell, walk: _Walk):
+def _backward_kernel(x_ref, before_ref, bias_ref, *refs, cell: Cell, walk: _Walk):
     """What the states send back, from token to token; each token's share of the pre-activations' gradient."""
     reads_ref, *refs = refs if cell.reads else (None, *refs)
     dh_ref, matrix_ref, dlast_ref, *refs = refs
     starts_ref, *refs = refs if walk.packed else (None, *refs)
-    dpre_ref, dfirst_ref, dstate_ref = refs
+    dgates_ref, dpre_ref, dfirst_ref, dstate_ref, pre_ref = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         dstate_ref[...] = dlast_ref[...]
 
+    def pre_activations(i, _):
+        """Of all tokens of the block, 128 channels of each gate."""
+        d = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
+        h = before_ref[...].reshape(-1, walk.D)
+        r = [_dot(h, matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32) for g in range(cell.gates)]
+        x = [x_ref[:, :, walk.columns_of(g, d)].astype(F32).reshape(-1, LANES) for g in range(cell.gates)]
+        for p, value in enumerate(cell.combine(x, r)):
+            pre_ref[:, p, :, d] = value.reshape(walk.tiling.time, -1, LANES)
+        return 0
+
+    lax.fori_loop(0, walk.D // LANES, pre_activations, 0)
     states = range(len(cell.states))
 
     def visit(t, exists):
@@ -260,18 +297,21 @@ def _backward_kernel(pre_ref, *refs, cell: Cell, walk: _Walk):
             pre = [pre_ref[t, p, :, d] for p in range(cell.pre_activations)]
             reads = [reads_ref[t, n, :, d] for n in range(len(cell.reads))]
             dstate = [dstate_ref[s, :, d] for s in states]
-            whole = (dstate[0] + dh_ref[t, 0, :, d].astype(F32), *dstate[1:])
+            whole = (dstate[0] + dh_ref[t, :, d].astype(F32), *dstate[1:])
             dpre, dreads = cell.pullback(pre, reads, whole)
             sent = dict(zip(cell.reads, dreads, strict=True))
+            dpre = [value if exists is None else jnp.where(exists, value, 0.0) for value in dpre]
+            dpre = [value.astype(dpre_ref.dtype) for value in dpre]
             for p, value in enumerate(dpre):
-                value = value if exists is None else jnp.where(exists, value, 0.0)
-                dpre_ref[t, p, :, d] = value.astype(dpre_ref.dtype)
+                dpre_ref[t, p, :, d] = value
+            for g, p in enumerate(cell.inputs):
+                dgates_ref[t, :, walk.columns_of(g, d)] = dpre[p]
             for s in states:
                 value = sent.get(s, jnp.zeros_like(dstate[0]))
                 dstate_ref[s, :, d] = value if exists is None else jnp.where(exists, value, dstate[s])
 
         def through_the_matrix(d):
-            sent = sum(_dot(dpre_ref[t, p], matrix_ref[g, :, d]) for g, p in enumerate(cell.recurrent))
+            sent = sum(_dot_rows(dpre_ref[t, p], matrix_ref[g, d, :]) for g, p in enumerate(cell.recurrent))
             dstate_ref[0, :, d] += sent
 
         walk.each_columns(pointwise)
@@ -289,6 +329,12 @@ def _backward_kernel(pre_ref, *refs, cell: Cell, walk: _Walk):
 def _dot(x: Array, y: Array) -> Array:
     precision = lax.Precision.HIGHEST if x.dtype == F32 else None
     return jnp.dot(x, y, preferred_element_type=F32, precision=precision)
+
+
+def _dot_rows(x: Array, y: Array) -> Array:
+    """x y^T."""
+    precision = lax.Precision.HIGHEST if x.dtype == F32 else None
+    return lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision, preferred_element_type=F32)
 
 
 def _pad(x: Array, shape: tuple[int, ...]) -> Array:

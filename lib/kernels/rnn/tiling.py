@@ -89,12 +89,13 @@ def for_tpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[TPUTiling | No
 
     def vmem(batch: int, time: int, columns: int) -> int:
         """Every block but R twice, for the copies that overlap; states; what a step has in its hands."""
-        forth, back = G * item + item + R * 4, P * 4 + R * 4 + item + P * item  # what comes and what goes
+        forth = G * item + item + R * 4  # what comes and what goes
+        back = 2 * G * item + 2 * item + P * 2 + R * 4 + P * item  # pre-activations are there once
         token = back if backward else forth
         token = token * D + (LANES * 4 if shape.packed else 0)
         blocks = 2 * time * batch * token + G * D * D * item
         states = (2 * 2 + 1) * S * batch * D * 4 + batch * D * item
-        hands = 2 * batch * 4 * (P * D if backward else G * columns)
+        hands = 2 * batch * 4 * (P * D + time * (G + P) * LANES if backward else G * columns)
         return blocks + states + hands
 
     def cost(batch: int, time: int, columns: int) -> tuple[int, int]:
