@@ -40,7 +40,7 @@ def forward(call: Inputs, keep: bool = False, *, interpret: bool) -> tuple[Array
     out_shape = [walk.wide_tokens(1, dtype), walk.states(S)] + ([walk.tokens(R, F32)] if R else [])
     h, state, *reads = walk.run(
         partial(_forward_kernel, cell=cell, walk=walk, keep=R > 0),
-        [walk.wide_time_first(call.gates, dtype), call.recurrent, call.bias[:, :, None], call.initial_state],
+        [walk.wide_time_first(call.gates, dtype), *walk.parameters(), call.initial_state],
         [walk.wide_block(G), walk.matrix(G), walk.bias(G), walk.state(S)],
         out_shape,
         [walk.wide_block(1), walk.state(S)] + ([walk.block(R)] if R else []),
@@ -62,13 +62,14 @@ def backward(
     walk = _Walk(call, backward=True)
     P, S, R, G = cell.pre_activations, len(cell.states), len(cell.reads), cell.gates
     dh, dstate = cotangents
+    matrix, bias = walk.parameters()
     operands = [
         walk.wide_time_first(call.gates, dtype),
         walk.wide_time_first(before(call, h)[:, :, :, None], dtype),
-        call.bias[:, :, None],
+        bias,
         *([_pad(reads, walk.tokens(R, F32).shape)] if R else []),
         walk.wide_time_first(dh[:, :, :, None], dtype),
-        call.recurrent,
+        matrix,
         dstate,
     ]
     specs = [walk.wide_block(G), walk.wide_block(1), walk.bias(G), *([walk.block(R)] if R else [])]
@@ -152,6 +153,11 @@ class _Walk:
         x = x[: self.T, :, :, : self.B, : self.call.gates.shape[-1]]
         return jnp.transpose(x, (3, 0, 1, 2, 4))
 
+    def parameters(self) -> tuple[Array, Array]:
+        """R [H, G, D', D'] and the bias [H, G, 1, D'], whole lanes."""
+        R, bias, D = self.call.recurrent, self.call.bias[:, :, None], self.D
+        return _pad(R, (*R.shape[:2], D, D)), _pad(bias, (*bias.shape[:3], D))
+
     def wide_time_first(self, x: Array, dtype) -> Array:
         """[B, T, H, n, D] -> [T', B', H n D'], whole blocks."""
         widened = _pad(x.astype(dtype), (*x.shape[:-1], self.D)).reshape(self.B, self.T, -1)
@@ -169,9 +175,6 @@ class _Walk:
     def run(self, kernel, operands, in_specs, out_shape, out_specs, scratch, name, interpret):
         """Launch `kernel`; the last operand is a state [B, S, H, D]; starts, if any, come after it."""
         *operands, state = operands
-        for i, spec in enumerate(in_specs[:-1]):  # matrices and biases: whole lanes
-            if operands[i].shape[0] == self.H:
-                operands[i] = _pad(operands[i], (self.H, *spec.block_shape[1:]))
         S = state.shape[1]
         operands.append(_pad(jnp.transpose(state, (2, 1, 0, 3)), self.states(S).shape))
         if self.packed:

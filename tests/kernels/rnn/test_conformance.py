@@ -27,6 +27,7 @@ ON_TPU = [
     Case("lstm", B=9, T=70, H=1, D=5, bias=False),  # two blocks of time
     *(Case(cell, B=2, T=5, H=1, D=130, state=True, dtype="bfloat16") for cell in ("lstm", "gru")),
     Case("gru", B=1, T=1, H=2, D=3, state=True, packed=True),
+    Case("elman", B=1, T=1, H=1, D=3, state=True),  # as many tokens as heads
 ]
 ON_GPU = [
     *(Case(cell, B=3, T=5, H=2, D=7, state=True, packed=True, dtype="bfloat16") for cell in CELLS),
