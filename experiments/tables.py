@@ -235,6 +235,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
         "tpu_selective_scan": partial(tpu_schedule, "selective_scan"),
+        "tpu_rnn": partial(tpu_schedule, "rnn"),
         "hopper_linear_attention": partial(hopper, "linear_attention"),
         "hopper_selective_scan": partial(hopper, "selective_scan"),
         "hopper_rnn": partial(hopper, "rnn"),

@@ -165,11 +165,15 @@ def count_bundles(text: str) -> list[int]:
     loops: list[dict[str, Any]] = []  # depth, trips, names of the next turn's counters: of those open
     within: list[tuple[dict[str, Any], ...]] = []  # the loops around each bundle
     ends, skips = {}, []  # region -> bundle; (bundle, region)
-    depth = 0
+    bundles: list[tuple[str | None, int, str]] = []
     pattern = r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)(.*)"
-    for place, match in enumerate(filter(None, (re.match(pattern, x) for x in text.splitlines()))):
-        kind, marks, body = match.groups()
-        depth = marks.count(">") if marks or kind or not body.startswith("{}") else depth
+    for kind, marks, body in (m.groups() for m in map(partial(re.match, pattern), text.splitlines()) if m):
+        empty = body.startswith("{}") and not marks and not kind
+        bundles.append((kind, bundles[-1][1] if empty and bundles else marks.count(">"), body))
+    for place in range(len(bundles) - 2, -1, -1):  # an outer loop's bundle does not end the inner
+        (kind, depth, body), after = bundles[place], bundles[place + 1]
+        bundles[place] = kind, depth if after[0] == "LB" else max(depth, after[1]), body
+    for place, (kind, depth, body) in enumerate(bundles):
         while loops and loops[-1]["depth"] > depth - (kind == "LB"):
             loops.pop()
         if kind == "LB":
