@@ -11,6 +11,7 @@ from .inputs import Spec
 from .rules import RULES
 
 Codec = Format | Lookup
+SMALLEST = 2.0**-126  # of float32's normal numbers: one over a smaller one may be infinite
 
 
 def _of_rows(x: Array) -> Array:
@@ -44,7 +45,7 @@ def update_blocks(
     new_codes, new_scales = [], []
     for f, c, m in zip(codecs, codes, moments, strict=True):
         scale = largest(jnp.abs(m))
-        unit = m * (1 / jnp.where(scale == 0, 1.0, scale))
+        unit = m * (1 / jnp.where(scale < SMALLEST, 1.0, scale))
         new_codes.append(f.encode(unit).astype(c.dtype))
         new_scales.append(scale)
     return update.astype(grad.dtype), new_codes, new_scales

@@ -99,6 +99,20 @@ def test_temporaries_do_not_grow_with_the_leaf():
     assert abs(temporaries(4096) - temporaries(1024)) < 2**17
 
 
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu", "pallas_gpu"])
+def test_numbers_below_the_normal_ones(backend):
+    """Second moments of 1e-43, one over which is no float32, become zero or stay; nothing is inf or NaN."""
+    g = jnp.full((3, 256), 1e-20).at[0].set(1.0)
+    moments = tuple(
+        frugax.formats.quantize(jnp.zeros((3, 256)), name, axis=-1, group_size=128)
+        for name in ("dynamic8", "udynamic8")
+    )
+    update, (m, v) = frugax.kernels.quantized_update("adam", g, moments, HYPER["adam"], backend=backend)
+    assert np.isfinite(update).all()
+    np.testing.assert_allclose(m.dequantize(), 0.1 * g, rtol=1e-5)
+    np.testing.assert_allclose(v.dequantize(), 0.001 * g * g, rtol=1e-5, atol=1e-38)
+
+
 @pytest.mark.usefixtures("unchecked_types")
 def test_bad_input():
     g, moments = arguments(*CASES[0])
