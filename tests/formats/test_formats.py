@@ -80,6 +80,15 @@ def test_tables_are_the_arithmetic(name):
     np.testing.assert_array_equal(tables.decode(codes), format.decode(codes))
 
 
+@pytest.mark.parametrize("name", ["dynamic8", "udynamic8"])
+def test_dynamic_maps_are_bitsandbytes(name):
+    """Against the authors' package (MIT), which the `parity` extra brings."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    format = frugax.formats.format_named(name)
+    theirs = functional.create_dynamic_map(signed=format.signed).numpy()
+    np.testing.assert_allclose(format.decode(jnp.arange(256)), theirs, rtol=4 * EPS, atol=0)
+
+
 def test_values_too_close_for_tables():
     """A format with two middles in one bucket says so, where its codes would be wrong."""
     with pytest.raises(ValueError, match="format: got dense, whose values lie too close"):
