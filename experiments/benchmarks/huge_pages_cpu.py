@@ -15,11 +15,8 @@ import jax
 import numpy as np
 
 from experiments.benchmarks.interleaved import about, save
+from experiments.benchmarks.training import prepare
 from experiments.configs.quickstart import get_config
-from experiments.data import find_corpus, load_tokenizer, make_loader
-from experiments.optimizers import make_optimizer
-from experiments.runs import build_model
-from experiments.state import init_state, make_train_step
 
 RESULTS = Path(__file__).parent / "results" / "huge_pages_cpu.json"
 STEPS = 5  # of a turn
@@ -27,31 +24,14 @@ STEPS = 5  # of a turn
 
 def work() -> None:
     """Take STEPS steps for every line that comes, and tell what one took."""
-    config, tokenizer = get_config(), load_tokenizer(None)
-    config.model.vocab_size = tokenizer.vocab_size
-    batches = make_loader(
-        find_corpus(None, heldout=config.data.held_out),
-        tokenizer,
-        batch_size=config.batch_size,
-        seq_len=config.data.sequence_length,
-        seed=config.seed,
-        process_index=0,
-        process_count=1,
-    )
-    batch, module, optimizer = (
-        dict(next(batches)),
-        build_model(config),
-        make_optimizer(config.optimizer, config.steps),
-    )
-    state = jax.jit(lambda: init_state(module, optimizer, config.seed, 0.0))()
-    step = make_train_step(module, optimizer, accumulate=1, ema_decay=0.0)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    state = jax.block_until_ready(compiled(state, batch)[0])
+    training = prepare(get_config())
+    state, batch = training.state, dict(next(training.batches))
+    state = jax.block_until_ready(training.step(state, batch)[0])
     print("ready", flush=True)
     for _ in sys.stdin:
         faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         for _ in range(STEPS):
-            state, _metrics = compiled(state, batch)
+            state, _metrics = training.step(state, batch)
         jax.block_until_ready(state)
         spent = 1e3 * (time.perf_counter() - start) / STEPS
         print(spent, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / STEPS, flush=True)
@@ -81,26 +61,16 @@ def main() -> None:
     for worker in workers:
         worker.stdin.close()
         worker.wait()
-    small, huge = np.array(found)
-    save(
-        args.out,
-        result
-        | {
-            "turns": args.turns,
-            "ms_a_step": {"small pages": np.median(small[:, 0]), "huge pages": np.median(huge[:, 0])},
-            "page_faults_a_step": {
-                "small pages": np.median(small[:, 1]),
-                "huge pages": np.median(huge[:, 1]),
-            },
-            "times_faster": dict(
-                zip(
-                    ("first quartile", "median", "third quartile"),
-                    np.quantile(small[:, 0] / huge[:, 0], [0.25, 0.5, 0.75]).round(3).tolist(),
-                    strict=True,
-                )
-            ),
-        },
-    )
+    times, faults = np.moveaxis(np.array(found), -1, 0)  # [small or huge, turn]
+    pages, quarters = ("small pages", "huge pages"), ("first quartile", "median", "third quartile")
+    faster = np.quantile(times[0] / times[1], [0.25, 0.5, 0.75]).round(3)
+    result |= {
+        "turns": args.turns,
+        "ms_a_step": dict(zip(pages, np.median(times, axis=1).tolist(), strict=True)),
+        "page_faults_a_step": dict(zip(pages, np.median(faults, axis=1).tolist(), strict=True)),
+        "times_faster": dict(zip(quarters, faster.tolist(), strict=True)),
+    }
+    save(args.out, result)
 
 
 if __name__ == "__main__":

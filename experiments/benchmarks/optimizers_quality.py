@@ -10,22 +10,18 @@ not repeated, unless --again. Times are not among them: benchmarks/optimizer_ste
 
 import argparse
 import dataclasses
-import datetime
 import json
-import os
-import platform
 from pathlib import Path
 
-import jax
 import numpy as np
 import optax
 
 import frugax
+from experiments.benchmarks.interleaved import about
+from experiments.benchmarks.training import prepare
 from experiments.configs.optimizers.llama_1m import OPTIMIZERS, get_config
-from experiments.data import find_corpus, heldout_batches, load_tokenizer, make_loader
-from experiments.optimizers import make_optimizer
-from experiments.runs import build_model
-from experiments.state import bits_per_byte, init_state, make_train_step
+from experiments.data import heldout_batches
+from experiments.state import bits_per_byte
 
 EACH = 2048  # bytes of a held-out file
 RESULTS = Path(__file__).parent / "results" / "optimizers_quality.json"
@@ -33,22 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "optimizers_quality.json"
 
 def run(config) -> dict:
     """Train as `config` says, without checkpoints; what it reached and what it cost."""
-    tokenizer = load_tokenizer(config.data.tokenizer or None)
-    config.model.vocab_size = tokenizer.vocab_size
-    corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
-    batches = make_loader(
-        corpus,
-        tokenizer,
-        batch_size=config.batch_size,
-        seq_len=config.data.sequence_length,
-        seed=config.seed,
-        process_index=0,
-        process_count=1,
-    )
-    module, optimizer = build_model(config), make_optimizer(config.optimizer, config.steps)
-    state = jax.jit(lambda: init_state(module, optimizer, config.seed, 0.0))()
-    step = make_train_step(module, optimizer, accumulate=1, ema_decay=0.0)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, dict(next(batches))).compile()
+    tokenizer, corpus, batches, module, state, compiled = prepare(config)
     memory = compiled.memory_analysis()
     losses = []
     for _ in range(config.steps):
@@ -105,13 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     kept = args.out.exists() and not args.smoke
     result = json.loads(args.out.read_text()) if kept else {"runs": {}}
-    result |= {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "frugax": frugax.__version__,
-    }
+    result |= about()
     for name in args.only:
         rates = OPTIMIZERS[name][2]
         for rate in (rates[1],) if args.smoke else rates:
