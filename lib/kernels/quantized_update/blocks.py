@@ -5,12 +5,9 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from ...formats import Format
-from ...formats.lookup import Lookup
 from .inputs import Spec
 from .rules import RULES
 
-Codec = Format | Lookup
 SMALLEST = 2.0**-126  # of float32's normal numbers: one over a smaller one may be infinite
 
 
@@ -25,25 +22,24 @@ def update_blocks(
     hyper: Sequence[Array],
     spec: Spec,
     *,
-    codecs: Sequence[Codec] | None = None,
     largest: Callable[[Array], Array] = _of_rows,
     sqrt: Callable[[Array], Array] = jnp.sqrt,
 ) -> tuple[Array, list[Array], list[Array]]:
     """A step on groups [n, G] with scales [n, 1], or on one group [G] with scalar scales.
 
     Args:
-      codecs: what decodes and encodes each moment; None: the formats' arithmetic.
       largest: how the maximum of each group is found.
       sqrt: where a kernel has its own.
 
     Returns:
       The update, codes and scales, shaped and typed like the arguments.
     """
-    codecs = spec.formats if codecs is None else codecs
-    moments = tuple(f.decode(c.astype(jnp.int32)) * s for f, c, s in zip(codecs, codes, scales, strict=True))
+    moments = tuple(
+        f.decode(c.astype(jnp.int32)) * s for f, c, s in zip(spec.formats, codes, scales, strict=True)
+    )
     update, moments = RULES[spec.rule].apply(grad.astype(jnp.float32), moments, hyper, sqrt)
     new_codes, new_scales = [], []
-    for f, c, m in zip(codecs, codes, moments, strict=True):
+    for f, c, m in zip(spec.formats, codes, moments, strict=True):
         scale = largest(jnp.abs(m))
         unit = m * (1 / jnp.where(scale < SMALLEST, 1.0, scale))
         new_codes.append(f.encode(unit).astype(c.dtype))

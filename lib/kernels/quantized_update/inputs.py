@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...formats import Format, QuantizedTensor
+from ...formats.lookup import Lookup
 from ..arguments import reject
 from ..sharding import Axes
 from .rules import RULES, scalars
@@ -28,7 +29,7 @@ class Spec(NamedTuple):
     """What does not change from step to step."""
 
     rule: str
-    formats: tuple[Format, ...]
+    formats: tuple[Format | Lookup, ...]  # tables of a format, where those are faster
     group_size: int
     ragged: bool  # the last group of a row is short
 

@@ -38,9 +38,9 @@ def _loop(
     wide = (call.grad, *call.codes)
     arrays = [x.reshape(n, row) for x in wide] + [s.reshape(n, -1) for s in call.scales]
     rows = min(n, max(1, CHUNK // row))
+    spec = spec._replace(formats=tuple(tables.get(i, f) for i, f in enumerate(spec.formats)))
+    step = partial(_update_rows, hyper=call.hyper, spec=spec)
     # The update takes the gradient's place, so that nothing of its size is written twice.
-    codecs = [tables.get(i, f) for i, f in enumerate(spec.formats)]
-    step = partial(_update_rows, hyper=call.hyper, codecs=codecs, spec=spec)
     arrays = lax.fori_loop(0, n // rows, lambda i, arrays: step(arrays, i * rows, rows), arrays)
     if n % rows:
         arrays = step(arrays, n - n % rows, n % rows)
@@ -49,7 +49,7 @@ def _loop(
     return update, tuple(codes), tuple(scales)
 
 
-def _update_rows(arrays: Sequence[Array], start, rows: int, *, hyper: Array, codecs, spec: Spec):
+def _update_rows(arrays: Sequence[Array], start, rows: int, *, hyper: Array, spec: Spec):
     """Arrays with `rows` rows from `start` on replaced: the whole groups of each, then the short ones."""
     k = len(spec.formats)
     row, G = arrays[0].shape[1], spec.group_size
@@ -72,7 +72,6 @@ def _update_rows(arrays: Sequence[Array], start, rows: int, *, hyper: Array, cod
                 [s.reshape(-1, 1) for s in rest[k:]],
                 list(hyper),
                 spec,
-                codecs=codecs,
             )
             return [x.reshape(s) for x, s in zip((update, *codes, *scales), shapes, strict=True)]
 
