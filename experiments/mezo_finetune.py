@@ -16,10 +16,7 @@ forward gradient: one, of twice the cost).
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +28,7 @@ import numpy as np
 import optax
 
 import frugax
+from experiments.benchmarks.interleaved import about
 from experiments.configs import quickstart
 from experiments.runs import build_model, load_run
 from frugax.optim import zeroth_order as zo
@@ -226,12 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     train, test = snippets(20_000, False, 0), snippets(HELD_OUT, True, 1)
     module = module.clone(backend="xla")  # the forward gradient needs forward-mode differentiation
     out = args.out or (None if args.smoke else RESULTS)
-    result = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "frugax": frugax.__version__,
+    result = about() | {
         "model": f"{config.model.width} wide, {config.model.repeats} layers, {step} steps of training",
         "parameters": int(optax.tree.size(params)),
         "task": f"which of {', '.join(PACKAGES)} {LENGTH} bytes come from; {HELD_OUT} held out",

@@ -152,14 +152,8 @@ def optimizer_steps() -> str:
         for name, r in found.items():
             amortized = next(v for k, v in r.items() if k.startswith("over_adamw_amortized"))
             ratios = [f"{r['over_adamw_between_refreshes']}x", f"{amortized}x"]
-            rows.append(
-                [
-                    f"`{name}`",
-                    rank.replace("any rank", "").removeprefix("rank "),
-                    *ratios,
-                    r["state_bytes_per_parameter"],
-                ]
-            )
+            of_rank = "" if rank == "any rank" else rank.removeprefix("rank ")
+            rows.append([f"`{name}`", of_rank, *ratios, r["state_bytes_per_parameter"]])
     head = ["", "rank", "step over `optax.adamw`'s", "amortized over 200", "state bytes a parameter"]
     about = f"{result['parameters']:,} parameters, float32. {plain_caption(result)}"
     return f"{about}\n\n{table(head, rows)}"

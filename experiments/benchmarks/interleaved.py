@@ -99,22 +99,22 @@ def worst_error(actual, expected) -> float:
     return max(jax.tree.leaves(jax.tree.map(error, actual, expected)))
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def about() -> dict[str, Any]:
     """When, where and with what a benchmark ran."""
+    there = os.cpu_count() or 1
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {_cores()} cores",
+        "machine": f"{platform.machine()}, {there if cores() == there else f'{cores()} of {there}'} cores",
         "load_average_at_start": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "frugax": frugax.__version__,
     }
-
-
-def _cores() -> str:
-    all_of_them = os.cpu_count() or 1
-    ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else all_of_them
-    return f"{all_of_them}" if ours == all_of_them else f"{ours} of {all_of_them}"
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ it is installed (the `parity` extra), with as many threads as there are cores.
 import argparse
 import importlib.metadata
 import importlib.util
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 import frugax
-from experiments.benchmarks.interleaved import about, compare, save
+from experiments.benchmarks.interleaved import about, compare, cores, save
 
 RESULTS = Path(__file__).parent / "results" / "rnn_cpu.json"
 
@@ -58,7 +57,7 @@ def torch_lstm(x_BTD, W_DGD, R_DGD, bias_GD, dh_BTD) -> dict[tuple[str, str], Ca
     """torch's calls; gradients come in the shapes of the arguments."""
     import torch
 
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(cores())
     D = x_BTD.shape[-1]
     x, W, R, bias, dh = (torch.tensor(np.asarray(a)) for a in (x_BTD, W_DGD, R_DGD, bias_GD, dh_BTD))
     x.requires_grad_()
@@ -81,10 +80,6 @@ def torch_lstm(x_BTD, W_DGD, R_DGD, bias_GD, dh_BTD) -> dict[tuple[str, str], Ca
         return h.detach().numpy(), tuple(d.numpy() for d in (dx, dW, dR, dbias.reshape(4, D)))
 
     return {("torch nn.LSTM", "forward"): forward, ("torch nn.LSTM", "forward+gradient"): both}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 CONTENDERS = {"frugax": ours, "lax.scan": plain_scan, "flax nn.RNN": flax_rnn}
