@@ -58,13 +58,13 @@ def contenders(rank: int) -> dict[str, optax.GradientTransformation]:
 def without_rank() -> dict[str, optax.GradientTransformation]:
     """Those that have no rank, or a fixed one."""
     of, rate = frugax.optim, 1e-3
-    companded = of.EightBit(signed="softsign8", unsigned="sqrt8")
+    dynamic = of.EightBit(signed="dynamic8", unsigned="udynamic8")
     return {
         "apollo_mini": of.apollo_mini(rate),
         "lisa": of.lisa(rate, active=2),
         "lion": of.lion(rate),
         "adamw_8bit": of.adamw_8bit(rate),
-        "adamw_8bit (softsign8, sqrt8)": of.adamw_8bit(rate, moments=companded),
+        "adamw_8bit (dynamic8)": of.adamw_8bit(rate, moments=dynamic),
     }
 
 

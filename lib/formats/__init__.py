@@ -6,20 +6,20 @@ A format is a value of this module (`frugax.formats.int4`) or its name (`"int4"`
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .companded import Companded
 from .dynamic import Dynamic
 from .format import Format
 from .integer import Integer
 from .quantized_tensor import QuantizedTensor, quantize_array
+from .segmented import Segmented
 
 int2, int3, int4, int5, int6, int7, int8 = (Integer(f"int{n}", n, True) for n in range(2, 9))
 dynamic8 = Dynamic("dynamic8", 8, signed=True)
 udynamic8 = Dynamic("udynamic8", 8, signed=False)
-softsign8 = Companded("softsign8", 8, signed=True)
-sqrt8 = Companded("sqrt8", 8, signed=False)
+mulaw8 = Segmented("mulaw8", 8, signed=True)
+ufp8_e4m4 = Segmented("ufp8_e4m4", 8, signed=False)
 
 _BY_NAME = {
-    f.name: f for f in (int2, int3, int4, int5, int6, int7, int8, dynamic8, udynamic8, softsign8, sqrt8)
+    f.name: f for f in (int2, int3, int4, int5, int6, int7, int8, dynamic8, udynamic8, mulaw8, ufp8_e4m4)
 }
 
 __all__ = ["Format", "QuantizedTensor", "format_named", "quantize"]
@@ -59,7 +59,7 @@ def quantize(
     Args:
       x: floating, at least one axis.
       format: of the codes, or its name: int2..int8 (symmetric), dynamic8 and udynamic8 (the dynamic map of
-        8-bit optimizers; u: for numbers >= 0), softsign8 and sqrt8 (an even grid behind a curve).
+        8-bit optimizers; u: for numbers >= 0), mulaw8 and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
       axis: along which groups run: of a matrix, the contracted one. Codes below 8 bits are packed along it.
       group_size: elements of a group; the last may have fewer. None: the whole axis is one.
       key: rounds stochastically, so that the stored tensor is x on average; None rounds to the nearest code.

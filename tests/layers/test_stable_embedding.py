@@ -24,4 +24,4 @@ def test_definition_and_state():
     tree = {"in": params, "out": jnp.ones((64, 500))}
     m = frugax.optim.scale_by_adam_8bit(moments=how).init(tree).moments[0]
     assert m["in"]["embed"]["embedding"].dtype == jnp.float32
-    assert m["out"].format.name == "dynamic8"
+    assert m["out"].format.name == "mulaw8"

@@ -33,7 +33,7 @@ def test_every_chain_and_format():
     """A chain with momentum, a trace in int4, extra arguments; what no name matches stays float32."""
     tx = quantized_state(
         optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), optax.scale_by_adam()),
-        {"trace": "int4", "mu": "softsign8"},
+        {"trace": "int4", "mu": "mulaw8"},
         group_size=64,
         min_size=100,
     )
@@ -55,7 +55,7 @@ def test_every_chain_and_format():
 def test_parts_of_leaves():
     """An elementwise chain a part at a time is the chain: with odd sizes, vectors, int4, scalars, params."""
     chain = optax.chain(optax.trace(0.9), optax.scale_by_adam(), optax.add_decayed_weights(0.1))
-    names = {"trace": "int4", "mu": "int8", "nu": "sqrt8"}
+    names = {"trace": "int4", "mu": "int8", "nu": "ufp8_e4m4"}
     shapes = {"odd": (13, 40), "stack": (2, 7, 30), "wide": (2, 300), "vector": (300,), "scale": ()}
     keys = jax.random.split(jax.random.key(0), len(shapes))
     tree = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}

@@ -5,7 +5,7 @@ import numpy as np
 from tests.errors import assert_close
 from tests.formats.test_formats import table
 
-LOWEST = {"dynamic8": 0, "udynamic8": 0, "sqrt8": 0, "softsign8": -127, "int8": -127}
+LOWEST = {"dynamic8": 0, "udynamic8": 0, "ufp8_e4m4": 0, "mulaw8": -127, "int8": -127}
 
 
 def step(rule, g, moments, hyper):

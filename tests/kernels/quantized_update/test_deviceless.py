@@ -9,13 +9,12 @@ import frugax
 pytestmark = pytest.mark.deviceless
 
 HYPER = {"adam": 5, "lion": 2, "momentum": 1}
-FORMATS = {"adam": ("dynamic8", "udynamic8"), "lion": ("softsign8",), "momentum": ("int8",)}
 
 
-def call(rule, shape, group_size, dtype):
+def call(rule, shape, group_size, dtype, formats):
     g = jax.ShapeDtypeStruct(shape, dtype)
     moments = jax.eval_shape(
-        lambda g: tuple(frugax.formats.quantize(g, f, axis=-1, group_size=group_size) for f in FORMATS[rule]),
+        lambda g: tuple(frugax.formats.quantize(g, f, axis=-1, group_size=group_size) for f in formats),
         g,
     )
     hyper = jax.ShapeDtypeStruct((HYPER[rule],), jnp.float32)
@@ -23,10 +22,10 @@ def call(rule, shape, group_size, dtype):
 
 
 CALLS = [
-    ("adam", (1000, 4096), 256, jnp.float32),
-    ("adam", (65536,), 2048, jnp.bfloat16),
-    ("lion", (2, 40, 384), 128, jnp.float32),
-    ("momentum", (512, 11008), 256, jnp.bfloat16),
+    ("adam", (1000, 4096), 256, jnp.float32, ("mulaw8", "ufp8_e4m4")),
+    ("adam", (65536,), 2048, jnp.bfloat16, ("dynamic8", "udynamic8")),
+    ("lion", (2, 40, 384), 128, jnp.float32, ("mulaw8",)),
+    ("momentum", (512, 11008), 256, jnp.bfloat16, ("int8",)),
 ]
 
 
