@@ -131,12 +131,13 @@ def low_rank(
         rest_state = state.residual
         if residual is not None and residual.whole:
             total, rest_state = residual.update(g, r, u, rest_state)
+            total = scale * total
         else:
-            total = p.up(u, g.shape, kept, key)
+            total = p.up(scale * u, g.shape, kept, key)
             if residual is not None:
                 rest = g - p.up(r, g.shape, kept, key)
                 rest, rest_state = residual.update(rest, r, u, rest_state)
-                total = total + rest
-        return scale * total, Leaf(kept, inner_state, rest_state, waiting)
+                total = total + scale * rest
+        return total, Leaf(kept, inner_state, rest_state, waiting)
 
     return leafwise(init, update, plain or inner, spec, side)
