@@ -230,9 +230,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
         "tpu_selective_scan": partial(tpu_schedule, "selective_scan"),
         "tpu_rnn": partial(tpu_schedule, "rnn"),
+        "tpu_quantized_update": partial(tpu_schedule, "quantized_update"),
         "hopper_linear_attention": partial(hopper, "linear_attention"),
         "hopper_selective_scan": partial(hopper, "selective_scan"),
         "hopper_rnn": partial(hopper, "rnn"),
+        "hopper_adam_8bit": partial(hopper, "adam_8bit"),
     },
 }
 

@@ -40,13 +40,14 @@ def devices(chip: str) -> tuple[Any, ...]:
     return tuple(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices)
 
 
-def compile_for(chip: str, f: Callable[..., Any], *structs: Any) -> Any:
+def compile_for(chip: str, f: Callable[..., Any], *structs: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
     """Compile `f` for one core of a TPU chip.
 
     Args:
       chip: "v5e", "v5p", "v6e" or "tpu7x".
       f: a function of arrays (or trees of them).
       *structs: trees of `jax.ShapeDtypeStruct` (or None), the arguments' shapes.
+      donate_argnums: arguments whose memory the results may take.
 
     Returns:
       The `jax.stages.Compiled`: `as_text()`, `memory_analysis()`, `cost_analysis()`; it can't run.
@@ -56,4 +57,4 @@ def compile_for(chip: str, f: Callable[..., Any], *structs: Any) -> Any:
     """
     here = NamedSharding(Mesh(np.array(devices(chip)[:1]), ("device",)), PartitionSpec())
     placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), structs)
-    return jax.jit(f).lower(*placed).compile()
+    return jax.jit(f, donate_argnums=donate_argnums).lower(*placed).compile()

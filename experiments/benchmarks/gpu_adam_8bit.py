@@ -1,70 +1,109 @@
-"""The fused 8-bit Adam step on a GPU, as a share of what a copy of as many bytes reaches.
+"""The fused 8-bit Adam step on a Hopper GPU, as a share of what a copy of as many bytes reaches.
 
-python -m experiments.benchmarks.gpu_adam_8bit        (on a Hopper GPU)
+  python -m experiments.benchmarks.gpu_adam_8bit
+  python -m experiments.benchmarks.gpu_adam_8bit --deviceless     compile for H200 and report; needs no GPU
+
+The step reads and writes a gradient and the codes and scales of two moments, once each. It is timed by turns
+with the same step in plain JAX, with which its update must agree.
 """
 
-import argparse
+import dataclasses
 import json
-import time
-from pathlib import Path
+import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import frugax
+from experiments.benchmarks import gpu
 
-RESULTS = Path(__file__).parent / "results" / "gpu_adam_8bit.json"
-
-
-def milliseconds(f, *args, inner: int = 20, repeats: int = 9) -> float:
-    """The median time of a call, of `inner` calls in a row."""
-    jax.block_until_ready(f(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(inner):
-            out = f(*args)
-        jax.block_until_ready(out)
-        times.append(1e3 * (time.perf_counter() - start) / inner)
-    return float(np.median(times))
+HYPER = (0.9, 0.999, 1e-8, 1.0, 1.0)
+BOUND = 1e-2  # of the update in bfloat16
 
 
-def measure(shape: tuple[int, int], group_size: int, dtype) -> dict:
-    """Bandwidth of the step and of a copy, in GB/s; raises if the kernel and plain JAX differ."""
-    gradient = jax.random.normal(jax.random.key(0), shape, dtype)
-    first = frugax.formats.quantize(gradient, "dynamic8", axis=-1, group_size=group_size)
-    second = frugax.formats.quantize(gradient**2, "udynamic8", axis=-1, group_size=group_size)
-    hyper = (0.9, 0.999, 1e-8, 1.0, 1.0)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One leaf, whose moments have seen other gradients."""
 
-    def step(backend):
-        return jax.jit(lambda g, m: frugax.kernels.quantized_update("adam", g, m, hyper, backend=backend))
+    group_size: int
+    dtype: str
+    formats: tuple[str, str]
+    rows: int = 16384
+    columns: int = 16384
 
-    ours = step("pallas_gpu")
-    got, want = (f(gradient, (first, second))[0].astype(jnp.float32) for f in (ours, step("xla")))
-    error = float(jnp.sqrt(jnp.mean((got - want) ** 2) / jnp.mean(want**2)))
-    if not error < 1e-2:
-        raise AssertionError(f"the kernel and plain JAX differ by {error:.1e}; no time is worth reporting")
-    moved = 2 * (gradient.nbytes + first.nbytes + second.nbytes)
-    copied = jnp.zeros(moved // 2, jnp.uint8)
-    copy = jax.jit(lambda x: x ^ jnp.uint8(1))
-    rates = {
-        "step": moved / milliseconds(ours, gradient, (first, second)) / 1e6,
-        "copy": moved / milliseconds(copy, copied) / 1e6,
-    }
-    return {"GB/s": rates, "share of copy": rates["step"] / rates["copy"], "error": error}
+    def arrays(self) -> tuple[Any, Any]:
+        """(gradient, moments)"""
+        kg, km = jax.random.split(jax.random.key(0))
+        gradient = jax.random.normal(kg, (self.rows, self.columns), self.dtype)
+        before = jax.random.normal(km, gradient.shape)
+        moments = tuple(
+            frugax.formats.quantize(x, name, axis=-1, group_size=self.group_size)
+            for x, name in zip((before, before**2), self.formats, strict=True)
+        )
+        return gradient, moments
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    result: dict = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    for group_size in (256, 1024, 2048):
-        for dtype in (jnp.float32, jnp.bfloat16):
-            name = f"{jnp.dtype(dtype).name}, groups of {group_size}"
-            result[name] = measure((16384, 16384), group_size, dtype)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+SHAPES = [
+    Step(group_size, dtype, formats)
+    for formats in (("mulaw8", "ufp8_e4m4"), ("dynamic8", "udynamic8"))
+    for group_size in (256, 2048)
+    for dtype in ("float32", "bfloat16")
+]
+
+
+def step(backend: str | None, donate: bool = True):
+    """A step in place, as training does it: the update takes the gradient's memory."""
+    run = lambda g, m: frugax.kernels.quantized_update("adam", g, m, HYPER, backend=backend)  # noqa: E731
+    return jax.jit(run, donate_argnums=(0, 1) if donate else ())
+
+
+def measure(shapes: list[Step], repeats: int) -> list[dict[str, Any]]:
+    """Median times of the kernel and of plain JAX, and the kernel's share of a copy's rate."""
+    rate, rows = gpu.copy_rate(), []
+    for shape in shapes:
+        arrays = shape.arrays()
+        updates = [step(b, donate=False)(*arrays)[0].astype(jnp.float32) for b in ("pallas_gpu", "reference")]
+        error = float(jnp.sqrt(jnp.mean((updates[0] - updates[1]) ** 2) / jnp.mean(updates[1] ** 2)))
+        if not error < BOUND:
+            raise AssertionError(f"{shape}: the update is off by {error:.1e}; no time is worth reporting")
+        del updates
+        moved = 2 * sum(x.nbytes for x in jax.tree.leaves(arrays))
+        state = {name: jax.tree.map(jnp.copy, arrays) for name in ("pallas_gpu", "xla")}
+        steps = {name: step(name) for name in state}
+        times: dict[str, list[float]] = {name: [] for name in state}
+
+        def again(name, steps=steps, state=state):
+            state[name] = steps[name](*state[name])
+            return state[name]
+
+        for name in state:
+            jax.block_until_ready(again(name))
+        for _ in range(repeats):
+            for name, mine in times.items():
+                mine.append(gpu.milliseconds(lambda name=name: again(name), jax.block_until_ready))
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        row = dataclasses.asdict(shape) | {
+            "median_ms": {name: round(t, 4) for name, t in medians.items()},
+            "share_of_copy": {name: round(1e3 * moved / rate / t, 3) for name, t in medians.items()},
+            "copy_gb_a_second": round(rate / 1e9),
+            "error": error,
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def deviceless(shapes: list[Step]) -> list[dict[str, Any]]:
+    """Registers and spills of each compiled kernel."""
+    rows = []
+    for shape in shapes:
+        arrays = jax.eval_shape(shape.arrays)
+        what = f"{shape.formats[0]}, {shape.dtype}, groups of {shape.group_size}"
+        program = lambda a: frugax.kernels.quantized_update("adam", *a, HYPER)  # noqa: E731
+        rows.append(gpu.compiled(shape, program, arrays, what=what, prefix="quantized_update_adam"))
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    gpu.main(__doc__, "adam_8bit", SHAPES, measure, deviceless)

@@ -41,6 +41,7 @@ class Kernel:
     structs: tuple[Any, ...]
     flops: float
     vector_operations: float = 0  # elementwise ones, in float32, where they may be the bound
+    donated: tuple[int, ...] = ()  # arguments whose memory the results take
 
 
 def linear_attention() -> list[Kernel]:
@@ -143,9 +144,35 @@ def rnn() -> list[Kernel]:
     return kernels
 
 
+def quantized_update() -> list[Kernel]:
+    """Adam on a leaf of 4096 x 4096 with groups of 256, each pair of formats; bound by memory."""
+    import jax
+    import jax.numpy as jnp
+
+    import frugax
+
+    def step(g, moments, *hyper):
+        return frugax.kernels.quantized_update("adam", g, moments, hyper, backend="pallas_tpu")
+
+    hyper = (jax.ShapeDtypeStruct((), jnp.float32),) * 5
+    kernels = []
+    for names in (("mulaw8", "ufp8_e4m4"), ("dynamic8", "udynamic8")):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            g = jax.ShapeDtypeStruct((4096, 4096), dtype)
+            moments = tuple(
+                jax.eval_shape(partial(frugax.formats.quantize, format=f, axis=-1, group_size=256), g)
+                for f in names
+            )
+            kernels.append(
+                Kernel(f"{names[0]} {jnp.dtype(dtype).name}", step, (g, moments, *hyper), 0, donated=(0, 1))
+            )
+    return kernels
+
+
 # name -> what to compile. Another operation adds a function here.
 OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {
     "linear_attention": linear_attention,
+    "quantized_update": quantized_update,
     "rnn": rnn,
     "selective_scan": selective_scan,
 }
@@ -264,7 +291,7 @@ def measure(operation: str, label: str, chip: str, folder: Path) -> dict[str, An
     from .deviceless_tpu import compile_for
 
     (kernel,) = (k for k in OPERATIONS[operation]() if k.label == label)
-    compiled = compile_for(chip, kernel.function, *kernel.structs)
+    compiled = compile_for(chip, kernel.function, *kernel.structs, donate_argnums=kernel.donated)
     version = pltpu.ChipVersion("7x" if chip == "tpu7x" else chip)
     info = pltpu.get_tpu_info_for_chip(version, 1)
     hertz = CLOCK[chip] * 1e9

@@ -77,7 +77,7 @@ def forward(
         grid=(pl.cdiv(n, per_block),),
         grid_names=("block",),
         interpret=compat.gpu_interpret_params() if interpret else False,
-        kernel_name=f"quantized_{spec.rule}",
+        kernel_name=f"quantized_update_{spec.rule}",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(call.hyper, *wide, *scales)
     update, *codes = (x.reshape(call.grad.shape) for x in results[: 1 + k])

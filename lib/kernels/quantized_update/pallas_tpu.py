@@ -52,7 +52,7 @@ def forward(
         input_output_aliases={1 + i: i for i in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
-        name=f"quantized_{spec.rule}",
+        name=f"quantized_update_{spec.rule}",
     )(call.hyper[None], *arrays)
     update, *codes = (x.reshape(call.grad.shape) for x in results[: 1 + k])
     return update, tuple(codes), tuple(s.reshape(call.scales[0].shape) for s in results[1 + k :])

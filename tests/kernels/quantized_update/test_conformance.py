@@ -110,8 +110,7 @@ def test_numbers_below_the_normal_ones(backend, formats):
     """Second moments of 1e-43, one over which is no float32, become zero or stay; nothing is inf or NaN."""
     g = jnp.full((3, 256), 1e-20).at[0].set(1.0)
     moments = tuple(
-        frugax.formats.quantize(jnp.zeros((3, 256)), name, axis=-1, group_size=128)
-        for name in formats
+        frugax.formats.quantize(jnp.zeros((3, 256)), name, axis=-1, group_size=128) for name in formats
     )
     update, (m, v) = frugax.kernels.quantized_update("adam", g, moments, HYPER["adam"], backend=backend)
     assert np.isfinite(update).all()
