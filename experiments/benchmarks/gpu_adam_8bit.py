@@ -10,6 +10,7 @@ with the same step in plain JAX, with which its update must agree.
 import dataclasses
 import json
 import statistics
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,7 +82,7 @@ def measure(shapes: list[Step], repeats: int) -> list[dict[str, Any]]:
             jax.block_until_ready(again(name))
         for _ in range(repeats):
             for name, mine in times.items():
-                mine.append(gpu.milliseconds(lambda name=name: again(name), jax.block_until_ready))
+                mine.append(gpu.milliseconds(partial(again, name), jax.block_until_ready))
         medians = {name: statistics.median(t) for name, t in times.items()}
         row = dataclasses.asdict(shape) | {
             "median_ms": {name: round(t, 4) for name, t in medians.items()},
