@@ -3,8 +3,8 @@
   python -m experiments.benchmarks.gpu_adam_8bit
   python -m experiments.benchmarks.gpu_adam_8bit --deviceless     compile for H200 and report; needs no GPU
 
-The step reads and writes a gradient and the codes and scales of two moments, once each. It is timed by turns
-with the same step in plain JAX, with which its update must agree.
+The step reads and writes a gradient and the codes and scales of two moments, once each. Its update must
+agree with the definition's on a smaller leaf; then it is timed by turns with the same step in plain JAX.
 """
 
 import dataclasses
@@ -63,12 +63,12 @@ def measure(shapes: list[Step], repeats: int) -> list[dict[str, Any]]:
     """Median times of the kernel and of plain JAX, and the kernel's share of a copy's rate."""
     rate, rows = gpu.copy_rate(), []
     for shape in shapes:
-        arrays = shape.arrays()
-        updates = [step(b, donate=False)(*arrays)[0].astype(jnp.float32) for b in ("pallas_gpu", "reference")]
+        small = dataclasses.replace(shape, rows=min(shape.rows, 512)).arrays()
+        updates = [step(b, donate=False)(*small)[0].astype(jnp.float32) for b in ("pallas_gpu", "reference")]
         error = float(jnp.sqrt(jnp.mean((updates[0] - updates[1]) ** 2) / jnp.mean(updates[1] ** 2)))
         if not error < BOUND:
             raise AssertionError(f"{shape}: the update is off by {error:.1e}; no time is worth reporting")
-        del updates
+        arrays = shape.arrays()
         moved = 2 * sum(x.nbytes for x in jax.tree.leaves(arrays))
         state = {name: jax.tree.map(jnp.copy, arrays) for name in ("pallas_gpu", "xla")}
         steps = {name: step(name) for name in state}
