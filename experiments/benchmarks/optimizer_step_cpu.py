@@ -9,6 +9,7 @@ training does (`experiments.huge_pages`): without, page faults of new memory tak
 """
 
 import argparse
+import json
 import os
 import time
 from functools import partial
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--ranks", nargs="+", type=int, default=[160, 64, 32, 16], help="640 / 4 is the papers' share"
     )
-    parser.add_argument("--only", nargs="+", help="names, or their beginnings")
+    parser.add_argument("--only", nargs="+", help="names, or their beginnings; the file keeps the others")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
     args = parser.parse_args()
@@ -152,14 +153,14 @@ def main() -> None:
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
         "parameters": int(optax.tree.size(gradient)),
         "repeats": args.repeats,
-        "results": {},
+        "results": json.loads(args.out.read_text())["results"] if args.only and args.out.exists() else {},
     }
     groups = {"any rank": without_rank(), **{f"rank {rank}": contenders(rank) for rank in args.ranks}}
     for group, optimizers in groups.items():
         for name, optimizer in optimizers.items():
             if args.only and not name.startswith(tuple(args.only)):
                 continue
-            found = measure(optimizer, gradient, args.repeats)
+            found = measure(optimizer, gradient, args.repeats) | {"date": result["date"]}
             result["results"].setdefault(group, {})[name] = found
             print(group, name, found, flush=True)
     save(args.out, result)

@@ -115,6 +115,17 @@ def test_relative_error_over_seven_decades():
     assert (error["int8"] > 0.99).mean() > 0.5
 
 
+def test_sixteen_codes_an_octave():
+    """A number is known to 1/32 of itself; where there is an offset, of the sum."""
+    x = 10.0 ** np.random.default_rng(1).uniform(-6, 0, 5000)
+    for name, offset, least in (("mulaw8", 1 / 247, 0.0), ("ufp8_e4m4", 0.0, 17 / 2**20)):
+        format = frugax.formats.format_named(name)
+        known = np.asarray(format.decode(format.encode(jnp.asarray(x, jnp.float32))), np.float64)
+        off = np.abs(known - x)[x > least] / (x + offset)[x > least]
+        assert off.max() <= 1 / 32 + 1e-6
+        assert off.max() > 1 / 40
+
+
 @pytest.mark.parametrize("name", ["int4", "int8", "dynamic8", "udynamic8", "mulaw8"])
 def test_stochastic_rounding_is_unbiased(name):
     """The mean of n draws lies within five standard errors, and a draw is one of the two neighbours."""
