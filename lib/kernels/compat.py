@@ -13,6 +13,16 @@ def gpu_interpret_params() -> Any:
     return InterpretGPUParams()
 
 
+def gpu_params(**others: Any) -> Any:
+    """`plgpu.CompilerParams` for kernels that say what each lane does, as jax 0.10 has it by default.
+
+    By default 0.12 infers layouts instead, which for a kernel of many lines takes minutes.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, **others)
+
+
 def gpu_load(ref: Any, layout: Any) -> jax.Array:
     """All of `ref`, in a layout of Mosaic GPU. Before jax 0.12, `plgpu.load` takes an index besides."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

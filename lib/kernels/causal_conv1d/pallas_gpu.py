@@ -248,7 +248,7 @@ def _launch(x_BTD: Array, tiling: GPUTiling, interpret: bool) -> dict:
     where = dict(interpret=compat.gpu_interpret_params()) if interpret else {}
     grid = dict(batch=B, tile=T // tiling.time, channel=D // tiling.channels)
     # jax 0.12's default, Warpgroup, selects by a scalar predicate only among scalars.
-    semantics = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    semantics = compat.gpu_params()
     return dict(grid=tuple(grid.values()), grid_names=tuple(grid), compiler_params=semantics, **where)
 
 

@@ -40,7 +40,7 @@ def interpreter(interpret: bool):
 
 
 def parameters() -> plgpu.CompilerParams:
-    return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+    return compat.gpu_params(approx_math=True)
 
 
 def log_decay_scratch(log_decay: Array | None, slots: tuple[int, ...], dtype) -> dict:

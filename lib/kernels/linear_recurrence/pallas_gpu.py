@@ -82,6 +82,7 @@ def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Arr
         grid_names=("b", "d"),
         interpret=compat.gpu_interpret_params() if interpret else False,
         kernel_name="linear_recurrence",
+        compiler_params=compat.gpu_params(),
     )(a, b, s)
     return _trim(h, call.b.shape, reverse), state[:, : call.b.shape[2]]
 
@@ -176,6 +177,7 @@ def backward(
         grid_names=("b", "d"),
         interpret=compat.gpu_interpret_params() if interpret else False,
         kernel_name="linear_recurrence_backward",
+        compiler_params=compat.gpu_params(),
     )(a, h, dh, s, dlast)
     return Inputs(_trim(da, shape, reverse), _trim(db, shape, reverse), ds[:, : shape[2]])
 

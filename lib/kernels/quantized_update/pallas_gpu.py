@@ -78,7 +78,7 @@ def forward(
         grid_names=("block",),
         interpret=compat.gpu_interpret_params() if interpret else False,
         kernel_name=f"quantized_update_{spec.rule}",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=compat.gpu_params(),
     )(call.hyper, *wide, *scales)
     update, *codes = (x.reshape(call.grad.shape) for x in results[: 1 + k])
     return update, tuple(codes), tuple(s.reshape(call.scales[0].shape) for s in results[1 + k :])

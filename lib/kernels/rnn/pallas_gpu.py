@@ -173,9 +173,7 @@ class _Walk:
         return dict(
             grid=(self.batches, self.H),
             grid_names=("b", "h"),
-            compiler_params=plgpu.CompilerParams(
-                approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-            ),
+            compiler_params=compat.gpu_params(approx_math=True),
             interpret=compat.gpu_interpret_params() if self.interpret else False,
             kernel_name=name,
         )

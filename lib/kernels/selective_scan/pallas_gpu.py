@@ -160,6 +160,7 @@ def _run(name: str, body, plan: Plan, arrays: dict, results: dict) -> dict[str, 
         grid_names=("b", "d"),
         interpret=compat.gpu_interpret_params() if plan.interpret else False,
         kernel_name=name,
+        compiler_params=compat.gpu_params(),
     )(*arrays.values())
     return dict(zip(results, got, strict=True))
 
