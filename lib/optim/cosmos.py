@@ -13,6 +13,7 @@ from .chains import finish, static_size
 from .leafwise import Turn, leafwise
 from .matrix_spec import Decision, MatrixSpec
 from .newton_schulz import newton_schulz
+from .orthonormal import orthonormal
 
 
 class CosmosLeaf(NamedTuple):
@@ -86,7 +87,7 @@ def cosmos(
         *batch, m, n = decision.view.matrices
         r = spec.rank(size, m, decision)
         key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(decision.path.encode())))
-        start = jnp.linalg.qr(jax.random.normal(key, (m, r), dtype))[0]
+        start = orthonormal(jax.random.normal(key, (m, r), dtype))
         zeros = lambda *shape: jnp.zeros((*batch, *shape), dtype)  # noqa: E731
         return CosmosLeaf(zeros(m, n), zeros(m, r) + start, zeros(r, r), zeros(r, n))
 
@@ -95,7 +96,7 @@ def cosmos(
         t = turn.step + 1
         mu = b1 * state.mu + (1 - b1) * g
         grown = b2 * state.basis @ state.gram + (1 - b2) * g @ (_t(g) @ state.basis)  # C U, for U^T U = 1
-        u = jnp.linalg.qr(grown)[0]
+        u = orthonormal(grown)
         turned, low = _t(u) @ state.basis, _t(u) @ g
         gram = b2 * turned @ state.gram @ _t(turned) + (1 - b2) * low @ _t(low)
         nu = b2 * state.nu + (1 - b2) * low * low

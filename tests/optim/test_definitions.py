@@ -4,6 +4,10 @@ A singular vector's sign is free. It means nothing to an update, but GaLore's mo
 there the paper's algorithm is read as taking the sign that is nearer to the last vector.
 """
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,6 +264,14 @@ def test_cosmos(rank):
     got = ours(lambda: optim.cosmos(RATE, rank=rank), g)
     assert_close(got, np.stack(expected), "float64")
     assert_close(np.linalg.norm(got, axis=(1, 2)), np.full(STEPS, RATE * 5**0.5), "float64")
+
+
+def test_cosmos_of_many_stacks_at_once():
+    """jaxlib's factorizations of several stacks could wait for each other for ever on two cores."""
+    user = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.optim.stacks_at_once"]
+    done = subprocess.run(command, env=user, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_cosmos_finds_the_leading_eigenspace():
