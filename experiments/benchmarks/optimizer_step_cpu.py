@@ -152,7 +152,6 @@ def main() -> None:
     result = about() | {
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", ""),
         "parameters": int(optax.tree.size(gradient)),
-        "repeats": args.repeats,
         "results": json.loads(args.out.read_text())["results"] if args.only and args.out.exists() else {},
     }
     groups = {"any rank": without_rank(), **{f"rank {rank}": contenders(rank) for rank in args.ranks}}
@@ -160,10 +159,11 @@ def main() -> None:
         for name, optimizer in optimizers.items():
             if args.only and not name.startswith(tuple(args.only)):
                 continue
-            found = measure(optimizer, gradient, args.repeats) | {"date": result["date"]}
+            found = measure(optimizer, gradient, args.repeats)
+            found |= {"repeats": args.repeats, "date": result["date"]}
             result["results"].setdefault(group, {})[name] = found
             print(group, name, found, flush=True)
-    save(args.out, result)
+            save(args.out, result)
 
 
 if __name__ == "__main__":
