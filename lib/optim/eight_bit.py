@@ -35,8 +35,8 @@ class EightBit:
       min_size: leaves with fewer numbers stay in float32, as published.
       full_precision: a leaf's path, such as "decoder/embed/embedding" -> whether it stays in float32.
       signed: the format of moments that may be negative. "mulaw8" is about as exact as the paper's
-        "dynamic8" down to a thousandth of a group's largest number, for half the work; that
-        reaches to a millionth.
+        "dynamic8" down to a thousandth of a group's largest number, for half the work; that reaches to a
+        millionth.
       unsigned: the format of second moments: "ufp8_e4m4", or the paper's "udynamic8".
       backend: of `frugax.kernels.quantized_update`.
 

@@ -4,10 +4,6 @@ A singular vector's sign is free. It means nothing to an update, but GaLore's mo
 there the paper's algorithm is read as taking the sign that is nearer to the last vector.
 """
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +13,7 @@ from frugax import optim
 from frugax.formats import quantize
 from frugax.optim.leafwise import Turn
 from frugax.optim.refresh import Refresh, schedule
+from tests.devices import run_alone
 from tests.errors import assert_close
 from tests.optim.definitions import B1, B2, EPS, EVERY, RATE, STEPS, Adam, ours
 from tests.optim.optimizers import gradients
@@ -268,10 +265,7 @@ def test_cosmos(rank):
 
 def test_cosmos_of_many_stacks_at_once():
     """jaxlib's factorizations of several stacks could wait for each other for ever on two cores."""
-    user = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.optim.stacks_at_once"]
-    done = subprocess.run(command, env=user, timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_alone("tests.optim.stacks_at_once")
 
 
 def test_cosmos_finds_the_leading_eigenspace():
