@@ -142,8 +142,8 @@ def optimizers_quality() -> str:
     head = ["", "best rate", "held-out bits per byte", "training loss, nats", "state MB", "step's peak MB"]
     one = next(iter(next(iter(result["runs"].values())).values()))
     about = f"{one['parameters']:,} parameters, {one['steps']} steps of {one['bytes_a_step']} bytes"
-    versions = f"jax {result['jax']}, {result['date']}"
-    return f"{about}, best of three learning rates each. {versions}.\n\n{table(head, rows)}"
+    rates = "the best of three learning rates each, which is the middle one"
+    return f"{about}, {rates}. jax {result['jax']}, {result['date']}.\n\n{table(head, rows)}"
 
 
 def optimizer_steps() -> str:

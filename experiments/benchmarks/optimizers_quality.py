@@ -5,7 +5,8 @@
   python -m experiments.benchmarks.optimizers_quality --smoke      every part in a minute or two, kept nowhere
 
 The same init and the same batches for all. Results are written after each run; a run that is there already is
-not repeated, unless --again. Times are not among them: benchmarks/optimizer_step_cpu.py measures those.
+not repeated, unless --again; one at a rate that left the grid is dropped. Times are not among them:
+benchmarks/optimizer_step_cpu.py measures those.
 """
 
 import argparse
@@ -89,13 +90,14 @@ def main() -> None:
     result |= about()
     for name in args.only:
         rates = OPTIMIZERS[name][2]
+        before = result["runs"].get(name, {})
+        done = result["runs"][name] = {rate: r for rate, r in before.items() if float(rate) in rates}
         for rate in (rates[1],) if args.smoke else rates:
             config = get_config(f"{name},smoke" if args.smoke else name)
             config.optimizer.learning_rate = rate
             if args.steps:
                 config.steps = args.steps
                 config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, args.steps // 10)
-            done = result["runs"].setdefault(name, {})
             if str(rate) in done and done[str(rate)]["steps"] == config.steps and not args.again:
                 continue
             done[str(rate)] = run(config)

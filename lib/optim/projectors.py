@@ -291,9 +291,10 @@ class Rows(_Forgetful):
 class Coordinates(_Forgetful):
     """`rank` random entries of each column: a random set of rows, turned by a random amount in each column.
 
-    Source: the coordinate split (RandK) of FRUGAL, Zmushko et al. 2024 (arXiv 2411.07837), which draws
-      entries
-    of the whole matrix; one count for each column makes their place a few integers that need no keeping.
+    FRUGAL draws entries of the whole matrix; one count for each column makes their place a few integers that
+    need no keeping.
+
+    Source: the coordinate split (RandK) of FRUGAL, Zmushko et al. 2024 (arXiv 2411.07837).
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp

@@ -1,9 +1,12 @@
 """The config of each optimizer builds, and says what it takes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.benchmarks.optimizers_quality import RESULTS
 from experiments.configs.optimizers.llama_1m import OPTIMIZERS, get_config
 from experiments.optimizers import make_optimizer
 from experiments.runs import build_model
@@ -21,6 +24,14 @@ def test_every_optimizer_takes_the_model():
         state = jax.eval_shape(optimizer.init, shapes)
         jax.eval_shape(optimizer.update, shapes, state, shapes)
         assert get_config(f"{name},smoke").steps < 20
+
+
+def test_every_optimizer_comes_with_the_best_rate_that_was_tried_and_it_is_inside_its_grid():
+    runs = json.loads(RESULTS.read_text())["runs"]
+    for name, (_, _, rates) in OPTIMIZERS.items():
+        tried = {float(rate): run["held_out_bits_per_byte"] for rate, run in runs[name].items()}
+        assert sorted(tried) == sorted(rates), name
+        assert min(tried, key=tried.get) == rates[1] == get_config(name).optimizer.learning_rate, name
 
 
 @pytest.mark.parametrize("variant", ["sgd", "galore,large", ""])
