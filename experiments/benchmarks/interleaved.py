@@ -117,8 +117,13 @@ def about() -> dict[str, Any]:
     }
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Write and print the result."""
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write the result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write and print the result."""
+    write(path, result)
     print(json.dumps(result, indent=2))

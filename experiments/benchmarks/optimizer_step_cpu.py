@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import frugax
-from experiments.benchmarks.interleaved import about, save
+from experiments.benchmarks.interleaved import about, write
 from experiments.huge_pages import use_huge_pages
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step_cpu.json"
@@ -163,7 +163,7 @@ def main() -> None:
             found |= {"repeats": args.repeats, "date": result["date"]}
             result["results"].setdefault(group, {})[name] = found
             print(group, name, found, flush=True)
-            save(args.out, result)
+            write(args.out, result)
 
 
 if __name__ == "__main__":

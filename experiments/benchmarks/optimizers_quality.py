@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import frugax
-from experiments.benchmarks.interleaved import about
+from experiments.benchmarks.interleaved import about, write
 from experiments.benchmarks.training import prepare
 from experiments.configs.optimizers.llama_1m import OPTIMIZERS, get_config
 from experiments.data import heldout_batches
@@ -104,8 +104,7 @@ def main() -> None:
             print(name, rate, done[str(rate)], flush=True)
             if args.smoke:
                 continue
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
+            write(args.out, result)
     print(table(result["runs"]))
 
 

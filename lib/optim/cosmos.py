@@ -13,7 +13,7 @@ from .chains import finish, static_size
 from .leafwise import Turn, leafwise
 from .matrix_spec import Decision, MatrixSpec
 from .newton_schulz import newton_schulz
-from .orthonormal import orthonormal
+from .slicewise import orthonormal
 
 
 class CosmosLeaf(NamedTuple):

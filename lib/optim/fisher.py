@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from .chains import static_size
+from .slicewise import slicewise
 
 
 class FisherState(NamedTuple):
@@ -54,7 +55,8 @@ def scale_by_fisher(history: int = 20, damping: Any = 1e-3) -> optax.GradientTra
         def precondition(g: Array, h: Array) -> Array:
             gram = jnp.einsum("i...rn,j...rn->...ij", h, h)
             newest = jnp.zeros(size, g.dtype).at[place].set(1)
-            weights = jnp.linalg.solve(gram + damping * jnp.eye(size, dtype=g.dtype), newest)
+            damped = gram + damping * jnp.eye(size, dtype=g.dtype)
+            weights = slicewise(lambda a: jnp.linalg.solve(a, newest), damped)
             return jnp.einsum("...i,i...rn->...rn", weights, h)
 
         return jax.tree.map(precondition, updates, past), FisherState(optax.safe_increment(state.step), past)

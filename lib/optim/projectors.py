@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..formats import quantize
+from .slicewise import eigenvectors, left_singular_vectors, orthonormal
 
 
 @runtime_checkable
@@ -132,7 +133,7 @@ class SVD(_Basis):
     """
 
     def find(self, g: Array, p: Array, key: Any) -> Array:
-        return jnp.linalg.svd(g, full_matrices=False)[0][..., : self.rank]
+        return left_singular_vectors(g)[..., : self.rank]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Gram(_Basis):
     """
 
     def find(self, g: Array, p: Array, key: Any) -> Array:
-        return jnp.linalg.eigh(g @ _t(g))[1][..., ::-1][..., : self.rank]  # eigh sorts upwards
+        return eigenvectors(g @ _t(g))[..., : self.rank]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,12 +180,11 @@ class RandomizedSVD(_Basis):
     def find(self, g: Array, p: Array, key: Any) -> Array:
         tried = min(self.rank + self.oversample, *g.shape[-2:])
         tried = max(tried, self.rank)
-        q = jnp.linalg.qr(g @ jax.random.normal(key, (g.shape[-1], tried), g.dtype))[0]
+        q = orthonormal(g @ jax.random.normal(key, (g.shape[-1], tried), g.dtype))
         for _ in range(self.iterations):
-            q = jnp.linalg.qr(g @ (_t(g) @ q))[0]
+            q = orthonormal(g @ (_t(g) @ q))
         b = _t(q) @ g
-        leading = jnp.linalg.eigh(b @ _t(b))[1][..., ::-1][..., : self.rank]
-        return q @ leading
+        return q @ eigenvectors(b @ _t(b))[..., : self.rank]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ class PowerIteration(_Basis):
         start = jax.random.normal(key, p.shape[-2:], p.dtype)
         p = jnp.where(jnp.any(p != 0), p, start)
         for _ in range(self.iterations):
-            p = jnp.linalg.qr(g @ (_t(g) @ p))[0]
+            p = orthonormal(g @ (_t(g) @ p))
         return p
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .projectors import _Basis
+from .slicewise import orthonormal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,5 +32,5 @@ class RandomBasis(_Basis):
     def find(self, g: Array, p: Array, key: Array) -> Array:
         if self.rank == 0:
             return p
-        basis = jnp.linalg.qr(jax.random.normal(key, p.shape[-2:], p.dtype))[0]
+        basis = orthonormal(jax.random.normal(key, p.shape[-2:], p.dtype))
         return jnp.broadcast_to(basis, p.shape)

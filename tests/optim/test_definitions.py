@@ -263,11 +263,6 @@ def test_cosmos(rank):
     assert_close(np.linalg.norm(got, axis=(1, 2)), np.full(STEPS, RATE * 5**0.5), "float64")
 
 
-def test_cosmos_of_many_stacks_at_once():
-    """jaxlib's factorizations of several stacks could wait for each other for ever on two cores."""
-    run_alone("tests.optim.stacks_at_once")
-
-
 def test_cosmos_finds_the_leading_eigenspace():
     rng = np.random.default_rng(0)
     Q = np.linalg.qr(rng.normal(size=(5, 5)))[0]
@@ -323,3 +318,8 @@ def test_q_galore():
         assert rounded(squares[t], v, "udynamic8", 1)
         m, v = means[t], squares[t]
     assert 5 < refreshes < 14  # some intervals doubled, and some did not
+
+
+def test_many_stacks_at_once():
+    """jaxlib's factorizations of several stacks could wait for each other for ever on two cores."""
+    run_alone("tests.optim.stacks_at_once")

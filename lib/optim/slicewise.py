@@ -1,0 +1,38 @@
+"""LAPACK on stacks of matrices, without what makes a CPU's program stand still."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def slicewise(factor: Callable[[Array], Array], x: Array) -> Array:
+    """`factor` of each of the matrices x [..., m, n]; one after the other on CPU.
+
+    jaxlib 0.10 and 0.11.0 hand a stack's slices to the threads that run the program's operations, of which
+    the caller is one, and wait: where the stacks of two leaves keep both of two threads waiting, nothing goes
+    on. Slice after slice takes as long: the factorization of one matrix has threads of its own.
+    """
+    if x.ndim == 2:
+        return factor(x)
+    stack = x.reshape(-1, *x.shape[-2:])
+    done = lax.platform_dependent(
+        stack, cpu=lambda stack: lax.map(factor, stack), default=lambda stack: jax.vmap(factor)(stack)
+    )
+    return done.reshape(*x.shape[:-2], *done.shape[1:])
+
+
+def orthonormal(x: Array) -> Array:
+    """Q of x = Q R for each of the matrices [..., m, r]."""
+    return slicewise(lambda x_MR: jnp.linalg.qr(x_MR)[0], x)
+
+
+def eigenvectors(x: Array) -> Array:
+    """The eigenvectors of symmetric matrices [..., m, m], those of the largest eigenvalues first."""
+    return slicewise(lambda x_MM: jnp.linalg.eigh(x_MM)[1], x)[..., ::-1]  # eigh sorts upwards
+
+
+def left_singular_vectors(x: Array) -> Array:
+    """U of x = U S V^T for each of the matrices [..., m, n]: [..., m, min(m, n)]."""
+    return slicewise(lambda x_MN: jnp.linalg.svd(x_MN, full_matrices=False)[0], x)
