@@ -147,16 +147,18 @@ def optimizers_quality() -> str:
 
 
 def optimizer_steps() -> str:
-    result, rows = read("optimizer_step_cpu"), []
+    result, rows, adamw = read("optimizer_step_cpu"), [], []
     for rank, found in result["results"].items():
         for name, r in found.items():
             amortized = next(v for k, v in r.items() if k.startswith("over_adamw_amortized"))
             ratios = [f"{r['over_adamw_between_refreshes']}x", f"{amortized}x"]
             of_rank = "" if rank == "any rank" else rank.removeprefix("rank ")
             rows.append([f"`{name}`", of_rank, *ratios, r["state_bytes_per_parameter"]])
+            adamw.append(r["adamw_ms"])
     head = ["", "rank", "step over `optax.adamw`'s", "amortized over 200", "state bytes a parameter"]
-    about = f"{result['parameters']:,} parameters, float32. {plain_caption(result)}"
-    return f"{about}\n\n{table(head, rows)}"
+    about = f"{result['parameters']:,} parameters, float32"
+    own = f"AdamW's own step {min(adamw):.0f} to {max(adamw):.0f} ms"
+    return f"{about}; {own}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
 def mamba_cpu() -> str:

@@ -5,8 +5,8 @@
   python -m experiments.benchmarks.optimizers_quality --smoke      every part in a minute or two, kept nowhere
 
 The same init and the same batches for all. Results are written after each run; a run that is there already is
-not repeated, unless --again; one at a rate that left the grid is dropped. Times are not among them:
-benchmarks/optimizer_step_cpu.py measures those.
+not repeated, unless --again; one at a rate that has left the grid goes when the next result is written. Times
+are not among them: benchmarks/optimizer_step_cpu.py measures those.
 """
 
 import argparse

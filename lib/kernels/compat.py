@@ -16,7 +16,8 @@ def gpu_interpret_params() -> Any:
 def gpu_params(**others: Any) -> Any:
     """`plgpu.CompilerParams` for kernels that say what each lane does, as jax 0.10 has it by default.
 
-    By default 0.12 infers layouts instead, which for a kernel of many lines takes minutes.
+    By default 0.12 infers layouts instead, which for a kernel of many lines takes minutes, and selects by a
+    scalar predicate only among scalars.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

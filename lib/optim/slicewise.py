@@ -1,6 +1,7 @@
 """LAPACK on stacks of matrices, without what makes a CPU's program stand still."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,7 @@ def slicewise(factor: Callable[[Array], Array], x: Array) -> Array:
     if x.ndim == 2:
         return factor(x)
     stack = x.reshape(-1, *x.shape[-2:])
-    done = lax.platform_dependent(
-        stack, cpu=lambda stack: lax.map(factor, stack), default=lambda stack: jax.vmap(factor)(stack)
-    )
+    done = lax.platform_dependent(stack, cpu=partial(lax.map, factor), default=jax.vmap(factor))
     return done.reshape(*x.shape[:-2], *done.shape[1:])
 
 

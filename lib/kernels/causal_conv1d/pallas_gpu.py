@@ -247,9 +247,9 @@ def _launch(x_BTD: Array, tiling: GPUTiling, interpret: bool) -> dict:
     B, T, D = x_BTD.shape
     where = dict(interpret=compat.gpu_interpret_params()) if interpret else {}
     grid = dict(batch=B, tile=T // tiling.time, channel=D // tiling.channels)
-    # jax 0.12's default, Warpgroup, selects by a scalar predicate only among scalars.
-    semantics = compat.gpu_params()
-    return dict(grid=tuple(grid.values()), grid_names=tuple(grid), compiler_params=semantics, **where)
+    return dict(
+        grid=tuple(grid.values()), grid_names=tuple(grid), compiler_params=compat.gpu_params(), **where
+    )
 
 
 def _pad(a: Array, shape: tuple[int, ...]) -> Array:
