@@ -1,7 +1,7 @@
 """Train classifiers from a config, and print their held-out accuracies side by side.
 
-  python -m experiments.classify --config=experiments/configs/vmamba_digits.py
-  python -m experiments.classify --config=experiments/configs/vmamba_digits.py:smoke     ends in seconds
+  python -m experiments.classify --config=experiments/configs/classify/vmamba_digits.py
+  python -m experiments.classify --config=experiments/configs/classify/vmamba_digits.py:smoke  # in seconds
   python -m experiments.classify --config=FILE --config.steps=100 --run=DIR
 
 metrics.jsonl, loss.png and results.json go to --run. results.json is written after each model: the same
@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 import frugax
 from experiments.data import examples
-from experiments.flags import CONFIG, run_dir
-from experiments.huge_pages import use_huge_pages
-from experiments.metrics import read_lines
-from experiments.optimizers import make_optimizer
+from experiments.trainer.flags import CONFIG, run_dir
+from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.metrics import read_lines
+from experiments.trainer.optimizers import make_optimizer
 
 
 def build(model: ConfigDict, classes: int) -> Any:
@@ -220,7 +220,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; fields of the config are given as --config.a.b=value")
     if CONFIG.value is None:
-        raise app.UsageError("--config is missing; --config=experiments/configs/vmamba_digits.py fits")
+        raise app.UsageError("--config: none given; expected --config=experiments/configs/classify/NAME.py")
     try:
         classify(CONFIG.value, Path(run_dir()))
     except (ValueError, OSError, FloatingPointError) as error:

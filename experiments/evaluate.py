@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments.baselines import gzip_bits_per_byte, order3_bits_per_byte
-from experiments.checkpoints import CheckpointError
 from experiments.data import Corpus, Tokenizer, find_corpus, heldout_batches, limit_bytes, load_tokenizer
-from experiments.runs import load_run
-from experiments.state import bits_per_byte
+from experiments.data.baselines import gzip_bits_per_byte, order3_bits_per_byte
+from experiments.trainer.checkpoints import CheckpointError
+from experiments.trainer.runs import load_run
+from experiments.trainer.state import bits_per_byte
 
 
 class Comparison(NamedTuple):

@@ -16,10 +16,10 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from experiments.checkpoints import CheckpointError
 from experiments.data import load_tokenizer
-from experiments.runs import load_run
-from experiments.sampling import sample_text
+from experiments.trainer.checkpoints import CheckpointError
+from experiments.trainer.runs import load_run
+from experiments.trainer.sampling import sample_text
 
 
 def generate(

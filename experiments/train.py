@@ -1,7 +1,7 @@
 """Train a language model from a config.
 
-  python -m experiments.train --config=experiments/configs/quickstart.py
-  python -m experiments.train --config=experiments/configs/quickstart.py:smoke     every part, in seconds
+  python -m experiments.train --config=experiments/configs/lm/quickstart.py
+  python -m experiments.train --config=experiments/configs/lm/quickstart.py:smoke     every part, in seconds
   python -m experiments.train --config=FILE --config.data.path=FOLDER --run=DIR    your text, its own folder
 
 Every field of a config can be given as --config.a.b=value; experiments/configs/defaults.py says what each
@@ -20,16 +20,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from experiments.checkpoints import CheckpointError, Checkpoints, check_same_config
 from experiments.data import find_corpus, load_tokenizer, make_loader
-from experiments.flags import CONFIG, run_dir
-from experiments.huge_pages import use_huge_pages
-from experiments.metrics import Metrics
-from experiments.optimizers import make_optimizer, schedule
-from experiments.parallel import make_layout
-from experiments.report import report
-from experiments.runs import build_model
-from experiments.state import init_state, make_train_step
+from experiments.trainer.checkpoints import CheckpointError, Checkpoints, check_same_config
+from experiments.trainer.flags import CONFIG, run_dir
+from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.metrics import Metrics
+from experiments.trainer.optimizers import make_optimizer, schedule
+from experiments.trainer.parallel import make_layout
+from experiments.trainer.report import report
+from experiments.trainer.runs import build_model
+from experiments.trainer.state import init_state, make_train_step
 
 
 class Sigterm:
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; fields of the config are given as --config.a.b=value")
     if CONFIG.value is None:
-        raise app.UsageError("--config is missing; --config=experiments/configs/quickstart.py fits")
+        raise app.UsageError("--config is missing; --config=experiments/configs/lm/quickstart.py fits")
     config = CONFIG.value
     config.run_dir = run_dir()
     if not flags.FLAGS["verbosity"].present:

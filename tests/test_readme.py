@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.tables import PAGES, rewritten
+from experiments.benchmarks.tables import PAGES, rewritten
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README.read_text(), re.MULTILINE | 
 
 def test_the_first_two_blocks_are_the_main_job_and_the_tests():
     assert [kind for kind, _ in BLOCKS[:2]] == ["bash", "bash"]
-    assert "experiments.train --config=experiments/configs/quickstart.py" in BLOCKS[0][1]
+    assert "experiments.train --config=experiments/configs/lm/quickstart.py" in BLOCKS[0][1]
     assert "pytest" in BLOCKS[1][1]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.benchmarks.interleaved import about, save
 from experiments.benchmarks.training import prepare
-from experiments.configs.quickstart import get_config
+from experiments.configs.lm.quickstart import get_config
 
 RESULTS = Path(__file__).parent / "results" / "huge_pages_cpu.json"
 STEPS = 5  # of a turn

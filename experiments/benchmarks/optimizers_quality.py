@@ -22,7 +22,7 @@ from experiments.benchmarks.interleaved import about, write
 from experiments.benchmarks.training import prepare
 from experiments.configs.optimizers.llama_1m import OPTIMIZERS, get_config
 from experiments.data import heldout_batches
-from experiments.state import bits_per_byte
+from experiments.trainer.state import bits_per_byte
 
 EACH = 2048  # bytes of a held-out file
 RESULTS = Path(__file__).parent / "results" / "optimizers_quality.json"

@@ -8,9 +8,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from experiments.data import find_corpus, load_tokenizer, make_loader
-from experiments.optimizers import make_optimizer
-from experiments.runs import build_model
-from experiments.state import init_state, make_train_step
+from experiments.trainer.optimizers import make_optimizer
+from experiments.trainer.runs import build_model
+from experiments.trainer.state import init_state, make_train_step
 
 
 class Training(NamedTuple):

@@ -1,7 +1,7 @@
 """Pure array functions, one folder per operation; Pallas lives here and nowhere else."""
 
 from .causal_conv1d import causal_conv1d
-from .explain import explain
+from .common.explain import explain
 from .linear_attention import linear_attention
 from .linear_recurrence import linear_recurrence
 from .lmu import lmu

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float, Int
 
-from .arguments import accumulator, as_shaped, reject
+from .common.arguments import accumulator, as_shaped, reject
 
 Method = Literal["fft", "recurrent"]
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from .arguments import as_shaped, reject
-from .dispatch import Backend
+from .common.arguments import as_shaped, reject
+from .common.operation import Backend
 from .selective_scan import plan as scan_plan
 from .selective_scan import selective_scan
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from .arguments import accumulator, as_shaped, reject
-from .dispatch import Backend
+from .common.arguments import accumulator, as_shaped, reject
+from .common.operation import Backend
 from .linear_attention import linear_attention
 from .linear_attention.inputs import repeat_heads
 from .ssd import check

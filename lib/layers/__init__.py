@@ -4,37 +4,37 @@ Every sequence mixer has one call, `mixer(x, *, state=None, segment_ids=None) ->
 no state, chunked prefill passes one, and decoding is the same call with T == 1.
 """
 
+import importlib
+from typing import Any
+
 from flax.linen import LayerNorm
 
-from . import pretrained as pretrained
-from .based import Based
 from .block import Block
-from .channel import GLU, MLP
-from .decoder import Decoder, DecoderState
-from .depthwise_conv import DepthwiseConv
-from .feature_maps import LearnedMap, elu_plus_one, taylor
-from .flash_rnn import FlashRNN
-from .gated_convolution import GatedConvolution
-from .gated_linear_attention import GatedLinearAttention
-from .hgrn2 import HGRN2
-from .lightning_attention import LightningAttention, decay_slopes, transnormer_block
-from .linear_attention import LinearAttention
-from .lmu import LMU
-from .lmuformer import ConvEmbedding, LMUFormer
-from .mamba import Mamba
-from .mamba2 import Mamba2
-from .mixer import Mixer
-from .mlgru import MLGRU
-from .norms import GatedNorm, HeadLayerNorm, RMSNorm, SimpleRMSNorm
-from .retention import Retention
-from .rotary import positions, rotary
-from .rwkv6 import RWKV6
-from .selective_scan_2d import SelectiveScan2D
-from .short_conv import ShortConv
-from .sliding_window import SlidingWindowAttention
-from .spiking import lif, spike
-from .stable_embedding import StableEmbedding
-from .vision_mamba import EVSS, VSS, InvertedResidual, SqueezeExcite, VisionMamba
+from .channel.mlp import GLU, MLP
+from .mixers.based import Based
+from .mixers.flash_rnn import FlashRNN
+from .mixers.gated_convolution import GatedConvolution
+from .mixers.gated_linear_attention import GatedLinearAttention
+from .mixers.hgrn2 import HGRN2
+from .mixers.lightning_attention import LightningAttention, decay_slopes, transnormer_block
+from .mixers.linear_attention import LinearAttention
+from .mixers.lmu import LMU
+from .mixers.mamba import Mamba
+from .mixers.mamba2 import Mamba2
+from .mixers.mixer import Mixer
+from .mixers.mlgru import MLGRU
+from .mixers.retention import Retention
+from .mixers.rwkv6 import RWKV6
+from .mixers.sliding_window import SlidingWindowAttention
+from .modules.depthwise_conv import DepthwiseConv
+from .modules.feature_maps import LearnedMap, elu_plus_one, taylor
+from .modules.norms import GatedNorm, HeadLayerNorm, RMSNorm, SimpleRMSNorm
+from .modules.rotary import positions, rotary
+from .modules.short_conv import ShortConv
+from .modules.spiking import lif, spike
+from .modules.stable_embedding import StableEmbedding
+from .vision.selective_scan_2d import SelectiveScan2D
+from .vision.vision_mamba import EVSS, VSS, InvertedResidual, SqueezeExcite, VisionMamba
 
 __all__ = [
     "EVSS",
@@ -83,3 +83,12 @@ __all__ = [
     "taylor",
     "transnormer_block",
 ]
+
+# Models stand on layers, so they are loaded when asked for by these names of theirs.
+_MODELS = ("ConvEmbedding", "Decoder", "DecoderState", "LMUFormer", "pretrained")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODELS:
+        return getattr(importlib.import_module("..models", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..kernels.dispatch import Backend
-from .mixer import Mixer
+from ..kernels.common.operation import Backend
+from .mixers.mixer import Mixer
 
 NORMS = ("RMSNorm", "SimpleRMSNorm", "LayerNorm")
 CHANNELS = ("GLU", "MLP")

@@ -5,12 +5,14 @@ residual rule for the rest (`residuals.py`), a refresh schedule (`refresh.py`), 
 which leaves are matrices. `galore`, `apollo` and their kin are points of it.
 """
 
-from . import kappas, zeroth_order
-from .apollo import apollo, apollo_mini
-from .badam import badam
-from .cosmos import cosmos
-from .dct_adamw import dct_adamw
-from .eight_bit import (
+from . import zeroth_order
+from .common.leafwise import LeafwiseState
+from .common.matrix_spec import STACKED, Axes, MatrixSpec
+from .common.state_bytes import state_bytes
+from .layerwise.badam import badam
+from .layerwise.lisa import lisa
+from .layerwise.slimfit import slimfit
+from .low_bit.eight_bit import (
     EightBit,
     adafactor_8bit,
     adam_8bit,
@@ -20,26 +22,35 @@ from .eight_bit import (
     scale_by_adam_8bit,
     sgdm_8bit,
 )
-from .fira import fira
-from .fisher import scale_by_fisher
-from .frugal import frugal
-from .galore import galore
-from .leafwise import LeafwiseState
-from .lion_k import lion, lion_k, scale_by_lion_k
-from .lisa import lisa
-from .low_rank import low_rank
-from .matrix_spec import STACKED, Axes, MatrixSpec
-from .natural_galore import natural_galore
-from .projectors import DCT, SVD, Coordinates, Gaussian, Gram, PowerIteration, RandomizedSVD, Rows, Slices
-from .q_galore import q_galore
-from .quantized import quantized_state
-from .random_basis import RandomBasis
-from .refresh import Refresh
-from .residuals import SGD, Scaled, SignSGD
-from .slimfit import slimfit
-from .state_bytes import state_bytes
-from .stochastic_rounding import apply_updates_stochastic, round_stochastic
-from .trion import trion
+from .low_bit.quantized import quantized_state
+from .low_bit.stochastic_rounding import apply_updates_stochastic, round_stochastic
+from .low_rank.apollo import apollo, apollo_mini
+from .low_rank.cosmos import cosmos
+from .low_rank.dct_adamw import dct_adamw
+from .low_rank.fira import fira
+from .low_rank.fisher import scale_by_fisher
+from .low_rank.frugal import frugal
+from .low_rank.galore import galore
+from .low_rank.low_rank import low_rank
+from .low_rank.natural_galore import natural_galore
+from .low_rank.projectors import (
+    DCT,
+    SVD,
+    Coordinates,
+    Gaussian,
+    Gram,
+    PowerIteration,
+    RandomizedSVD,
+    Rows,
+    Slices,
+)
+from .low_rank.q_galore import q_galore
+from .low_rank.random_basis import RandomBasis
+from .low_rank.refresh import Refresh
+from .low_rank.residuals import SGD, Scaled, SignSGD
+from .low_rank.trion import trion
+from .sign import kappas
+from .sign.lion_k import lion, lion_k, scale_by_lion_k
 from .zeroth_order import mezo_step
 
 __all__ = [

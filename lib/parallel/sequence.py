@@ -10,11 +10,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from .. import kernels
-from ..kernels.arguments import accumulator
 from ..kernels.causal_conv1d import inputs as conv
-from ..kernels.dispatch import Backend
+from ..kernels.common.arguments import accumulator
+from ..kernels.common.operation import Backend
+from ..kernels.common.sharding import vary_like
 from ..kernels.linear_attention import inputs as attention
-from ..kernels.sharding import vary_like
 
 
 def linear_attention(

@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jaxtyping import Key
 
-from ..kernels.arguments import accumulator
-from ..optim.matrix_spec import leaf_path
+from ..kernels.common.arguments import accumulator
+from ..optim.common.matrix_spec import leaf_path
 
 
 @jax.tree_util.register_dataclass

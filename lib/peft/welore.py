@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..optim.matrix_spec import Decision, MatrixSpec, View, leaf_path
+from ..optim.common.matrix_spec import Decision, MatrixSpec, View, leaf_path
 from .lora import LowRank
 
 Ranks = Mapping[str, tuple[int, ...]]

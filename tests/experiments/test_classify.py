@@ -33,7 +33,7 @@ def test_a_smoke_variant_runs(name, tmp_path):
 
 
 def test_a_killed_run_goes_on_with_the_models_it_lacks(tmp_path, monkeypatch):
-    config = importlib.import_module("experiments.configs.selective_copying").get_config("smoke")
+    config = importlib.import_module("experiments.configs.classify.selective_copying").get_config("smoke")
     first, second = config.models
     trained = []
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from experiments.optimizers import make_optimizer, matrices, schedule
-from experiments.runs import build_model
+from experiments.trainer.optimizers import make_optimizer, matrices, schedule
+from experiments.trainer.runs import build_model
 from tests.experiments.runs import ROOT, finish, start, tiny_config, write_corpus
 
 CONFIGS = sorted(
@@ -57,10 +57,10 @@ def test_a_smoke_variant_runs(name, tmp_path):
     ("arguments", "words"),
     [
         ([], "--config is missing"),
-        (["--config=experiments/configs/quickstart.py", "--config.no_such=1"], "no_such"),
-        (["--config=experiments/configs/quickstart.py:large"], "'large'; nothing or 'smoke' fits"),
-        (["--config=experiments/configs/quickstart.py", "lonely"], "'lonely' is no flag"),
-        (["--help"], "--config=experiments/configs/quickstart.py:smoke"),
+        (["--config=experiments/configs/lm/quickstart.py", "--config.no_such=1"], "no_such"),
+        (["--config=experiments/configs/lm/quickstart.py:large"], "'large'; nothing or 'smoke' fits"),
+        (["--config=experiments/configs/lm/quickstart.py", "lonely"], "'lonely' is no flag"),
+        (["--help"], "--config=experiments/configs/lm/quickstart.py:smoke"),
     ],
 )
 def test_the_command_line_explains_itself(arguments, words):

@@ -9,10 +9,10 @@ import pytest
 
 import frugax
 from experiments import generate as generate_module
-from experiments import sampling
 from experiments.data import load_tokenizer
 from experiments.generate import generate, main
-from experiments.sampling import sample, sample_text
+from experiments.trainer import sampling
+from experiments.trainer.sampling import sample, sample_text
 
 _KEY = jax.random.key(0)
 

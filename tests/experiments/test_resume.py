@@ -8,7 +8,7 @@ import time
 import pytest
 
 from experiments import train as training
-from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.trainer.checkpoints import CheckpointError, Checkpoints
 from tests.experiments.runs import command, finish, logged, start, tiny_config, write_corpus
 
 STEPS = 400  # some milliseconds each: a run is killed long before it ends

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from experiments import train as training
-from experiments.checkpoints import Checkpoints
-from experiments.runs import load_run
+from experiments.trainer.checkpoints import Checkpoints
+from experiments.trainer.runs import load_run
 from tests.errors import bound
 from tests.experiments.runs import finish, logged, start, tiny_config, write_corpus
 

@@ -8,8 +8,8 @@ import pytest
 
 from experiments.benchmarks.optimizers_quality import RESULTS
 from experiments.configs.optimizers.llama_1m import OPTIMIZERS, get_config
-from experiments.optimizers import make_optimizer
-from experiments.runs import build_model
+from experiments.trainer.optimizers import make_optimizer
+from experiments.trainer.runs import build_model
 
 
 def test_every_optimizer_takes_the_model():

@@ -11,8 +11,8 @@ import pytest
 
 from frugax import optim
 from frugax.formats import quantize
-from frugax.optim.leafwise import Turn
-from frugax.optim.refresh import Refresh, schedule
+from frugax.optim.common.leafwise import Turn
+from frugax.optim.low_rank.refresh import Refresh, schedule
 from tests.devices import run_alone
 from tests.errors import assert_close
 from tests.optim.definitions import B1, B2, EPS, EVERY, RATE, STEPS, Adam, ours
@@ -322,4 +322,4 @@ def test_q_galore():
 
 def test_many_stacks_at_once():
     """jaxlib's factorizations of several stacks could wait for each other for ever on two cores."""
-    run_alone("tests.optim.stacks_at_once")
+    run_alone("tests.optim.common.stacks_at_once")

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from frugax.optim import Axes, MatrixSpec, state_bytes
+from frugax.optim import Axes, MatrixSpec
+from frugax.optim.common import state_bytes
 from frugax.peft import welore_merge, welore_ranks, welore_split
 from tests.errors import assert_close
 from tests.optim.optimizers import language, logits, params

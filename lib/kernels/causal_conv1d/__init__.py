@@ -3,9 +3,9 @@
 import jax
 from jaxtyping import Array, Float, Int
 
-from ..arguments import as_shaped
-from ..dispatch import Backend, Operation, names_of, only_xla
-from ..sharding import Axes, align
+from ..common.arguments import as_shaped
+from ..common.operation import Backend, Operation, names_of, only_xla
+from ..common.sharding import Axes, align
 from .inputs import Inputs, check, check_activation, final_state
 
 OPERATION = Operation("causal_conv1d", independent=("b", "d"))

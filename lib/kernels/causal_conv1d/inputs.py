@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..arguments import reject
+from ..common.arguments import reject
 
 
 class Inputs(NamedTuple):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..arguments import accumulator
+from ..common.arguments import accumulator
 from .inputs import Inputs, with_history
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from .. import compat
+from ..common import compat
 from .inputs import Inputs, repeat_heads
 from .pallas_gpu_backward import gradients
 from .pallas_gpu_forward import outputs, states

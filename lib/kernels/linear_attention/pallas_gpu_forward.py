@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import compat
+from ..common import compat
 from .pallas_gpu_tiles import (
     CHUNK,
     COLS,

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..arguments import accumulator
-from ..sharding import vary_like
+from ..common.arguments import accumulator
+from ..common.sharding import vary_like
 from .inputs import Inputs, repeat_heads
 
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import compat
+from ..common import compat
 from .inputs import Inputs
 from .tiling import round_up
 

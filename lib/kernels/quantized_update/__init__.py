@@ -6,8 +6,8 @@ import jax
 from jaxtyping import Array, Float
 
 from ...formats import QuantizedTensor
-from ..arguments import as_shaped
-from ..dispatch import Backend, Operation
+from ..common.arguments import as_shaped
+from ..common.operation import Backend, Operation
 from .inputs import INDEPENDENT, axes_of, check
 
 OPERATION = Operation("quantized_update", independent=INDEPENDENT)

@@ -7,8 +7,8 @@ from jax import Array
 
 from ...formats import Format, QuantizedTensor
 from ...formats.lookup import Lookup
-from ..arguments import reject
-from ..sharding import Axes
+from ..common.arguments import reject
+from ..common.sharding import Axes
 from .rules import RULES, scalars
 
 # Rows, then what stacks them, then groups: where nothing says how a leaf is split, rows are guessed first.

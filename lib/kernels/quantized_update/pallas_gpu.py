@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import compat
+from ..common import compat
 from .blocks import update_blocks
 from .inputs import Inputs, Spec
 from .tiling import GPU_AT_ONCE, GPU_GROUP_SIZES, GPU_GROUPS, THREADS

@@ -5,7 +5,7 @@ import numpy as np
 from jax import Array
 
 from ...formats import Format
-from ..arguments import accumulator
+from ..common.arguments import accumulator
 from .inputs import Inputs, Spec
 from .rules import RULES
 

@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from ...formats.dynamic import Dynamic
 from ...formats.lookup import Lookup, lookup
-from ..sharding import Axes, per_shard
+from ..common.sharding import Axes, per_shard
 from .blocks import update_blocks
 from .inputs import INDEPENDENT, Inputs, Spec, axes_of
 from .tiling import CHUNK

@@ -5,9 +5,9 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float, Int
 
-from ..arguments import as_shaped
-from ..dispatch import Backend, Operation, names_of, only_xla
-from ..sharding import Axes, align
+from ..common.arguments import as_shaped
+from ..common.operation import Backend, Operation, names_of, only_xla
+from ..common.sharding import Axes, align
 from .inputs import Inputs, check
 
 OPERATION = Operation("rnn", independent=("b", "h"), sequence="gates")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from ..arguments import accumulator, reject
+from ..common.arguments import accumulator, reject
 from .cells import CELLS, Cell, find
 
 

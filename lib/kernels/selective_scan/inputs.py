@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..arguments import accumulator, reject
-from ..sharding import vary_like
+from ..common.arguments import accumulator, reject
+from ..common.sharding import vary_like
 
 KEPT = 128  # tokens between the states that the TPU's forward pass keeps for its gradient
 

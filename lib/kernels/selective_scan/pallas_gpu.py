@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .. import compat
+from ..common import compat
 from .inputs import Inputs, no_states, step_size
 from .pallas_gpu_backward import backward_body
 from .pallas_gpu_blocks import CHANNELS, F32, Plan, Walk, step_sizes

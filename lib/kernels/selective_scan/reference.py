@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..sharding import vary_like
+from ..common.sharding import vary_like
 from .inputs import Inputs, finish, step_size
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..sharding import vary_like
+from ..common.sharding import vary_like
 from .inputs import Inputs, finish, no_states, step_size
 
 CHUNK = 32  # tokens: the states kept are N / CHUNK times as large as x

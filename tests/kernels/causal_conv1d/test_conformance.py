@@ -12,7 +12,7 @@ import frugax
 from frugax.kernels.causal_conv1d import pallas_gpu, pallas_tpu
 from frugax.kernels.causal_conv1d.inputs import Inputs
 from frugax.kernels.causal_conv1d.tiling import TPUTiling
-from frugax.kernels.dispatch import BACKENDS
+from frugax.kernels.common.operation import BACKENDS
 from tests.errors import assert_close
 
 from . import definition

@@ -1,0 +1,271 @@
+"""The tables of README.md and docs/, from the code and experiments/benchmarks/results: never written by hand.
+
+python -m experiments.benchmarks.tables           rewrite them
+python -m experiments.benchmarks.tables --check   say whether they are as this would write them
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import frugax
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+
+
+def what_runs_where() -> str:
+    """Which backend serves each operation on each platform, as `frugax.kernels.explain` says."""
+    rows = []
+    for op, shapes in {
+        "linear_attention": ((1, 4096, 8, 64),) * 4,
+        "linear_recurrence": ((1, 4096, 512),) * 2,
+        "causal_conv1d": ((1, 4096, 512), (4, 512)),
+        "selective_scan": ((1, 4096, 512), (1, 4096, 512), (512, 16), (1, 4096, 16), (1, 4096, 16)),
+        "ssd": ((1, 4096, 8, 64), (1, 4096, 8), (8,), (1, 4096, 1, 128), (1, 4096, 1, 128)),
+        "rnn": ((1, 4096, 4, 4, 128), (4, 4, 128, 128)),
+    }.items():
+        for dtype in (jnp.bfloat16, jnp.float32):
+            x = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+            with contextlib.redirect_stdout(io.StringIO()):
+                lines = frugax.kernels.explain(op, *x).splitlines()[1:]
+            served = dict(line.strip().split(": ", 1) for line in lines if not line.startswith("  not "))
+            cells = [f"`{served[platform]}`" for platform in ("cpu", "tpu", "cuda")]
+            rows.append([f"`{op}`", jnp.dtype(dtype).name, *cells, "`xla`"])
+    return table(["operation", "dtype", "CPU", "TPU", "Hopper and newer", "other GPUs"], rows)
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def linear_attention_cpu() -> str:
+    result = read("linear_attention_cpu")
+    rows = [
+        [r["gate"], r["contender"], r["median_ms"], r["temporaries_mb"], f"{r['time_over_frugax']}x"]
+        for r in result["rows"]
+    ]
+    head = ["gate", "", "median ms", "temporaries MB", "time over frugax"]
+    return f"{caption(result)}\n\n{table(head, rows)}"
+
+
+def tpu_schedule(operation: str) -> str:
+    result = read(f"tpu_schedule_{operation}")
+    rows = []
+    for r in result["rows"]:
+        if "error" in r:
+            rows.append([r["kernel"], r["chip"], "does not compile", *[""] * 5])
+            continue
+        share = f"{100 * r['matrix_share']:.0f} %"
+        rows.append([r["kernel"], r["chip"], f"{r['cycles']:,}", f"{r['copies']:,}", f"{r['floor']:,}"])
+        rows[-1] += [f"{r['ratio']:.2f}x", share, f"{r['spills']:,}"]
+    head = ["kernel", "chip", "cycles", "copies", "floor", "total over floor", "matrix unit", "spills"]
+    versions = f"jax {result['jax']}, libtpu {result['libtpu']}"
+    about = f"{result['shapes'].splitlines()[0]} {versions}, {result['date']}."
+    return f"{about}\n\n{table(head, rows)}"
+
+
+def recurrences_cpu() -> str:
+    rows, about = [], []
+    for name in ("linear_recurrence", "causal_conv1d"):
+        result = read(f"{name}_cpu")
+        about.append(f"`{name}`: {result['date']}, jax {result['jax']}, {result['machine']}")
+        found = result["results"]
+        by_shape = {str(result["shape"]): found} if "shape" in result else found
+        for shape, times in by_shape.items():
+            rows += [
+                [f"`{name}`", shape, what, r["median_ms"], r["temporary_MB"]] for what, r in times.items()
+            ]
+    head = ["operation", "shape", "", "median ms", "temporaries MB"]
+    return "; ".join(about) + f".\n\n{table(head, rows)}"
+
+
+def hopper(operation: str) -> str:
+    result = read(f"gpu_{operation}_deviceless")
+    rows = [
+        [call["what"], f"`{k['name']}`", k["registers"], k["spill_stores"], f"{k['shared_bytes']:,}"]
+        for call in result["rows"]
+        for k in call["kernels"]
+    ]
+    head = ["call", "kernel", "registers", "bytes spilled", "shared memory, bytes"]
+    return f"{result['chip']}, jax {result['versions']['jax']}, {result['date']}.\n\n{table(head, rows)}"
+
+
+def training() -> str:
+    rows = []
+    for path in sorted(RESULTS.glob("train_*.json")):
+        r = json.loads(path.read_text())
+        minutes = (r["compile_seconds"] + r["training_seconds"] + r["evaluation_seconds"]) / 60
+        row = [f"`{path.stem.removeprefix('train_')}`", f"{r['parameters']:,}", f"{minutes:.1f}"]
+        held_out = [
+            f"{r[name]:.3f}"
+            for name in ("held_out_bits_per_byte", "gzip_bits_per_byte", "order3_bits_per_byte")
+        ]
+        machine = r["machine"] + ("; " + r["note"] if "note" in r else "")
+        rows.append([*row, *held_out, f"{r['held_out_bytes']:,}", machine, f"jax {r['jax']}, {r['date']}"])
+    head = ["config", "parameters", "minutes", "held out", "gzip -9", "order-3 bytes", "bytes held out"]
+    text = "Bits per byte of files that were held out; minutes hold compilation and evaluation."
+    return f"{text}\n\n{table([*head, 'machine', 'versions'], rows)}"
+
+
+def classification() -> str:
+    rows, versions = [], set()
+    for path in sorted(RESULTS.glob("classify_*.json")):
+        run = json.loads(path.read_text())
+        versions.add(f"jax {run['jax']}, {run['date']}")
+        for name, r in run["results"].items():
+            lengths = r.get("accuracy_by_length", {})
+            longer = ", ".join(f"{length}: {100 * a:.0f}" for length, a in lengths.items())
+            task = f"`{path.stem.removeprefix('classify_')}`"
+            rows.append([task, name, f"{r.get('parameters', ''):,}" if "parameters" in r else ""])
+            rows[-1] += [f"{100 * r['accuracy']:.1f}", longer]
+    head = ["config", "", "parameters", "accuracy, %", "at other lengths, %"]
+    return f"Held out. {'; '.join(sorted(versions))}.\n\n{table(head, rows)}"
+
+
+def optimizers_quality() -> str:
+    result, rows = read("optimizers_quality"), []
+    for name, runs in result["runs"].items():
+        rate, best = min(runs.items(), key=lambda run: run[1]["held_out_bits_per_byte"])
+        bits, loss = (f"{best[key]:.3f}" for key in ("held_out_bits_per_byte", "training_loss"))
+        megabytes = [f"{best[key] / 1e6:.2f}" for key in ("state_bytes", "peak_bytes")]
+        rows.append([f"`{name}`", rate, bits, loss, *megabytes])
+    head = ["", "best rate", "held-out bits per byte", "training loss, nats", "state MB", "step's peak MB"]
+    one = next(iter(next(iter(result["runs"].values())).values()))
+    about = f"{one['parameters']:,} parameters, {one['steps']} steps of {one['bytes_a_step']} bytes"
+    rates = "the best of three learning rates each, which is the middle one"
+    return f"{about}, {rates}. jax {result['jax']}, {result['date']}.\n\n{table(head, rows)}"
+
+
+def optimizer_steps() -> str:
+    result, rows, adamw = read("optimizer_step_cpu"), [], []
+    for rank, found in result["results"].items():
+        for name, r in found.items():
+            amortized = next(v for k, v in r.items() if k.startswith("over_adamw_amortized"))
+            ratios = [f"{r['over_adamw_between_refreshes']}x", f"{amortized}x"]
+            of_rank = "" if rank == "any rank" else rank.removeprefix("rank ")
+            rows.append([f"`{name}`", of_rank, *ratios, r["state_bytes_per_parameter"]])
+            adamw.append(r["adamw_ms"])
+    head = ["", "rank", "step over `optax.adamw`'s", "amortized over 200", "state bytes a parameter"]
+    about = f"{result['parameters']:,} parameters, float32"
+    own = f"AdamW's own step {min(adamw):.0f} to {max(adamw):.0f} ms"
+    return f"{about}; {own}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def mamba_cpu() -> str:
+    result = read("mamba_cpu")
+    sizes = ", ".join(f"{k} {v}" for k, v in result["sizes"].items())
+    rows = []
+    for what, times in result["result"].items():
+        if what in ("step", "loss"):
+            medians = {k.removesuffix(", median_ms"): v for k, v in times.items() if k.endswith("median_ms")}
+            rows += [[what, name, ms] for name, ms in medians.items()]
+            rows[-1].append(f"{times['times_faster']}x faster than the faster `transformers`")
+    about = (
+        f"{sizes}; transformers {result['transformers']}, torch {result['torch']}. {plain_caption(result)}"
+    )
+    return f"{about}\n\n{table(['', '', 'median ms', ''], [[*row, ''][:4] for row in rows])}"
+
+
+def rnn_cpu() -> str:
+    result = read("rnn_cpu")
+    rows = [
+        [shape, what, r["median_ms"], f"{r['time_over_frugax']}x", r["temporary_MB"] or ""]
+        for shape, found in result["results"].items()
+        for what, r in found.items()
+    ]
+    head = ["batch, time, channels", "", "median ms", "time over frugax", "temporaries MB"]
+    about = f"LSTM, {result['dtype']}; torch {result['torch']}, flax {result['flax']}"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def mezo_finetune() -> str:
+    result, rows = read("mezo_finetune"), []
+    for name, r in result["rows"].items():
+        sizes = [r[key] / 1e6 for key in ("state_bytes", "step_temporaries", "inference_temporaries")]
+        loss = f"{r['loss_before']:.3f} to {r['loss']:.3f}"
+        rows.append([name, r["steps"], loss, f"{100 * r['accuracy']:.0f}", *(f"{x:.1f}" for x in sizes)])
+    head = ["", "steps", "loss", "accuracy, %", "state MB", "step's temporaries MB", "a forward pass's"]
+    about = f"{result['task']}, {result['parameters']:,} parameters"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def plain_caption(result: dict[str, Any]) -> str:
+    return f"{result['machine']}, jax {result['jax']}, {result['date']}."
+
+
+def caption(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
+    machine = result["machine"]
+    where = f"{machine['cores']} cores of {machine['model']}"
+    return f"{result['benchmark']}. {where}, {versions}, {result['date']}."
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines)
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "what_runs_where": what_runs_where,
+        "linear_attention_cpu": linear_attention_cpu,
+        "recurrences_cpu": recurrences_cpu,
+        "rnn_cpu": rnn_cpu,
+        "training": training,
+        "classification": classification,
+        "mamba_cpu": mamba_cpu,
+        "optimizers_quality": optimizers_quality,
+        "optimizer_steps": optimizer_steps,
+        "mezo_finetune": mezo_finetune,
+    },
+    "docs/compiled.md": {
+        "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
+        "tpu_selective_scan": partial(tpu_schedule, "selective_scan"),
+        "tpu_rnn": partial(tpu_schedule, "rnn"),
+        "tpu_quantized_update": partial(tpu_schedule, "quantized_update"),
+        "hopper_linear_attention": partial(hopper, "linear_attention"),
+        "hopper_selective_scan": partial(hopper, "selective_scan"),
+        "hopper_rnn": partial(hopper, "rnn"),
+        "hopper_adam_8bit": partial(hopper, "adam_8bit"),
+    },
+}
+
+
+def rewritten(page: str) -> str:
+    """A page's text with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    text = (ROOT / page).read_text()
+    for name, make in PAGES[page].items():
+        start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
+        before, found, rest = text.partition(start)
+        if not found:
+            raise SystemExit(f"{page} has no place for the table {name}: {start.strip()} fits")
+        _, _, after = rest.partition(end)
+        text = before + start + make() + end + after
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if one is out of date")
+    check = parser.parse_args().check
+    for page in PAGES:
+        new = rewritten(page)
+        if check and new != (ROOT / page).read_text():
+            sys.exit(f"{page}: tables out of date; `python -m experiments.benchmarks.tables` writes them")
+        (ROOT / page).write_text(new)
+
+
+if __name__ == "__main__":
+    main()

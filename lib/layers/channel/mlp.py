@@ -1,0 +1,90 @@
+"""Channel mixers: what a block does to each token by itself."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from ..mixers.mixer import check_input, scaled_dense
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
+ACTIVATIONS["relu2"] = lambda x: jnp.square(jax.nn.relu(x))
+
+
+def activation_fn(name: str | None):
+    """The activation called `name` (None: the identity), or ValueError naming those there are."""
+    if name is None:
+        return lambda x: x
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: got {name!r}; one of {', '.join(map(repr, ACTIVATIONS))} or None fits")
+    return ACTIVATIONS[name]
+
+
+class GLU(nn.Module):
+    """Gated linear unit, W_out (activation(W_gate x) * W_in x): SwiGLU, or SGLU without an activation.
+
+    Attributes:
+      expand: hidden width over the input's; the hidden width is rounded up to a multiple of 8.
+      activation: "silu" (SwiGLU), "gelu" (GEGLU), "relu", "relu2", "sigmoid", or None (SGLU).
+      dtype, param_dtype, out_scale: as in `Mixer`.
+
+    Source: Shazeer 2020 (arXiv 2002.05202); SGLU from TransNormerLLM (2307.14995).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> y, params = frugax.layers.GLU().init_with_output(jax.random.key(0), jnp.ones((2, 5, 16)))
+        >>> y.shape
+        (2, 5, 16)
+    """
+
+    expand: int | float = 8 / 3
+    activation: str | None = "silu"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        act, dtype, hidden = _prepare(self, x)
+        # One matrix for gate and value: one larger matmul instead of two.
+        both = scaled_dense(2 * hidden, 1.0, dtype, self.param_dtype, name="gate_in")(x)
+        gate, value = jnp.split(both, 2, axis=-1)
+        return scaled_dense(x.shape[-1], self.out_scale, dtype, self.param_dtype, name="out")(
+            act(gate) * value
+        )
+
+
+class MLP(nn.Module):
+    """Two matrices and an activation, W_out activation(W_in x).
+
+    Attributes: those of `GLU`; the default, squared relu, is Primer's.
+
+    Source: Primer, So et al. 2021 (arXiv 2109.08668).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> y, params = frugax.layers.MLP(expand=2).init_with_output(jax.random.key(0), jnp.ones((2, 5, 16)))
+        >>> y.shape
+        (2, 5, 16)
+    """
+
+    expand: int | float = 4.0
+    activation: str | None = "relu2"
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        act, dtype, hidden = _prepare(self, x)
+        y = act(scaled_dense(hidden, 1.0, dtype, self.param_dtype, name="in")(x))
+        return scaled_dense(x.shape[-1], self.out_scale, dtype, self.param_dtype, name="out")(y)
+
+
+def _prepare(module: GLU | MLP, x: Array):
+    check_input(x, None)
+    if module.expand <= 0:
+        raise ValueError(f"expand: got {module.expand}; a number above 0 fits")
+    hidden = -8 * (-round(module.expand * x.shape[-1]) // 8)
+    return activation_fn(module.activation), module.dtype or x.dtype, hidden

@@ -1,0 +1,91 @@
+"""Linear attention of a feature map, normalised like softmax attention."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from ...kernels import linear_attention
+from ...kernels.common.arguments import accumulator
+from ..modules.feature_maps import LearnedMap, elu_plus_one, taylor
+from .mixer import Mixer, head_size, merge_heads, split_heads
+
+FEATURE_MAPS = ("elu+1", "relu", "taylor", "learned")
+
+
+class LinearAttentionState(NamedTuple):
+    """The sums of phi(k) v^T and, where the output is normalised, of phi(k) as one more column of v."""
+
+    memory: Array  # [B, H, features, V (+ 1)]
+
+
+class LinearAttention(Mixer):
+    """y_t = W_out sum_{s<=t} (phi(q_t) . phi(k_s)) v_s / sum_{s<=t} phi(q_t) . phi(k_s).
+
+    Attributes:
+      heads: divides the width.
+      feature_map: phi; "elu+1", "relu", "taylor" (1 + q.k + (q.k)^2 / 2 with q.k over sqrt(key_size)), or
+        "learned" (`LearnedMap`, one for q and one for k).
+      key_size: channels of q and k in each head, before phi; None means width / heads, and 16 for "taylor".
+      normalize: divide by the sum of the weights; without, the output is the sum over sqrt(features).
+      epsilon: added to the sum of the weights.
+      dtype, param_dtype, backend, out_scale: as in `Mixer`.
+
+    Source: Katharopoulos et al. 2020 (arXiv 2006.16236); Based (2402.18668) for "taylor"; Hedgehog
+    (2402.04347) for "learned".
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> mixer = frugax.layers.LinearAttention(heads=2, feature_map="taylor", key_size=4)
+        >>> (y, state), params = mixer.init_with_output(jax.random.key(0), jnp.ones((1, 7, 16)))
+        >>> y.shape, state.memory.shape
+        ((1, 7, 16), (1, 2, 15, 9))
+    """
+
+    heads: int = 4
+    feature_map: str = "elu+1"
+    key_size: int | None = None
+    normalize: bool = True
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(
+        self, x: Array, *, state: LinearAttentionState | None = None, segment_ids: Array | None = None
+    ) -> tuple[Array, LinearAttentionState]:
+        x = self.prepare(x, segment_ids)
+        D, H = x.shape[-1], self.heads
+        V = head_size("width", D, H)
+        K = self.key_size or (16 if self.feature_map == "taylor" else V)
+        q_k, v = jnp.split(self.dense(x, H * (2 * K + V), "qkv"), [2 * H * K], axis=-1)
+        q_BTHK, k_BTHK = (split_heads(y, H) for y in jnp.split(q_k, 2, axis=-1))
+        v_BTHV = split_heads(v, H)
+        q_BTHF, k_BTHF = self._features(q_BTHK, "q_map"), self._features(k_BTHK, "k_map")
+
+        if self.normalize:  # a column of ones adds up the weights
+            v_BTHV = jnp.concatenate([v_BTHV, jnp.ones_like(v_BTHV[..., :1])], axis=-1)
+        o_BTHV, memory = linear_attention(
+            q_BTHF,
+            k_BTHF,
+            v_BTHV,
+            scale=1.0 if self.normalize else None,
+            initial_state=None if state is None else state.memory,
+            segment_ids=segment_ids,
+            backend=self.backend,
+        )
+        if self.normalize:
+            o_BTHV, weight = o_BTHV[..., :-1], o_BTHV[..., -1:].astype(accumulator(x.dtype))
+            o_BTHV = (o_BTHV / (weight + self.epsilon)).astype(x.dtype)
+        return self.output(merge_heads(o_BTHV), D), LinearAttentionState(memory)
+
+    def _features(self, x: Array, name: str) -> Array:
+        if self.feature_map == "elu+1":
+            return elu_plus_one(x)
+        if self.feature_map == "relu":
+            return jax.nn.relu(x)
+        if self.feature_map == "taylor":
+            return taylor(x * x.shape[-1] ** -0.25)
+        if self.feature_map == "learned":
+            return LearnedMap(param_dtype=self.param_dtype, name=name)(x)
+        raise ValueError(f"feature_map: got {self.feature_map!r}; one of {', '.join(FEATURE_MAPS)} fits")

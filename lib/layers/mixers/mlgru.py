@@ -1,0 +1,65 @@
+"""MLGRU: the token mixer of MatMul-free language models, an elementwise gated recurrence."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from ...kernels import linear_recurrence
+from ...kernels.common.arguments import accumulator
+from ..modules.norms import RMSNorm
+from ..modules.over_depth import ForgetFloors, floored_gate
+from .mixer import Mixer
+
+
+class MLGRUState(NamedTuple):
+    """The last h [B, D]."""
+
+    memory: Array
+
+
+class MLGRU(Mixer):
+    """h_t = f_t * h_{t-1} + (1 - f_t) * silu(W_c x_t);  y_t = W_out RMSNorm(sigmoid(W_g x_t) * h_t).
+
+    f_t = floor + (1 - floor) sigmoid(W_f x_t). The paper's matrices are ternary, each after an RMSNorm; these
+    are full-precision, and the one norm kept is the output's.
+
+    Attributes: those of `Mixer`. The call also takes `floor` [D], values in [0, 1); None means 0.
+
+    Source: MatMul-free LM, Zhu et al. 2024 (arXiv 2406.02528), with the floors of its code (HGRN's).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> mixer = frugax.layers.MLGRU()
+        >>> (y, state), params = mixer.init_with_output(jax.random.key(0), jnp.ones((1, 7, 16)))
+        >>> y.shape, state.memory.shape
+        ((1, 7, 16), (1, 16))
+    """
+
+    over_depth = ForgetFloors
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        state: MLGRUState | None = None,
+        segment_ids: Array | None = None,
+        floor: Array | None = None,
+    ) -> tuple[Array, MLGRUState]:
+        x = self.prepare(x, segment_ids)
+        D = x.shape[-1]
+        f, c, g = jnp.split(self.dense(x, 3 * D, "fcg"), 3, axis=-1)
+        wide = accumulator(x.dtype)  # near 1, bfloat16 can't tell a long memory from an endless one
+        log_f, inward = floored_gate(f.astype(wide), floor)
+        h, memory = linear_recurrence(
+            jnp.exp(log_f),
+            inward * jax.nn.silu(c.astype(wide)),
+            initial_state=None if state is None else state.memory,
+            segment_ids=segment_ids,
+            backend=self.backend,
+        )
+        o = RMSNorm(param_dtype=self.param_dtype, name="norm")(jax.nn.sigmoid(g) * h.astype(x.dtype))
+        return self.output(o, D), MLGRUState(memory)

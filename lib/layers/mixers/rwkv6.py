@@ -1,0 +1,135 @@
+"""RWKV-6 (Finch) time mixing: data-dependent token shift, a decay for every channel, a bonus for now."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from ...kernels import linear_attention
+from ...kernels.common.arguments import accumulator
+from ..modules.norms import HeadLayerNorm
+from ..modules.over_depth import LayerFraction
+from .mixer import Mixer, head_size, merge_heads, split_heads
+
+
+class RWKV6State(NamedTuple):
+    """The matrix of each head [B, H, K, K], and the last input [B, D]."""
+
+    memory: Array
+    last: Array
+
+
+class RWKV6(Mixer):
+    """o_t = r_t (S_{t-1} + diag(u) k_t v_t^T);  S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_t^T.
+
+    y_t = W_out (HeadLayerNorm(o_t) * silu(g_t)). Each of r, k, v, g and w reads its own mix of this token and
+    the last one, x_t + (x_{t-1} - x_t) * (mu + tanh(x' A) B), where x' is mixed by one mu alone.
+
+    Attributes:
+      heads: divides the width.
+      mix_rank, decay_rank: columns of A, and of the low-rank map that makes w.
+      dtype, param_dtype, backend, out_scale: as in `Mixer`.
+
+    The call also takes `fraction`, the layer's place l / (L - 1) in its decoder, which sets how parameters
+    start; None means 0, the first.
+
+    Source: Peng et al. 2024 (arXiv 2404.05892), with its code's initial values, save that the low-rank maps'
+    second matrices start at zero.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> mixer = frugax.layers.RWKV6(heads=2)
+        >>> (y, state), params = mixer.init_with_output(jax.random.key(0), jnp.ones((1, 7, 16)))
+        >>> y.shape, state.memory.shape, state.last.shape
+        ((1, 7, 16), (1, 2, 8, 8), (1, 16))
+    """
+
+    heads: int = 4
+    mix_rank: int = 32
+    decay_rank: int = 64
+
+    over_depth = LayerFraction
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        state: RWKV6State | None = None,
+        segment_ids: Array | None = None,
+        fraction: Array | None = None,
+    ) -> tuple[Array, RWKV6State]:
+        x = self.prepare(x, segment_ids)
+        D, H = x.shape[-1], self.heads
+        K = head_size("width", D, H)
+        start = _Start(0.0 if fraction is None else fraction)
+
+        step = token_shift(x, None if state is None else state.last, segment_ids) - x
+        mixed = x + step * self._param("mu_x", start.mix, (D,), x.dtype)
+        low = jnp.tanh(self.dense(mixed, 5 * self.mix_rank, "mix_in"))
+        low = low.reshape(*x.shape[:2], 5, self.mix_rank)
+        up = self._param("mix_out", nn.initializers.zeros, (5, self.mix_rank, D), x.dtype)
+        mix = self._param("mu", start.mixes, (5, D), x.dtype) + jnp.einsum("btnr,nrd->btnd", low, up)
+        r, k, v, g, w = jnp.moveaxis(x[:, :, None] + step[:, :, None] * mix, 2, 0)
+
+        r, k, v, g = (self.dense(y, D, name) for y, name in ((r, "r"), (k, "k"), (v, "v"), (g, "g")))
+        wide = accumulator(x.dtype)
+        low = jnp.tanh(self.dense(w, self.decay_rank, "decay_in"))
+        w = low @ self._param("decay_out", nn.initializers.zeros, (self.decay_rank, D), x.dtype)
+        w = w.astype(wide) + self._param("decay", start.decay, (D,), wide)
+        u_HK = self._param("bonus", start.bonus, (H, K), wide)
+
+        o_BTHV, memory = linear_attention(
+            split_heads(r, H),
+            split_heads(k, H),
+            split_heads(v, H),
+            split_heads(-jnp.exp(w), H),
+            bonus=u_HK,
+            scale=1.0,
+            initial_state=None if state is None else state.memory,
+            segment_ids=segment_ids,
+            backend=self.backend,
+        )
+        o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV))
+        return self.output(o * jax.nn.silu(g), D), RWKV6State(memory, x[:, -1])
+
+    def _param(self, name: str, init, shape: tuple[int, ...], dtype) -> Array:
+        return self.param(name, init, shape, self.param_dtype).astype(dtype)
+
+
+def token_shift(x: Array, last: Array | None, segment_ids: Array | None) -> Array:
+    """The token before each [B, T, D]: zeros before a document's first, `last` [B, D] before the call's."""
+    first = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
+    before = x[:, :-1]
+    if segment_ids is not None:
+        goes_on = segment_ids[:, 1:] == segment_ids[:, :-1]
+        before = jnp.where(goes_on[..., None], before, 0)
+    return jnp.concatenate([first, before], axis=1)
+
+
+class _Start:
+    """Initial values that spread over channels (n in 0..1) and depend on the layer's place in depth."""
+
+    def __init__(self, fraction):
+        self.fraction = fraction
+
+    def mix(self, key, shape, dtype):
+        n = jnp.arange(shape[-1]) / shape[-1]
+        return (1 - n ** (1 - self.fraction)).astype(dtype)
+
+    def mixes(self, key, shape, dtype):  # r, k, v, g, w
+        n, p = jnp.arange(shape[-1]) / shape[-1], 1 - self.fraction
+        half, whole = 1 - n ** (0.5 * p), 1 - n**p
+        return jnp.stack([half, whole, whole - 0.3 * self.fraction, half, whole]).astype(dtype)
+
+    def decay(self, key, shape, dtype):
+        n = jnp.arange(shape[-1]) / max(shape[-1] - 1, 1)
+        return (-6 + 5 * n ** (0.7 + 1.3 * self.fraction)).astype(dtype)
+
+    def bonus(self, key, shape, dtype):
+        channels = jnp.arange(shape[0] * shape[1])
+        zigzag = 0.1 * ((channels + 1) % 3 - 1)
+        falling = self.fraction * (1 - channels / max(channels.size - 1, 1))
+        return (falling + zigzag).reshape(shape).astype(dtype)

@@ -1,0 +1,195 @@
+"""A causal language model assembled from data: a tuple of blocks, repeated, scanned over depth."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from ..kernels.common.arguments import accumulator
+from ..kernels.common.operation import Backend, check_backend
+from ..layers.block import Block, BlockLayer
+from ..layers.mixers.mixer import check_segment_ids
+
+
+class DecoderState(NamedTuple):
+    """What a decoder carries from call to call.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> model = frugax.layers.Decoder(vocab_size=5, width=8, blocks=(frugax.layers.Block("MLGRU"),))
+        >>> (_, state), _ = model.init_with_output(jax.random.key(0), jnp.array([[1, 2]]))
+        >>> isinstance(state, frugax.layers.DecoderState), state.last_segment
+        (True, None)
+    """
+
+    layers: tuple[Any, ...]  # for each block the state of its mixer, every leaf [repeats, B, ...]
+    last_segment: Array | None  # [B]: the document of the last token; None where no call had segment_ids
+
+
+class Decoder(nn.Module):
+    """Embedding, `len(blocks) * repeats` pre-norm layers, a final norm, and logits over the vocabulary.
+
+    The layers run in the order of `blocks`, `repeats` times over, under one scan: compile time follows
+    `len(blocks)`, not the depth, and params of layer (r, i) are `params["layers"]["block_<i>"]` at index r.
+
+    Attributes:
+      vocab_size: number of token ids.
+      width: size of the residual stream.
+      blocks: the layers of one repeat.
+      repeats: how often they repeat, each time with parameters of their own.
+      tie_embeddings: read logits off the embedding instead of a head of its own.
+      remat: recompute each layer in the backward pass instead of keeping what it computed.
+      unroll: write the repeats out instead of looping over them. Compile time then follows the depth; but XLA
+        on CPU puts elementwise work on several cores only outside loops.
+      dtype: what layers compute in, and the residual stream's dtype. Norms, states and logits are float32.
+      param_dtype: what parameters are kept in.
+      backend: handed to `frugax.kernels`; None picks by platform.
+
+    Args of the call:
+      tokens: ids [B, T] in [0, vocab_size). Others can't be seen at trace time: their embedding is NaN, and
+        so are their row's logits from there on, at least.
+      state: what the last call returned, to go on from there; None starts afresh.
+      segment_ids: the document of each token [B, T], to pack several in a row: nothing passes from one to the
+        next. A first token whose id is the last call's last goes on with that document; another id starts
+        afresh. A call without ids goes on.
+
+    Returns:
+      logits [B, T, vocab_size] in float32, and the state.
+
+    Raises:
+      ValueError: naming the argument that can't be right.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> block = frugax.layers.Block("GatedLinearAttention", "GLU", {"heads": 2})
+        >>> model = frugax.layers.Decoder(vocab_size=10, width=16, blocks=(block,), repeats=3)
+        >>> tokens = jnp.array([[1, 2, 3]])
+        >>> variables = model.init(jax.random.key(0), tokens)
+        >>> logits, state = model.apply(variables, tokens)
+        >>> logits, state = model.apply(variables, logits[:, -1:].argmax(-1), state)  # the fourth token
+        >>> logits.shape
+        (1, 1, 10)
+    """
+
+    vocab_size: int = 256
+    width: int = 192
+    blocks: tuple[Block, ...] = dataclasses.field(default_factory=lambda: (Block(),))
+    repeats: int = 1
+    tie_embeddings: bool = True
+    remat: bool = False
+    unroll: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    backend: Backend | None = None
+
+    @nn.compact
+    def __call__(
+        self, tokens: ArrayLike, state: DecoderState | None = None, segment_ids: ArrayLike | None = None
+    ) -> tuple[Array, DecoderState]:
+        tokens = jnp.asarray(tokens)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        self._check(tokens, state, segment_ids)
+        depth = len(self.blocks) * self.repeats
+        new_document, last_segment = _documents(state, segment_ids)
+
+        # Small, so that a tied head starts near uniform: with unit rows it would repeat the token.
+        init = nn.initializers.normal(0.02)
+        embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
+        known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
+        x = jnp.take(embedding, known, axis=0, mode="fill", fill_value=jnp.nan)
+        x = x.astype(self.dtype)
+
+        layers = nn.scan(
+            _Layers,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            length=self.repeats,
+            unroll=self.repeats if self.unroll else 1,
+            check_constancy_invariants=False,  # a second trace of the layers, to find nothing
+        )(self.blocks, depth, self.remat, self.dtype, self.param_dtype, self.backend, name="layers")
+        before = (None,) * len(self.blocks) if state is None else state.layers
+        x, after = layers(x, before, self._over_depth(depth), segment_ids, new_document)
+
+        last = self.blocks[-1]
+        x = last.norm_class(
+            **dict(last.norm_args), dtype=self.dtype, param_dtype=self.param_dtype, name="norm"
+        )(x)
+        if self.tie_embeddings:
+            head = embedding
+        else:
+            head = self.param("head", init, (self.vocab_size, self.width), self.param_dtype)
+        logits = jnp.einsum(
+            "btd,vd->btv", x, head.astype(self.dtype), preferred_element_type=accumulator(x.dtype)
+        )
+        return logits, DecoderState(after, last_segment)
+
+    def _over_depth(self, depth: int) -> tuple[dict[str, Array], ...]:
+        """For each block, the arguments of its mixer that differ by layer, each [repeats, ...]."""
+        n = len(self.blocks)
+        given = {}  # blocks of one kind share them: they are about the whole depth
+        for block in self.blocks:
+            kind = block.mixer_class.over_depth
+            if kind is not None and kind not in given:
+                given[kind] = kind(param_dtype=self.param_dtype, name=kind.__name__)(depth, self.width)
+        mine = [given.get(block.mixer_class.over_depth, {}) for block in self.blocks]
+        return tuple(jax.tree.map(lambda a, i=i: a[i::n], args) for i, args in enumerate(mine))
+
+    def _check(self, tokens: Array, state: DecoderState | None, segment_ids: Array | None) -> None:
+        for name in ("vocab_size", "width", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; a number >= 1 fits")
+        if not self.blocks or not all(isinstance(block, Block) for block in self.blocks):
+            raise ValueError(f"blocks: got {self.blocks!r}; a tuple of at least one frugax.layers.Block fits")
+        check_backend(self.backend)
+        if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: got {tokens.dtype}{list(tokens.shape)}; integers [batch, time >= 1] fit"
+            )
+        check_segment_ids(segment_ids, tokens.shape)
+        if state is None:
+            return
+        leaves = jax.tree.leaves(state.layers)
+        if len(state.layers) != len(self.blocks) or any(
+            leaf.shape[:2] != (self.repeats, tokens.shape[0]) for leaf in leaves
+        ):
+            shapes = sorted({leaf.shape[:2] for leaf in leaves})
+            raise ValueError(
+                f"state: got {len(state.layers)} blocks of [repeats, batch] {shapes}; "
+                f"{len(self.blocks)} blocks of ({self.repeats}, {tokens.shape[0]}) fit"
+            )
+
+
+class _Layers(nn.Module):
+    """One repeat of the blocks: the body of the scan over depth."""
+
+    blocks: tuple[Block, ...]
+    depth: int
+    remat: bool
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    backend: Backend | None
+
+    @nn.compact
+    def __call__(self, x, states, over_depth, segment_ids, new_document):
+        # prevent_cse costs fusion, and a scan needs none of it.
+        layer = nn.remat(BlockLayer, prevent_cse=False) if self.remat else BlockLayer
+        after = []
+        for i, block in enumerate(self.blocks):
+            one = layer(block, self.depth, self.dtype, self.param_dtype, self.backend, name=f"block_{i}")
+            x, state = one(x, states[i], over_depth[i], segment_ids, new_document)
+            after.append(state)
+        return x, tuple(after)
+
+
+def _documents(state: DecoderState | None, segment_ids: Array | None) -> tuple[Array | None, Array | None]:
+    """Which rows start a new document with this call [B] (None: none), and the last token's ids [B]."""
+    before = None if state is None else state.last_segment
+    if segment_ids is None:
+        return None, before
+    starts = None if before is None else segment_ids[:, 0] != before
+    return starts, segment_ids[:, -1]

@@ -1,0 +1,242 @@
+"""Checkpoints from elsewhere: Hugging Face folders of Mamba, FalconMamba and Mamba-2, into our `Decoder`."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from ...layers.block import Block
+from ..decoder import Decoder
+
+
+def load(folder: str | PathLike) -> tuple[Decoder, dict]:
+    """The model in a folder of Hugging Face's, as a `Decoder` and its variables.
+
+    Args:
+      folder: holds config.json and either model.safetensors or the shards that model.safetensors.index.json
+        lists. The config's model_type says what it is: "mamba", "falcon_mamba" or "mamba2".
+
+    Returns:
+      module: computes in float32; `module.clone(dtype=jnp.bfloat16)` in less.
+      variables: {"params": ...} in the dtypes of the file, for `module.apply(variables, tokens)`.
+
+    Raises:
+      ImportError: safetensors is not installed (`pip install "frugax[experiments]"` has it).
+      ValueError: what the folder lacks; a model_type or a setting that is not supported; tensors that are
+        missing, unexpected or of another shape than the config's, all of them listed.
+
+    Source: Mamba (arXiv 2312.00752), FalconMamba (2410.05355) and Mamba-2 (2405.21060), with the tensor names
+    of `transformers`.
+
+    Example:
+        >>> import frugax
+        >>> frugax.layers.pretrained.load("no/such/folder")
+        Traceback (most recent call last):
+        ValueError: folder: got 'no/such/folder', without a config.json; a Hugging Face model's folder fits
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"folder: got {str(folder)!r}, without a config.json; a Hugging Face model's folder fits"
+        )
+    config = json.loads((folder / "config.json").read_text())
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        names = ", ".join(map(repr, FAMILIES))
+        raise ValueError(f"model_type: got {config.get('model_type')!r}; one of {names} fits")
+    module = _decoder(config, family)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    flat = flatten_dict(shapes["params"], sep="/")
+    arrays = _read(folder, flat, _sources(config, family, module))
+    return module, {"params": unflatten_dict(arrays, sep="/")}
+
+
+HEAD = "lm_head.weight"
+
+
+class Tensor(NamedTuple):
+    """Where a tensor goes, and how it is turned: "as is", "transposed", or "taps" ([E, 1, W] -> [W, E])."""
+
+    path: str
+    turn: str = "as is"
+
+
+class Family(NamedTuple):
+    """What `load` has to know of a model_type."""
+
+    block: Callable[[dict], Block]
+    tied: bool  # whether the head is the embedding where the config does not say
+    mixer: dict[str, Tensor]  # by the name behind "backbone.layers.<i>.mixer."
+
+
+_CONV = {"conv1d.weight": Tensor("conv/weight", "taps"), "conv1d.bias": Tensor("conv/bias")}
+_MAMBA = _CONV | {
+    "in_proj.weight": Tensor("in_gate/kernel", "transposed"),
+    "x_proj.weight": Tensor("dt_B_C/kernel", "transposed"),
+    "dt_proj.weight": Tensor("dt/kernel", "transposed"),
+    "dt_proj.bias": Tensor("dt_bias"),
+    "A_log": Tensor("A_log"),
+    "D": Tensor("D"),
+    "out_proj.weight": Tensor("out/kernel", "transposed"),
+}
+_MAMBA2 = _CONV | {
+    "in_proj.weight": Tensor("gate_in_dt/kernel", "transposed"),
+    "dt_bias": Tensor("dt_bias"),
+    "A_log": Tensor("A_log"),
+    "D": Tensor("D"),
+    "norm.weight": Tensor("norm"),
+    "out_proj.weight": Tensor("out/kernel", "transposed"),
+}
+
+
+def _mamba_block(config: dict, inner_norm: float | None = None) -> Block:
+    width, rank = _get(config, "hidden_size"), config.get("time_step_rank", "auto")
+    inner = config.get("intermediate_size") or int(config.get("expand", 2) * width)
+    args = {
+        "expand": inner / width,
+        "state_size": config.get("state_size", 16),
+        "conv_width": config.get("conv_kernel", 4),
+        "dt_rank": math.ceil(width / 16) if rank == "auto" else rank,
+        "inner_norm": inner_norm,
+    }
+    return Block("Mamba", None, args, norm_args={"epsilon": config.get("layer_norm_epsilon", 1e-5)})
+
+
+def _falcon_block(config: dict) -> Block:
+    return _mamba_block(config, config.get("mixer_rms_eps", 1e-6))
+
+
+def _mamba2_block(config: dict) -> Block:
+    low, high = config.get("time_step_limit", (0.0, math.inf))
+    if low != 0 or high not in (math.inf, {"__float__": "Infinity"}):
+        raise ValueError(f"time_step_limit: got {[low, high]}; 0 and Infinity fit")
+    width, heads, expand = _get(config, "hidden_size"), _get(config, "num_heads"), config.get("expand", 2)
+    if heads * _get(config, "head_dim") != int(expand * width):
+        fits = f"expand * hidden_size / num_heads = {expand * width / heads:g} fits"
+        raise ValueError(f"head_dim: got {config['head_dim']}; {fits}")
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    args = {
+        "heads": heads,
+        "expand": expand,
+        "state_size": config.get("state_size", 128),
+        "groups": config.get("n_groups", 8),
+        "conv_width": config.get("conv_kernel", 4),
+        "norm_epsilon": epsilon,
+    }
+    return Block("Mamba2", None, args, norm_args={"epsilon": epsilon})
+
+
+FAMILIES = {
+    "mamba": Family(_mamba_block, True, _MAMBA),
+    "falcon_mamba": Family(_falcon_block, True, _MAMBA),
+    "mamba2": Family(_mamba2_block, False, _MAMBA2),
+}
+
+
+def _get(config: dict, name: str) -> Any:
+    if name not in config:
+        raise ValueError(f"config.json: has no {name!r}")
+    return config[name]
+
+
+def _decoder(config: dict, family: Family) -> Decoder:
+    for name, fits in {"hidden_act": ("silu", "swish"), "use_bias": (False,)}.items():
+        if config.get(name, fits[0]) not in fits:
+            raise ValueError(f"{name}: got {config[name]!r}; {' or '.join(map(repr, fits))} fits")
+    return Decoder(
+        vocab_size=_get(config, "vocab_size"),
+        width=_get(config, "hidden_size"),
+        blocks=(family.block(config),),
+        repeats=_get(config, "num_hidden_layers"),
+        tie_embeddings=config.get("tie_word_embeddings", family.tied),
+    )
+
+
+class Source(NamedTuple):
+    """The tensors that make one of our arrays: one, or one a layer to be stacked; and how to turn each."""
+
+    names: tuple[str, ...]
+    stacked: bool
+    turn: str
+
+    def shape_in_file(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        ours = ours[1:] if self.stacked else ours
+        return {"as is": ours, "transposed": ours[::-1], "taps": (*ours[1:], 1, *ours[:1])}[self.turn]
+
+    def array(self, read: Callable[[str], np.ndarray]) -> Array:
+        parts = [read(name) for name in self.names]
+        if self.turn != "as is":
+            parts = [(part[:, 0] if self.turn == "taps" else part).T for part in parts]
+        return jnp.asarray(np.stack(parts) if self.stacked else parts[0])
+
+
+def _sources(config: dict, family: Family, module: Decoder) -> dict[str, Source]:
+    """Path of each of our arrays -> what it is made of."""
+    once = {"embedding": "backbone.embeddings.weight", "norm/weight": "backbone.norm_f.weight"}
+    if not module.tie_embeddings:
+        once["head"] = HEAD
+    sources = {path: Source((name,), False, "as is") for path, name in once.items()}
+    in_layer = {"norm.weight": Tensor("mixer_norm/weight")}
+    in_layer |= {
+        f"mixer.{name}": Tensor(f"mixer/{path}", turn) for name, (path, turn) in family.mixer.items()
+    }
+    if not config.get("use_conv_bias", True):
+        del in_layer["mixer.conv1d.bias"]
+    for name, (path, turn) in in_layer.items():
+        names = tuple(f"backbone.layers.{i}.{name}" for i in range(module.repeats))
+        sources[f"layers/block_0/{path}"] = Source(names, True, turn)
+    return sources
+
+
+def _read(folder: Path, shapes: dict[str, Any], sources: dict[str, Source]) -> dict:
+    """Our arrays by their paths, once every tensor is known to be there in the right shape."""
+    with ExitStack() as stack:
+        files = _open(folder, stack)
+        wanted = {
+            name: list(source.shape_in_file(shapes[path].shape))
+            for path, source in sources.items()
+            for name in source.names
+        }
+        found = {name: list(file.get_slice(name).get_shape()) for name, file in files.items()}
+        wrong = [name for name in wanted if name in found and found[name] != wanted[name]]
+        problems = {
+            "missing": [name for name in wanted if name not in found],
+            "unexpected": sorted(set(found) - set(wanted) - {HEAD}),  # a tied head may be there as well
+            "misshaped": [f"{name} {found[name]} ({wanted[name]} fits)" for name in wrong],
+        }
+        if any(problems.values()):
+            lines = [f"\n  {what}: {', '.join(names)}" for what, names in problems.items() if names]
+            raise ValueError(
+                f"folder: {str(folder)!r} does not hold what its config.json says{''.join(lines)}"
+            )
+        values = {
+            path: source.array(lambda name: files[name].get_tensor(name)) for path, source in sources.items()
+        }
+    # What no tensor makes is the bias of convolutions that have none.
+    return {path: values.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in shapes.items()}
+
+
+def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Name of each tensor in the folder -> the open file it is in."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError("loading a checkpoint needs safetensors: pip install safetensors") from error
+    index = folder / "model.safetensors.index.json"
+    shards = ["model.safetensors"]
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    absent = [name for name in shards if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f"folder: {str(folder)!r} lacks {', '.join(absent)}")
+    opened = [stack.enter_context(safe_open(folder / name, framework="numpy")) for name in shards]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no mapping

@@ -1,0 +1,179 @@
+"""When projectors are found anew, and what becomes of an inner optimizer's state then."""
+
+import dataclasses
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from ...formats import QuantizedTensor, quantize
+from ..common.leafwise import Turn
+from .projectors import Projector
+
+MOMENTS = ("keep", "reset", "transport")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """When projectors are found anew.
+
+    Attributes:
+      every: steps from one refresh to the next, at least 1; may be traced.
+      stagger: spread the leaves' refreshes over the interval, so that no step pays for all of them. Adaptive
+        refreshes spread by themselves.
+      threshold: adaptive, if given: a matrix whose new basis is that close to its last one (the mean
+        |cosine| of the columns) `patience` times in a row waits twice as long from then on. Needs a
+        projector that keeps a basis, and keeps three integers a matrix.
+      patience: see threshold.
+
+    Raises:
+      ValueError: naming the attribute that can't be right.
+
+    Source: the adaptive rule is Q-GaLore's, Zhang et al. 2024 (arXiv 2407.08296).
+
+    Example:
+        >>> import frugax
+        >>> frugax.optim.Refresh(every=200, threshold=0.4).patience
+        5
+    """
+
+    every: Any = 200
+    stagger: bool = False
+    threshold: float | None = None
+    patience: int = 5
+
+    def __post_init__(self):
+        if isinstance(self.every, int) and self.every < 1:
+            raise ValueError(f"refresh: got {self.every} steps (update_interval); a number >= 1 fits")
+        if self.threshold is None:
+            return
+        if self.stagger:
+            raise ValueError("stagger: got True with a threshold; one of the two fits")
+        if not 0 < self.threshold <= 1 or self.patience < 1:
+            got = f"{self.threshold} and {self.patience}"
+            raise ValueError(f"threshold, patience: got {got}; a cosine in (0, 1] and a count >= 1 fit")
+
+
+class Waiting(NamedTuple):
+    """Adaptive refreshes: for each matrix its next step, its interval, and how often in a row it was
+    stable."""
+
+    next: Array
+    interval: Array
+    stable: Array
+
+
+def first_waiting(refresh: Refresh, shape: tuple[int, ...]) -> Waiting | tuple:
+    """What adaptive refreshes keep of the matrices `shape` [..., m, n] at first; () for the others."""
+    if refresh.threshold is None:
+        return ()
+    now = jnp.zeros(shape[:-2], jnp.int32)
+    return Waiting(now, now + jnp.asarray(refresh.every, jnp.int32), now)
+
+
+def schedule(refresh: Refresh, projector: Projector, seed: Any, path: str, turn: Turn) -> tuple[Array, Array]:
+    """The key of the leaf at `path`, the same between its refreshes, and whether one is due."""
+    every = jnp.asarray(refresh.every, jnp.int32)
+    shift = turn.leaf * every // turn.leaves if refresh.stagger and not projector.together else 0
+    key = jax.random.key(seed)
+    if not projector.together:
+        key = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+    due = ((turn.step + shift) % every == 0) | (turn.step == 0)
+    return jax.random.fold_in(key, (turn.step + shift) // every), due
+
+
+def refresh_all(
+    projector: Projector,
+    inner: optax.GradientTransformation,
+    moments: str,
+    g: Array,
+    kept: Any,
+    state: Any,
+    key: Array,
+) -> tuple[Any, Any]:
+    """What the projector keeps, and inner's state, after a refresh of all matrices of a leaf."""
+    new = projector.refresh(g, kept, key)
+    if moments == "reset":
+        state = _like(inner.init(jnp.zeros_like(projector.down(g, new, key))), state)
+    elif moments == "transport":
+        state = _transported(state, projector.change(kept, new), g.shape[-1])
+    return _like(new, kept), state
+
+
+def refresh_some(
+    refresh: Refresh,
+    projector: Any,
+    moments: str,
+    g: Array,
+    kept: Any,
+    state: Any,
+    waiting: Waiting,
+    key: Array,
+    step: Array,
+) -> tuple[Any, Any, Waiting]:
+    """Adaptive refreshes: those matrices of a leaf whose turn it is, one after the other; and when they are
+    next."""
+    due = step >= waiting.next
+    key = jax.random.fold_in(key, step)
+    batch = g.shape[:-2]
+
+    def anew(kept, state, waiting):
+        old = projector.unpack(kept)
+
+        def one(matrix):
+            g_MN, p_MR, is_due = matrix
+            return jax.lax.cond(
+                is_due, lambda: projector.look(g_MN, p_MR, key).astype(p_MR.dtype), lambda: p_MR
+            )
+
+        def flat(x):
+            return x.reshape(-1, *x.shape[len(batch) :])
+
+        new = jax.lax.map(one, (flat(g), flat(old), flat(due))).reshape(old.shape)
+        size = jnp.linalg.norm(old, axis=-2) * jnp.linalg.norm(new, axis=-2)
+        cosine = jnp.sum(old * new, axis=-2) / jnp.where(size > 0, size, 1)
+        closeness = jnp.mean(jnp.abs(cosine), axis=-1)  # a singular vector's sign means nothing
+        stable = jnp.where(closeness >= refresh.threshold, waiting.stable + 1, 0)
+        longer = stable >= refresh.patience
+        interval = jnp.where(longer, 2 * waiting.interval, waiting.interval)
+        after = Waiting(step + interval, interval, jnp.where(longer, 0, stable))
+        waiting = jax.tree.map(lambda a, b: jnp.where(due, a, b), after, waiting)
+        packed = _like(projector.pack(new), kept)
+        if moments == "transport":
+            change = jnp.where(due[..., None, None], projector.change(kept, packed), jnp.eye(old.shape[-1]))
+            state = _transported(state, change, g.shape[-1])
+        return packed, state, waiting
+
+    return jax.lax.cond(jnp.any(due), anew, lambda *unchanged: unchanged, kept, state, waiting)
+
+
+def _transported(state: Any, change: Array, n: int) -> Any:
+    """Inner's moments [..., r, n] in the new basis; second moments by the squares of `change` [..., r, r].
+
+    Second moments are what is called `nu`, and codes of a format without negative values.
+    """
+
+    def move(path, leaf):
+        if leaf.ndim < 2 or leaf.shape[-2:] != (change.shape[-1], n):
+            return leaf
+        is_second = jax.tree_util.keystr(path[-1:], simple=True) == "nu"
+        if isinstance(leaf, QuantizedTensor):
+            is_second = is_second or not leaf.format.signed
+            moved = turned(leaf.dequantize(), is_second)
+            return quantize(moved, leaf.format, axis=leaf.axis, group_size=leaf.group_size)
+        return turned(leaf, is_second)
+
+    def turned(moment, is_second):
+        c = change.astype(moment.dtype)
+        return (c * c if is_second else c) @ moment
+
+    return jax.tree_util.tree_map_with_path(move, state, is_leaf=lambda x: isinstance(x, QuantizedTensor))
+
+
+def _like(new: Any, old: Any) -> Any:
+    """`new` in the dtypes of `old`, as both branches of a conditional need."""
+    return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), new, old)

@@ -1,0 +1,315 @@
+"""Each mixer against its paper's equations in numpy: a loop over tokens, or the quadratic form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import frugax
+from tests.errors import assert_close
+
+from .mixers import make
+
+T, D = 13, 12
+
+
+def call(name, **arguments):
+    """(the parameters as numpy, x [B, T, D], the mixer's y) in float64; arguments go to the call."""
+    with jax.enable_x64(True):
+        module, variables, x = make(name)
+        arguments = jax.tree.map(jnp.asarray, arguments)
+        y, _ = jax.jit(lambda v, x: module.apply(v, x, **arguments))(variables, x)
+        return jax.tree.map(np.asarray, variables["params"]), np.asarray(x), np.asarray(y)
+
+
+def check(y, expected, dtype="float64"):
+    assert_close(y, expected, dtype)
+
+
+def heads(x, H):
+    return x.reshape(*x.shape[:-1], H, -1)
+
+
+def merge(x):
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def rms_norm(x):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def rotate(x_BTHD):
+    """Pairs of channels as complex numbers, turned by position * 10000^(-2i/D)."""
+    half = x_BTHD.shape[-1] // 2
+    z = x_BTHD[..., :half] + 1j * x_BTHD[..., half:]
+    angle = np.arange(x_BTHD.shape[1])[:, None, None] * 10000.0 ** (-np.arange(half) / half)
+    z = z * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def masked(q, k, v, weight_HTT):
+    """(Q K^T * weight) V, head by head."""
+    return np.einsum("bthk,bshk,hts,bshv->bthv", q, k, weight_HTT, v)
+
+
+def decayed(gamma_H):
+    """gamma^(t - s) for s <= t, else 0: [H, T, T]."""
+    back = np.arange(T)[:, None] - np.arange(T)
+    return np.where(back >= 0, gamma_H[:, None, None] ** np.maximum(back, 0), 0)
+
+
+def recurrent(q, k, v, a, scale):
+    """S = diag(a) S + k v^T and o = scale q S, token by token; all [B, T, H, .]."""
+    B, _, H, K = q.shape
+    S = np.zeros((B, H, K, v.shape[-1]))
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for t in range(q.shape[1]):
+        S = a[:, t, :, :, None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        out[:, t] = scale * np.einsum("bhk,bhkv->bhv", q[:, t], S)
+    return out
+
+
+def features(name, x, p, which):
+    if name == "elu+1":
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+    if name == "learned":
+        y = np.einsum("bthd,hde->bthe", x, p[which]["kernel"])
+        e = np.exp(np.concatenate([y, -y], axis=-1))
+        return e / e.sum(-1, keepdims=True)
+    return x
+
+
+@pytest.mark.parametrize("name", ["elu+1", "taylor", "learned", "sum"])
+def test_linear_attention(name):
+    p, x, y = call(f"LinearAttention-{name}")
+    H, V = 2, D // 2
+    K = {"elu+1": 5, "taylor": 3}.get(name, V)
+    q, k, v = (heads(z, H) for z in np.split(x @ p["qkv"]["kernel"], [H * K, 2 * H * K], axis=-1))
+    q_f = features("elu+1" if name == "sum" else name, q, p, "q_map")
+    k_f = features("elu+1" if name == "sum" else name, k, p, "k_map")
+    weight = np.einsum("bthk,bshk->bhts", q_f, k_f)
+    if name == "taylor":  # what exp(q.k / sqrt(K)) starts with
+        dots = weight / np.sqrt(K)
+        weight = 1 + dots + dots**2 / 2
+    weight = np.tril(weight)
+    total = np.sqrt(K) if name == "sum" else weight.sum(-1)[..., None] + 1e-6
+    check(y, merge(np.moveaxis(weight @ np.moveaxis(v, 2, 1) / total, 1, 2)) @ p["out"]["kernel"])
+
+
+def test_taylor_map_is_the_polynomial():
+    rng = np.random.default_rng(0)
+    x, z = rng.standard_normal((2, 100, 16))
+    with jax.enable_x64(True):
+        fx, fz = frugax.layers.taylor(jnp.asarray(x)), frugax.layers.taylor(jnp.asarray(z))
+        assert fx.shape == (100, 1 + 16 + 16 * 17 // 2)
+        dots = np.sum(x * z, axis=-1)
+        assert_close(jnp.sum(fx * fz, axis=-1), 1 + dots + dots**2 / 2, jnp.float64)
+
+
+@pytest.mark.parametrize(("name", "H"), [("LightningAttention", 3), ("LightningAttention-lrpe", 2)])
+@pytest.mark.parametrize("fraction", [None, 0.75])
+def test_lightning_attention(name, H, fraction):
+    p, x, y = call(name, fraction=fraction)
+    q, k, v, u = np.split(x @ p["qkvu"]["kernel"], 4, axis=-1)
+    q, k, v = heads(silu(q), H), heads(silu(k), H), heads(v, H)
+    if H == 2:
+        angle = np.arange(T)[:, None, None] * p["theta"]
+        q, k = (np.concatenate([z * np.cos(angle), z * np.sin(angle)], axis=-1) for z in (q, k))
+    slopes = np.array({2: [2**-4, 2**-8], 3: [2**-4, 2**-8, 2**-2]}[H])  # ALiBi's of 2 heads; of 4, the first
+    o = masked(q, k, v, decayed(np.exp(-slopes * (1 - (fraction or 0) + 1e-5))))
+    check(y, (u * rms_norm(merge(o))) @ p["out"]["kernel"])
+
+
+def test_slopes_of_eight_heads_are_alibis():
+    assert frugax.layers.decay_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    with pytest.raises(ValueError, match="heads: got 0"):
+        frugax.layers.decay_slopes(0)
+
+
+def test_retention():
+    p, x, y = call("Retention")
+    H = 3
+    q, k, v, g = np.split(x @ p["qkv_gate"]["kernel"], [D, 2 * D, 4 * D], axis=-1)
+    o = masked(rotate(heads(q, H)), rotate(heads(k, H)), heads(v, H), decayed(1 - 2.0 ** (-5 - np.arange(H))))
+    check(y, merge(rms_norm(o / np.sqrt(D // H)) * silu(heads(g, H))) @ p["out"]["kernel"])
+
+
+def test_gated_linear_attention():
+    p, x, y = call("GatedLinearAttention")
+    H = 2
+    sizes = np.cumsum([D // 2, D // 2, D, D])
+    q, k, v, g, low = np.split(x @ p["qkv_gates"]["kernel"], sizes, axis=-1)
+    a = sigmoid(low @ p["forget"]["kernel"] + p["forget"]["bias"]) ** (1 / 16)
+    o = recurrent(*(heads(z, H) for z in (q, k, v, a)), scale=(D // 2 // H) ** -0.5)
+    check(y, merge(rms_norm(o) * p["norm"]["weight"] * silu(heads(g, H))) @ p["out"]["kernel"])
+
+
+def test_gated_linear_attention_with_a_convolution():
+    p, x, y = call("GatedLinearAttention-conv")
+    H = 2
+    qkv, g, low = np.split(x @ p["qkv_gates"]["kernel"], [2 * D, 3 * D], axis=-1)
+    q, k, v = np.split(silu(convolved(qkv, p["conv"]["weight"])), [D // 2, D], axis=-1)
+    a = sigmoid(low @ p["forget"]["kernel"] + p["forget"]["bias"]) ** (1 / 16)
+    o = recurrent(*(heads(z, H) for z in (q, k, v, a)), scale=(D // 2 // H) ** -0.5)
+    check(y, merge(rms_norm(o) * p["norm"]["weight"] * silu(heads(g, H))) @ p["out"]["kernel"])
+
+
+def convolved(x, taps):
+    padded = np.pad(x, ((0, 0), (len(taps) - 1, 0), (0, 0)))
+    return sum(w * padded[:, i : i + x.shape[1]] for i, w in enumerate(taps))
+
+
+@pytest.mark.parametrize("floor", [None, np.linspace(0.1, 0.9, D)])
+def test_hgrn2(floor):
+    p, x, y = call("HGRN2", floor=floor)
+    H = 3
+    q, f, i = np.split(x @ p["qfi"]["kernel"], 3, axis=-1)
+    low = 0 if floor is None else floor
+    f = low + (1 - low) * sigmoid(f)
+    o = recurrent(heads(silu(q), H), heads(1 - f, H), heads(i, H), heads(f, H), scale=(D // H) ** -0.5)
+    check(y, (rms_norm(merge(o)) * p["norm"]["weight"]) @ p["out"]["kernel"])
+
+
+@pytest.mark.parametrize("floor", [None, np.linspace(0.1, 0.9, D)])
+def test_mlgru(floor):
+    p, x, y = call("MLGRU", floor=floor)
+    f, c, g = np.split(x @ p["fcg"]["kernel"], 3, axis=-1)
+    low = 0 if floor is None else floor
+    f, c = low + (1 - low) * sigmoid(f), silu(c)
+    h, hs = np.zeros((2, D)), []
+    for t in range(T):
+        h = f[:, t] * h + (1 - f[:, t]) * c[:, t]
+        hs.append(h)
+    o = rms_norm(sigmoid(g) * np.stack(hs, axis=1)) * p["norm"]["weight"]
+    check(y, o @ p["out"]["kernel"])
+
+
+def test_rwkv6():
+    p, x, y = call("RWKV6")
+    H, K, rank = 2, D // 2, 3
+    S, before, out = np.zeros((2, H, K, K)), np.zeros((2, D)), []
+    for t in range(T):
+        now = x[:, t]
+        step = before - now
+        low = np.tanh((now + step * p["mu_x"]) @ p["mix_in"]["kernel"]).reshape(2, 5, rank)
+        mixed = [now + step * (p["mu"][n] + low[:, n] @ p["mix_out"][n]) for n in range(5)]
+        r, k, v, g = (z @ p[name]["kernel"] for z, name in zip(mixed, "rkvg", strict=False))
+        w = p["decay"] + np.tanh(mixed[4] @ p["decay_in"]["kernel"]) @ p["decay_out"]
+        r, k, v, a = (heads(z, H) for z in (r, k, v, np.exp(-np.exp(w))))
+        kv = k[..., None] * v[..., None, :]
+        o = np.einsum("bhk,bhkv->bhv", r, S + p["bonus"][..., None] * kv)
+        S = a[..., None] * S + kv
+        o = (o - o.mean(-1, keepdims=True)) / np.sqrt(o.var(-1, keepdims=True) + 64e-5)
+        out.append(merge(o * p["norm"]["weight"] + p["norm"]["bias"]) * silu(g) @ p["out"]["kernel"])
+        before = now
+    check(y, np.stack(out, axis=1))
+
+
+def windowed(p, x, H, window):
+    q, k, v = (heads(z, H) for z in np.split(x @ p["qkv"]["kernel"], 3, axis=-1))
+    dots = np.einsum("bthd,bshd->bhts", rotate(q), rotate(k)) / np.sqrt(D // H)
+    back = np.arange(T)[:, None] - np.arange(T)
+    e = np.where((back >= 0) & (back < window), np.exp(dots), 0)
+    o = np.einsum("bhts,bshv->bthv", e / e.sum(-1, keepdims=True), v)
+    return merge(o) @ p["out"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("name", "H", "window"), [("SlidingWindowAttention", 2, 4), ("SlidingWindowAttention-long", 3, 20)]
+)
+def test_sliding_window_attention(name, H, window):
+    p, x, y = call(name)
+    check(y, windowed(p, x, H, window), "float32")  # which jax.nn.dot_product_attention has its weights in
+
+
+def test_a_window_of_one_token_is_the_values():
+    with jax.enable_x64(True):
+        module, variables, x = make("SlidingWindowAttention")
+        p = variables["params"]
+        y, _ = module.clone(window=1).apply(variables, x)
+        assert_close(y, x @ p["qkv"]["kernel"][:, 2 * D :] @ p["out"]["kernel"], jnp.float64)
+
+
+def test_based_is_its_two_halves():
+    p, x, y = call("Based")
+    with jax.enable_x64(True):
+        half = frugax.layers.LinearAttention(
+            heads=2, feature_map="taylor", key_size=3, param_dtype=jnp.float64
+        )
+        linear, _ = half.apply({"params": p["linear"]}, jnp.asarray(x))
+    check(y, np.asarray(linear) + windowed(p["window"], x, 2, 4), "float32")
+
+
+@pytest.mark.parametrize(("d", "window"), [(4, 8), (16, 64)])
+def test_bytes_that_based_carries(d, window):
+    H, V, B = 2, 24, 3
+    module = frugax.layers.Based(heads=H, key_size=d, window=window)
+    shape = jax.ShapeDtypeStruct((B, 5, H * V), jnp.float32)
+    (_, state), _ = jax.eval_shape(module.init_with_output, jax.random.key(0), shape)
+    nbytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    linear = (1 + d + d * (d + 1) // 2) * (V + 1)  # features by values, and the weights' sum
+    assert nbytes == 4 * B * (H * (linear + 2 * (window - 1) * V) + 1)  # and how long the document is
+
+
+def test_gated_convolution():
+    p, x, y = call("GatedConvolution")
+    inner, gate = np.split(x @ p["in_gate"]["kernel"], 2, axis=-1)
+    check(y, (silu(convolved(inner, p["conv"]["weight"])) * gate) @ p["out"]["kernel"])
+
+
+def test_rotary_sees_only_differences():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        q, k = jnp.asarray(rng.standard_normal((2, 1, 3, 2, 6)))
+        places = jnp.array([[0, 5, 700]])
+
+        def dots(shift):
+            return jnp.sum(
+                frugax.layers.rotary(q, places + shift) * frugax.layers.rotary(k, places + 3), axis=-1
+            )
+
+        def moved(shift):
+            a = frugax.layers.rotary(q, places + shift + 41)
+            return jnp.sum(a * frugax.layers.rotary(k, places + 44), axis=-1)
+
+        assert_close(moved(0), dots(0), jnp.float64)
+        assert_close(frugax.layers.rotary(q, places), rotate_at(np.asarray(q), [0, 5, 700]), jnp.float64)
+
+
+def rotate_at(x, places):
+    half = x.shape[-1] // 2
+    z = x[..., :half] + 1j * x[..., half:]
+    z = z * np.exp(1j * np.array(places)[:, None, None] * 10000.0 ** (-np.arange(half) / half))
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+def test_positions_count_within_documents_and_across_calls():
+    ids = jnp.array([[4, 4, 4, 4], [1, 2, 2, 1], [0, 0, 0, 3]])
+    place, offset = frugax.layers.positions(jnp.array([5, 9, 0]), ids, (3, 4))
+    assert place.tolist() == [[5, 6, 7, 8], [9, 0, 1, 0], [0, 1, 2, 0]]
+    assert offset.tolist() == [9, 1, 1]
+    place, offset = frugax.layers.positions(None, None, (2, 3))
+    assert place.tolist() == [[0, 1, 2]] * 2
+    assert offset.tolist() == [3, 3]
+
+
+def test_floored_gates_stay_finite_and_exact():
+    from frugax.layers.modules.over_depth import floored_gate
+
+    z = np.array([-1e4, -50.0, -3.0, 0.0, 3.0, 50.0, 1e4], np.float32)
+    for floor in (0.0, 0.3):
+        log_f, inward = floored_gate(jnp.asarray(z), jnp.float32(floor))
+        wide = np.maximum(z.astype(np.float64), -60)
+        assert_close(inward, (1 - floor) * sigmoid(-wide), jnp.float32)
+        assert_close(log_f, np.log(floor + (1 - floor) * sigmoid(wide)), jnp.float32)
+        assert np.all(np.asarray(log_f) <= 0)
+        slopes = jax.grad(lambda z, floor=floor: floored_gate(z, jnp.float32(floor))[0].sum())(jnp.asarray(z))
+        assert np.isfinite(np.asarray(slopes)).all()

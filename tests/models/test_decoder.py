@@ -1,0 +1,351 @@
+"""The decoder: one call for training, prefill, decoding and packed rows, and depth as a scan over data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import frugax
+from frugax.layers import Block, Decoder
+from frugax.layers.block import BlockLayer
+from tests.errors import assert_close, bound, error
+
+V, D = 11, 12
+
+GLA = Block("GatedLinearAttention", "GLU", {"heads": 2, "conv_width": 3, "gate_rank": 3})
+# One block of every kind of state, norm and argument that differs by layer.
+MIXED = (
+    Block("HGRN2", "MLP", {"heads": 2}, norm="LayerNorm"),
+    frugax.layers.transnormer_block(heads=2),
+    Block("SlidingWindowAttention", None, {"heads": 2, "window": 3}),
+)
+
+
+def make(blocks=(GLA,), repeats=2, *, batch=2, time=13, dtype=jnp.float32, **more):
+    """(model, variables, tokens) with parameters away from zeros and ones."""
+    model = Decoder(
+        V, D, blocks, repeats, dtype=dtype, param_dtype=jnp.promote_types(dtype, jnp.float32), **more
+    )
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(V, size=(batch, time)), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    return (
+        model,
+        jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes),
+        tokens,
+    )
+
+
+def gradients(apply, variables):
+    def loss(variables):
+        logits = apply(variables)
+        cotangent = np.random.default_rng(2).standard_normal(logits.shape)
+        return jnp.vdot(logits, jnp.asarray(cotangent, logits.dtype)), logits
+
+    grads, logits = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    return {"logits": logits, "grads": grads}
+
+
+def in_pieces(model, variables, tokens, cuts, segment_ids=None):
+    state, logits = None, []
+    for start, stop in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
+        ids = None if segment_ids is None else segment_ids[:, start:stop]
+        y, state = model.apply(variables, tokens[:, start:stop], state, ids)
+        logits.append(y)
+    return jnp.concatenate(logits, axis=1)
+
+
+@pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
+def test_whole_is_chunked_is_token_by_token(blocks):
+    with jax.enable_x64(True):
+        model, variables, tokens = make(blocks, dtype=jnp.float64)
+        dtype = (
+            jnp.float64 if blocks == (GLA,) else jnp.float32
+        )  # the weights of jax.nn.dot_product_attention
+        whole = gradients(lambda v: model.apply(v, tokens)[0], variables)
+        chunks = gradients(lambda v: in_pieces(model, v, tokens, (8,)), variables)
+        assert_close(chunks, whole, dtype, name="chunks")
+
+        def by_token(variables):
+            first, state = model.apply(variables, tokens[:, :1])
+
+            def step(state, token_B):
+                logits, state = model.apply(variables, token_B[:, None], state)
+                return state, logits[:, 0]
+
+            _, rest = jax.lax.scan(step, state, tokens[:, 1:].T)
+            return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
+
+        assert_close(jax.jit(by_token)(variables), whole["logits"], dtype, name="tokens")
+
+
+@pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
+def test_packed_is_separate_wherever_calls_are_cut(blocks):
+    model, variables, tokens = make(blocks)
+    ids = jnp.array([np.repeat([7, 2, 7], (3, 1, 9)), np.repeat([0, 1, 0], (9, 3, 1))])
+    documents = {3: [(0, 0), (1, 9)], 1: [(0, 3), (1, 12)], 9: [(0, 4), (1, 0)]}
+
+    def separate(variables):
+        rows = [{}, {}]
+        for length, places in documents.items():
+            logits, _ = model.apply(variables, jnp.stack([tokens[r, s : s + length] for r, s in places]))
+            for y_TV, (row, start) in zip(logits, places, strict=True):
+                rows[row][start] = y_TV
+        return jnp.stack([jnp.concatenate([row[start] for start in sorted(row)]) for row in rows])
+
+    want = gradients(separate, variables)
+    packed = gradients(lambda v: model.apply(v, tokens, segment_ids=ids)[0], variables)
+    assert_close(packed, want, jnp.float32, name="packed")
+    # After 4 tokens a document ends in row 0 and goes on in row 1; after 9 it is the other way round.
+    pieces = jax.jit(lambda v: in_pieces(model, v, tokens, (4, 9), ids))(variables)
+    assert_close(pieces, want["logits"], jnp.float32, name="pieces")
+    # A call without ids goes on with the last document.
+    logits, state = model.apply(variables, tokens[:, :5], segment_ids=ids[:, :5])
+    logits, state = model.apply(variables, tokens[:, 5:8], state)
+    assert_close(logits, want["logits"][:, 5:8], jnp.float32, name="without ids")
+    logits, _ = model.apply(variables, tokens[:, 8:], state, ids[:, 8:])
+    assert_close(logits, want["logits"][:, 8:], jnp.float32, name="with ids again")
+
+
+def test_the_scan_over_depth_is_a_loop_over_layers():
+    model, variables, tokens = make(MIXED, repeats=3)
+    params, depth = variables["params"], 9
+    steps = np.exp(params["ForgetFloors"]["logits"].astype(np.float64))
+    steps /= steps.sum(0)
+    floors = np.cumsum(steps, axis=0) - steps[0]
+
+    def loop(variables):
+        params = variables["params"]
+        x = params["embedding"][tokens]
+        for layer in range(depth):
+            repeat, i = divmod(layer, len(MIXED))
+            mine = jax.tree.map(lambda p, repeat=repeat: p[repeat], params["layers"][f"block_{i}"])
+            by_layer = [{"floor": jnp.float32(floors[layer])}, {"fraction": jnp.float32(layer / 8)}, {}][i]
+            module = BlockLayer(MIXED[i], depth, jnp.float32, jnp.float32, None)
+            x, _ = module.apply({"params": mine}, x, None, by_layer, None, None)
+        return nn_rms(x, params["norm"]["weight"]) @ params["embedding"].T
+
+    got = gradients(lambda v: model.apply(v, tokens)[0], variables)
+    want = gradients(loop, variables)
+    floor_grads = got["grads"]["params"].pop("ForgetFloors")
+    want["grads"]["params"].pop("ForgetFloors")  # the loop above takes the floors as constants
+    assert_close(got, want, jnp.float32)
+    assert np.any(np.asarray(floor_grads["logits"]))
+
+
+def nn_rms(x, weight):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weight
+
+
+def test_floors_start_at_zero_and_rise_with_depth():
+    from frugax.layers.modules.over_depth import ForgetFloors
+
+    floors = ForgetFloors().init_with_output(jax.random.key(0), 4, 3)[0]["floor"]
+    assert floors[:, 0].tolist() == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
+def test_remat_and_unrolling_change_no_number(blocks):
+    model, variables, tokens = make(blocks)
+    ids = jnp.array([np.repeat([7, 2, 7], (3, 1, 9)), np.repeat([0, 1, 0], (9, 3, 1))])
+    plain, remat, unrolled = (
+        gradients(lambda v, m=m: m.apply(v, tokens, segment_ids=ids)[0], variables)
+        for m in (model, model.clone(remat=True), model.clone(unroll=True))
+    )
+    assert_close(remat, plain, jnp.float32)
+    assert_close(unrolled, plain, jnp.float32)
+
+    def remats(m):  # kernels have some of their own
+        return str(jax.make_jaxpr(m.apply)(variables, tokens)).count("remat")
+
+    assert remats(model.clone(remat=True)) > remats(model)
+
+
+def test_depth_adds_no_program():
+    def equations(repeats):
+        model, variables, tokens = make(repeats=repeats)
+        return str(jax.make_jaxpr(jax.grad(lambda v: model.apply(v, tokens)[0].sum()))(variables)).count("=")
+
+    assert equations(2) == equations(7)
+
+
+def test_tied_embeddings_are_the_head():
+    model, variables, tokens = make()
+    untied = model.clone(tie_embeddings=False)
+    head = {"params": {**variables["params"], "head": variables["params"]["embedding"]}}
+    shapes = jax.eval_shape(untied.init, jax.random.key(0), tokens)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, head)
+    tied_logits, _ = model.apply(variables, tokens)
+    assert_close(untied.apply(head, tokens)[0], tied_logits, jnp.float32)
+    head["params"]["head"] = -head["params"]["head"]
+    assert_close(untied.apply(head, tokens)[0], -tied_logits, jnp.float32)
+
+
+def test_bfloat16_layers_give_float32_logits():
+    model, variables, tokens = make()
+    want, _ = jax.jit(model.apply)(variables, tokens)
+    logits, state = jax.jit(model.clone(dtype=jnp.bfloat16).apply)(variables, tokens)
+    assert logits.dtype == jnp.float32
+    # Two layers of two halves, each a dozen roundings deep, add up in the stream like independent errors.
+    assert_close(logits, want, jnp.bfloat16, times=12 * 4**0.5)
+    again, _ = model.clone(dtype=jnp.bfloat16).apply(variables, tokens[:, :1], state)
+    assert again.dtype == jnp.float32
+
+
+def test_how_a_decoder_is_born():
+    """Near-uniform predictions, quiet outputs, one set of parameters a layer."""
+    model = Decoder(256, 64, (Block("RWKV6", "GLU"), Block("Retention", "MLP")), repeats=4)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(256, size=(2, 32)))
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+    assert abs(float(loss) - np.log(256)) < 0.1
+    out = params["layers"]["block_1"]["channel"]["out"]["kernel"]  # [repeats, hidden, width]
+    assert abs(float(jnp.std(out)) / (256 * 2 * 8) ** -0.5 - 1) < 0.05
+    assert error(out[0], out[1]) > 1
+    decay = params["layers"]["block_0"]["mixer"]["decay"]  # starts as its layer of RWKV-6 does
+    n, fractions = np.arange(64) / 63, np.arange(0, 8, 2) / 7
+    assert_close(decay, np.stack([-6 + 5 * n ** (0.7 + 1.3 * f) for f in fractions]), jnp.float32)
+
+
+def test_it_learns():
+    model, variables, _ = make(batch=1)
+    tokens = jnp.tile(jnp.array([[1, 5, 2, 8, 3]]), (2, 5))
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(carry, _):
+        variables, opt_state = carry
+
+        def loss_fn(variables):
+            logits, _ = model.apply(variables, tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(variables)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(variables, updates), opt_state), loss
+
+    _, losses = jax.jit(lambda c: jax.lax.scan(step, c, length=60))((variables, optimizer.init(variables)))
+    assert losses[0] > 2
+    assert losses[-1] < 0.2
+
+
+def test_nnx_bridge_trains_a_step():
+    model = Decoder(V, D, (GLA,), repeats=2)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(V, size=(2, 9)))
+    wrapped = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(tokens)
+    optimizer = nnx.Optimizer(wrapped, optax.adam(1e-2), wrt=nnx.Param)
+
+    def loss_fn(wrapped):
+        logits, _ = wrapped(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    loss, grads = nnx.jit(nnx.value_and_grad(loss_fn))(wrapped)
+    optimizer.update(wrapped, grads)
+    assert nnx.jit(loss_fn)(wrapped) < loss
+
+
+def test_ids_outside_the_vocabulary_show():
+    model, variables, tokens = make(batch=2, time=5)
+    for bad in (V, -1):
+        logits, _ = model.apply(variables, tokens.at[1, 2].set(bad))
+        assert np.isnan(logits[1, 2:]).all()
+        assert np.isfinite(logits[0]).all()
+
+
+def test_blocks_are_values():
+    one = Block("GatedLinearAttention", mixer_args={"heads": 2, "expand_k": 1.0})
+    same = Block("GatedLinearAttention", mixer_args=(("expand_k", 1.0), ("heads", 2)))
+    assert one == same
+    assert hash(one) == hash(same)
+    assert one != Block("GatedLinearAttention", mixer_args={"heads": 4, "expand_k": 1.0})
+
+
+def test_norms_take_their_arguments():
+    """So large an epsilon that layers see almost nothing, add nothing, and the last norm is a division."""
+    block = Block(mixer_args={"heads": 2}, norm="SimpleRMSNorm", norm_args={"epsilon": 1e12})
+    model, variables, tokens = make((block,))
+    logits, _ = model.apply(variables, tokens)
+    embedding = np.asarray(variables["params"]["embedding"], np.float64)
+    assert_close(logits, embedding[tokens] / 1e6 @ embedding.T, "float32")
+
+
+class Mean(frugax.layers.Mixer):
+    """A mixer of the user's own."""
+
+    @nn.compact
+    def __call__(self, x, *, state=None, segment_ids=None):
+        x = self.prepare(x, segment_ids)
+        return self.output(jnp.cumsum(x, axis=1), x.shape[-1]), state
+
+
+def test_a_mixer_of_ones_own():
+    model, variables, tokens = make((Block(Mean, "MLP"),))
+    logits, _ = model.apply(variables, tokens)
+    assert logits.shape == (2, 13, V)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mixer": "Attention"}, "mixer: got 'Attention'; one of .*GatedLinearAttention"),
+        ({"mixer": GLA}, "mixer: got Block"),
+        ({"channel": "MoE"}, "channel: got 'MoE'; one of GLU, MLP"),
+        ({"norm": "BatchNorm"}, "norm: got 'BatchNorm'; one of RMSNorm"),
+        ({"mixer_args": {"head": 4}}, "mixer_args: GatedLinearAttention takes no 'head'; heads, expand_k"),
+        ({"mixer_args": {"dtype": jnp.bfloat16}}, "takes no 'dtype'"),
+        ({"channel_args": {"width": 4}}, "channel_args: GLU takes no 'width'; expand, activation fit"),
+        ({"norm_args": {"eps": 1e-5}}, "norm_args: RMSNorm takes no 'eps'; epsilon fit"),
+        ({"channel": None, "channel_args": {"expand": 4}}, "channel_args: .* without a channel mixer"),
+    ],
+)
+def test_blocks_that_cannot_be_right(arguments, message, unchecked_types):
+    with pytest.raises(ValueError, match=message):
+        Block(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size: got 0"),
+        ({"repeats": 0}, "repeats: got 0"),
+        ({"blocks": ()}, r"blocks: got \(\)"),
+        ({"blocks": ("GatedLinearAttention",)}, "blocks: got .* a tuple of at least one"),
+        ({"backend": "cuda"}, "backend: got 'cuda'"),
+        ({"blocks": (Block(mixer_args={"heads": 5}),)}, r"heads: got 5; .* width \* expand_k = 8"),
+        ({"blocks": (Block(channel_args={"activation": "tan"}),)}, "activation: got 'tan'; one of 'silu'"),
+        ({"blocks": (Block(channel_args={"expand": 0}),)}, "expand: got 0"),
+    ],
+)
+def test_decoders_that_cannot_be_right(attributes, message, unchecked_types):
+    with pytest.raises(ValueError, match=message):
+        Decoder(**{"vocab_size": V, "width": 16, **attributes}).init(
+            jax.random.key(0), jnp.ones((1, 3), jnp.int32)
+        )
+
+
+def test_calls_that_cannot_be_right():
+    model, variables, tokens = make(batch=2, time=3)
+    for bad in (tokens[0], tokens[:, :0], tokens * 1.0):
+        with pytest.raises(ValueError, match=r"tokens: got .* integers \[batch, time >= 1\] fit"):
+            model.apply(variables, bad)
+    with pytest.raises(ValueError, match=r"segment_ids: got int32\[2, 2\]; integers \[2, 3\] fit"):
+        model.apply(variables, tokens, None, tokens[:, :2])
+    _, state = model.apply(variables, tokens)
+    with pytest.raises(
+        ValueError, match=r"state: got 1 blocks of \[repeats, batch\] \[\(2, 2\)\]; 1 blocks of \(2, 1\)"
+    ):
+        model.apply(variables, tokens[:1], state)
+    with pytest.raises(ValueError, match="state: got 1 blocks"):
+        model.clone(blocks=(GLA, GLA)).apply(variables, tokens, state)
+
+
+def test_errors_of_half_precision_could_be_seen():
+    """The bounds used above are below what a wrong model gives."""
+    model, variables, tokens = make()
+    a, b = model.apply(variables, tokens)[0], model.apply(variables, (tokens + 1) % V)[0]
+    assert error(a, b) > 12 * 2 * bound(jnp.bfloat16)
