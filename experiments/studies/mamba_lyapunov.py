@@ -32,10 +32,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from ml_collections import ConfigDict
 
 import frugax
 from experiments.benchmarks.interleaved import about, save
-from experiments.configs.lm import quickstart
+from experiments.configs.defaults import defaults
 from experiments.data import find_corpus, heldout_batches, load_tokenizer, make_loader
 from experiments.studies.lyapunov import log_growth, precision_gap
 from experiments.studies.tuning import compare_tuning, deviation, figures, logits_of
@@ -111,9 +112,11 @@ def parameters(module) -> int:
 
 
 def pretrain(module, batches, sizes: Sizes, seed: int, say: Callable[[str], None]):
-    """Params after `sizes.steps` steps of the quickstart's optimizer."""
-    config = quickstart.get_config().optimizer
-    config.warmup_steps = min(config.warmup_steps, sizes.steps // 4)
+    """Params after `sizes.steps` steps of Muon."""
+    config = defaults().optimizer
+    config.name, config.learning_rate = "muon", 0.012  # of matrices
+    config.options = ConfigDict({"adam_learning_rate": 0.004, "ns_steps": 4})
+    config.warmup_steps = min(15, sizes.steps // 4)
     optimizer = make_optimizer(config, sizes.steps)
     state = jax.jit(lambda: init_state(module, optimizer, seed, 0.0))()
     step = jax.jit(make_train_step(module, optimizer, accumulate=1, ema_decay=0.0), donate_argnums=0)

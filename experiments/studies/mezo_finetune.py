@@ -29,8 +29,7 @@ import optax
 
 import frugax
 from experiments.benchmarks.interleaved import about
-from experiments.configs.lm import quickstart
-from experiments.trainer.runs import build_model, load_run
+from experiments.trainer.runs import load_run
 from frugax.optim import zeroth_order as zo
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "mezo_finetune.json"
@@ -194,6 +193,12 @@ def table(rows: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def untrained() -> frugax.layers.Decoder:
+    """A decoder of bytes as small as --smoke needs."""
+    block = frugax.layers.Block("GatedLinearAttention", "GLU", {"heads": 2, "conv_width": 4}, {"expand": 2.0})
+    return frugax.layers.Decoder(256, 48, (block,), tie_embeddings=False, unroll=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -210,14 +215,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.run:
-        config, module, variables, tokenizer, step = load_run(args.run)
+        _, module, variables, tokenizer, step = load_run(args.run)
         if tokenizer:
             parser.error(f"--run: {args.run} has a tokenizer; a model of bytes fits")
         params = variables["params"]
     elif args.smoke:
-        config, step = quickstart.get_config("smoke"), 0
-        config.model.vocab_size = 256
-        module = build_model(config)
+        step, module = 0, untrained()
         params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     else:
         parser.error("--run: a run of experiments.train fits")
@@ -225,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     module = module.clone(backend="xla")  # the forward gradient needs forward-mode differentiation
     out = args.out or (None if args.smoke else RESULTS)
     result = about() | {
-        "model": f"{config.model.width} wide, {config.model.repeats} layers, {step} steps of training",
+        "model": f"{module.width} wide, {module.repeats} layers, {step} steps of training",
         "parameters": int(optax.tree.size(params)),
         "task": f"which of {', '.join(PACKAGES)} {LENGTH} bytes come from; {HELD_OUT} held out",
         "batch": BATCH,

@@ -17,10 +17,15 @@ CONFIGS = ("induction_heads", "lmuformer_vowels", "parity", "selective_copying",
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_smoke_variant_runs(name, tmp_path):
-    text = ast.get_docstring(ast.parse((ROOT / f"experiments/configs/{name}.py").read_text()))
-    for word in ("Reproduces:", "Should reach:", "Time:", f"--config=experiments/configs/{name}.py:smoke"):
+    text = ast.get_docstring(ast.parse((ROOT / f"experiments/configs/classify/{name}.py").read_text()))
+    for word in (
+        "Reproduces:",
+        "Should reach:",
+        "Time:",
+        f"--config=experiments/configs/classify/{name}.py:smoke",
+    ):
         assert word in text
-    get_config = importlib.import_module(f"experiments.configs.{name}").get_config
+    get_config = importlib.import_module(f"experiments.configs.classify.{name}").get_config
     found = classify(get_config("smoke"), tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -14,20 +14,29 @@ from experiments.trainer.optimizers import make_optimizer, matrices, schedule
 from experiments.trainer.runs import build_model
 from tests.experiments.runs import ROOT, finish, start, tiny_config, write_corpus
 
-CONFIGS = sorted(
-    p.stem
-    for p in (ROOT / "experiments/configs").glob("*.py")
-    if "python -m experiments.train" in p.read_text()  # those of experiments.classify: test_classify.py
-)
+FILES = sorted((ROOT / "experiments/configs").glob("*/*.py"))
+CONFIGS = [p.stem for p in FILES if p.parent.name == "lm"]  # the others: test_classify.py, tests/optim
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_config_imports_the_defaults_and_no_other_config(file):
+    """So that a change of one experiment changes no other."""
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            imported |= {"." * node.level + (node.module or "")}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    assert imported == {"ml_collections", "experiments.configs.defaults"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_says_what_it_is_for_and_builds(name):
-    file = ROOT / f"experiments/configs/{name}.py"
+    file = ROOT / f"experiments/configs/lm/{name}.py"
     text = ast.get_docstring(ast.parse(file.read_text()))
-    for word in ("Reproduces:", "Should reach:", "Time:", f"--config=experiments/configs/{name}.py:smoke"):
+    for word in ("Reproduces:", "Should reach:", "Time:", f"--config=experiments/configs/lm/{name}.py:smoke"):
         assert word in text
-    get_config = importlib.import_module(f"experiments.configs.{name}").get_config
+    get_config = importlib.import_module(f"experiments.configs.lm.{name}").get_config
     for variant in ("", "smoke"):
         config = get_config(variant)
         config.model.vocab_size = 256
@@ -39,12 +48,12 @@ def test_a_config_says_what_it_is_for_and_builds(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "quickstart" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+    "name", [name if name == "quickstart" else pytest.param(name, marks=pytest.mark.full) for name in CONFIGS]
 )
 def test_a_smoke_variant_runs(name, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     arguments = [
-        f"--config=experiments/configs/{name}.py:smoke",
+        f"--config=experiments/configs/lm/{name}.py:smoke",
         f"--config.data.path={corpus}",
         f"--run={tmp_path}",
     ]

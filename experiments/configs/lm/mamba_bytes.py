@@ -11,19 +11,29 @@ Time: 27 minutes on one CPU core.
 
 from ml_collections import ConfigDict
 
-from experiments.configs.defaults import block, check_variant, shrink
-from experiments.configs.lm import quickstart
+from experiments.configs.defaults import block, check_variant, defaults, shrink
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The config; variant "smoke" ends in seconds."""
     check_variant(variant)
-    config = quickstart.get_config()  # its data, optimizer and length
+    config = defaults()
+    config.steps = 1250
+    config.batch_size = 4
+    config.data.sequence_length = 512
 
+    config.model.width = 128
     config.model.repeats = 8
+    config.model.tie_embeddings = False
+    config.model.unroll = True
     config.model.pattern = ("mamba",)
-    config.model.blocks = ConfigDict()
     config.model.blocks.mamba = block(mixer="Mamba", channel=None, mixer_args=dict(state_size=16))
+
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.012  # of matrices
+    config.optimizer.options.adam_learning_rate = 0.004  # of the rest
+    config.optimizer.options.ns_steps = 4
+    config.optimizer.warmup_steps = 15
 
     if variant == "smoke":
         shrink(config)

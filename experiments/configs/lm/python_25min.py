@@ -12,21 +12,35 @@ machine and took 50.
 
 from ml_collections import ConfigDict
 
-from experiments.configs.defaults import check_variant, shrink
-from experiments.configs.lm import quickstart
+from experiments.configs.defaults import block, check_variant, defaults, shrink
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The config; variant "smoke" ends in seconds."""
     check_variant(variant)
-    config = quickstart.get_config()
+    config = defaults()
     config.steps = 3600
+    config.batch_size = 4
+    config.data.sequence_length = 512
 
     config.model.width = 192
-    config.model.blocks.gla.mixer_args.heads = 3
+    config.model.repeats = 4
+    config.model.tie_embeddings = False
+    config.model.unroll = True
+    config.model.pattern = ("gla",)
+    config.model.blocks.gla = block(
+        mixer="GatedLinearAttention",
+        channel="GLU",
+        mixer_args=dict(heads=3, conv_width=4),
+        channel_args=dict(expand=2.0),
+    )
 
-    config.optimizer.learning_rate = 0.01
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.01  # of matrices
+    config.optimizer.options.adam_learning_rate = 0.004  # of the rest
+    config.optimizer.options.ns_steps = 4
     config.optimizer.warmup_steps = 50
+
     config.checkpoint.every = 400
 
     if variant == "smoke":
