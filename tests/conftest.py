@@ -24,6 +24,7 @@ os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 import jaxtyping
 import pytest
 
+pytest_plugins = ["tests.costs"]
 jaxtyping.install_import_hook("frugax", "beartype.beartype")
 
 
@@ -35,8 +36,25 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+# Chips whose compilers are asked in the full tier only: the default one has each size of matrix unit once.
+SECOND_CHIPS = ("v5p", "tpu7x")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Tests of one `xdist_group` run in one worker."""
+    if config.getoption("numprocesses", None):
+        config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The default run compiles for a TPU with each size of matrix unit; `-m slow` for the other two."""
+    """Choose tiers by chip; keep in one worker what shares the eight devices, or fixtures of a module."""
     for item in items:
-        if "callspec" in vars(item) and item.callspec.params.get("chip") in ("v5p", "tpu7x"):
-            item.add_marker(pytest.mark.slow)
+        if "callspec" in vars(item) and item.callspec.params.get("chip") in SECOND_CHIPS:
+            item.add_marker(pytest.mark.full)
+        fixtures = [fixture for same in item._fixtureinfo.name2fixturedefs.values() for fixture in same]
+        if "run_on_eight_devices" in item.function.__code__.co_names:
+            item.add_marker(pytest.mark.xdist_group("eight devices"))
+        elif any(fixture.scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))

@@ -168,7 +168,7 @@ def test_deviation_ignores_what_softmax_ignores():
     assert_close(mamba_lyapunov.deviation(logits * 1.01 + 3, logits), np.full(7, 0.01), "float64")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_whole_experiment(tmp_path, monkeypatch, capsys):
     command = ["mamba_lyapunov", "--smoke", "--out", f"{tmp_path}/out.json", "--plot", f"{tmp_path}/plot.png"]
     monkeypatch.setattr("sys.argv", command)

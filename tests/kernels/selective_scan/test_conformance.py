@@ -129,7 +129,7 @@ def test_no_gradient_crosses_a_boundary(backend):
         assert gradient[name][:, 13:].all(), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_vmap_equals_a_loop(backend):
     floats, rest = split(Case(T=5, D=24, whole=True, state=True).arguments())

@@ -129,7 +129,7 @@ def test_patches():
     assert merged[0, 1, 2].tolist() == [14, 0, 0, 0]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_classifier_of_odd_images_has_every_gradient():
     blocks = ("EVSS", "VSS", "InvertedResidual")
     model = frugax.layers.VisionMamba(5, (8, 10, 12), (2, 1, 1), blocks, patch=2, scan_args={"state_size": 2})
@@ -147,7 +147,7 @@ def test_a_classifier_of_odd_images_has_every_gradient():
         assert np.abs(g).max() > 0, path
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_half_precision_in_half_precision_out():
     x = jax.random.normal(jax.random.key(1), (1, 3, 2, 8))
     module = frugax.layers.SelectiveScan2D(state_size=2)

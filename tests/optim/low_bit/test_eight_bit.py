@@ -304,6 +304,6 @@ def test_bad_input():
         )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sharded_over_eight_devices():
     run_on_eight_devices("tests.optim.low_bit.eight_bit_sharded")

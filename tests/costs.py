@@ -1,0 +1,103 @@
+"""`pytest --costs`: CPU seconds of each folder of tests, held to the budgets of tests/costs.toml.
+
+A test's seconds are those of its process and of the processes it waited for, on all cores. Machines differ
+and share their cores, so a loop of known cost runs between tests, and budgets grow by what it says.
+"""
+
+import collections
+import resource
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.devices import EIGHT
+
+TESTS = Path(__file__).parent
+ALLOWED = 1.3  # of a budget
+COSTS, LOOPS = pytest.StashKey[collections.Counter](), pytest.StashKey[list[float]]()
+LINES = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--costs", action="store_true", help="CPU seconds per folder; fail where one costs too much"
+    )
+
+
+def pytest_configure(config):
+    config.stash[COSTS], config.stash[LOOPS], config.stash[LINES] = collections.Counter(), [], []
+
+
+def seconds() -> float:
+    """Return the CPU seconds of this process so far, with its children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used) + EIGHT.seconds
+
+
+def loop() -> float:
+    """Return the seconds that a fixed piece of work takes on this core now."""
+    began = time.thread_time()
+    sum(i * i for i in range(50_000))
+    return time.thread_time() - began
+
+
+def folder(path: Path) -> str:
+    """Return the folder that a test counts for: at most two names, as kernels/rnn or optim."""
+    return "/".join(path.relative_to(TESTS).parts[:-1][:2]) or "tests"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    costs, loops = item.config.stash[COSTS], item.config.stash[LOOPS]
+    if not costs:  # imports and collection
+        costs["start"] = seconds()
+    if len(loops) < 1 + sum(costs.values()) / 5:
+        loops.append(loop())
+    before = seconds()
+    result = yield
+    costs[folder(item.path)] += seconds() - before
+    return result
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    told = getattr(node, "workeroutput", {})
+    node.config.stash[COSTS].update(told.get("costs", {}))
+    node.config.stash[LOOPS].extend(told.get("loops", []))
+
+
+def judge(costs: dict[str, float], loops: list[float], budgets: dict) -> tuple[list[str], list[str]]:
+    """Return the table's lines, and the folders that cost too much."""
+    slower = max(1.0, sum(loops) / max(len(loops), 1) / budgets["loop"])
+    lines, over = [f"{'seconds':>8} {'budget':>7}  (this machine takes {slower:.2f} times the budgets')"], []
+    for name, cost in sorted(costs.items()):
+        budget = budgets["folders"].get(name)
+        passed = budget is None or cost > ALLOWED * slower * budget
+        over += [name] if passed else []
+        lines.append(f"{cost:8.1f} {'none' if budget is None else budget:>7}  {name}{'  <- over' * passed}")
+    return [*lines, f"{sum(costs.values()):8.1f}          all"], over
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput |= {"costs": dict(config.stash[COSTS]), "loops": config.stash[LOOPS]}
+    elif config.option.costs:
+        lines, over = judge(config.stash[COSTS], config.stash[LOOPS], read_budgets())
+        if over and config.option.markexpr == "not full":  # budgets are the default tier's
+            lines.append(f"over budget by more than 30 %: {', '.join(over)} (tests/costs.toml)")
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        config.stash[LINES] = lines
+
+
+def read_budgets() -> dict:
+    """Return tests/costs.toml."""
+    return tomllib.loads((TESTS / "costs.toml").read_text())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config.stash[LINES]:
+        terminalreporter.write_line(line)
