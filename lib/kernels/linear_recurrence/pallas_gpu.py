@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.tiling import round_up
 from .inputs import Inputs
-from .tiling import round_up
 
 F32 = jnp.float32
 TOKENS = 32

@@ -7,17 +7,15 @@ h's row before a block comes from a second, short view of h.
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.chips import SUBLANES
+from ..common.tpu import F32, Launch, TimeGrid, iota
 from .inputs import Inputs
 from .tiling import ROWS, TPUTiling, for_tpu
-
-F32 = jnp.float32
-SUBLANES = 8
 
 
 def unsupported_reason(call: Inputs) -> str | None:
@@ -32,18 +30,15 @@ def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Arr
     """h [B, T, D] in b's dtype and the last state [B, D] in float32."""
     B, T, D = call.b.shape
     walk = _Walk(B, T, D, for_tpu(T, D, time=512), backwards=reverse)
-    h, state = pl.pallas_call(
-        partial(_forward_kernel, walk=walk),
-        grid=walk.grid,
-        in_specs=[walk.block, walk.block, walk.row],
-        out_specs=[walk.block, walk.row],
-        out_shape=[jax.ShapeDtypeStruct(call.b.shape, call.b.dtype), jax.ShapeDtypeStruct((B, 1, D), F32)],
-        scratch_shapes=walk.scratch,
-        compiler_params=_PARALLEL,
-        interpret=interpret,
-        name="linear_recurrence",
-    )(call.a, call.b, call.initial_state[:, None])
-    return h, state[:, 0]
+    launch = walk.grid.launch("linear_recurrence", interpret=interpret)
+    launch.add("a", call.a, walk.block)
+    launch.add("b", call.b, walk.block)
+    launch.add("s", call.initial_state[:, None], walk.row)
+    launch.write("h", call.b.shape, call.b.dtype, walk.block)
+    launch.write("last", (B, 1, D), F32, walk.row)
+    walk.hold(launch, "state", "a_tile", "b_tile")
+    got = launch.run(partial(_forward_kernel, walk))
+    return got["h"], got["last"][:, 0]
 
 
 def backward(
@@ -51,53 +46,46 @@ def backward(
 ) -> Inputs:
     """The gradients, as `Inputs`."""
     B, T, D = h.shape
-    dh, dstate = cotangents
+    dh, dlast = cotangents
     walk = _Walk(B, T, D, for_tpu(T, D, time=256), backwards=not reverse)
-    da, db, dstate = pl.pallas_call(
-        partial(_backward_kernel, walk=walk),
-        grid=walk.grid,
-        in_specs=[walk.block, walk.block, walk.rows_before, walk.block, walk.row, walk.row],
-        out_specs=[walk.block, walk.block, walk.row],
-        out_shape=[
-            jax.ShapeDtypeStruct(call.a.shape, call.a.dtype),
-            jax.ShapeDtypeStruct(call.b.shape, call.b.dtype),
-            jax.ShapeDtypeStruct((B, 1, D), F32),
-        ],
-        scratch_shapes=walk.scratch,
-        compiler_params=_PARALLEL,
-        interpret=interpret,
-        name="linear_recurrence_backward",
-    )(call.a, h, h, dh, call.initial_state[:, None], dstate[:, None])
-    return Inputs(da, db, dstate[:, 0])
-
-
-_PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+    launch = walk.grid.launch("linear_recurrence_backward", interpret=interpret)
+    launch.add("a", call.a, walk.block)
+    launch.add("h", h, walk.block)
+    launch.add("outside", h, walk.rows_outside)
+    launch.add("dh", dh, walk.block)
+    launch.add("s", call.initial_state[:, None], walk.row)
+    launch.add("dlast", dlast[:, None], walk.row)
+    launch.write("da", call.a.shape, call.a.dtype, walk.block)
+    launch.write("db", call.b.shape, call.b.dtype, walk.block)
+    launch.write("ds", (B, 1, D), F32, walk.row)
+    walk.hold(launch, "carry", "a_tile", "dh_tile")
+    got = launch.run(partial(_backward_kernel, walk))
+    return Inputs(got["da"], got["db"], got["ds"][:, 0])
 
 
 class _Walk:
     """The order in which blocks of time are visited, and the views of arrays that go with it."""
 
     def __init__(self, B: int, T: int, D: int, tiling: TPUTiling, backwards: bool):
-        self.T, self.tiling, self.backwards = T, tiling, backwards
-        self.blocks = pl.cdiv(T, tiling.time)
-        self.grid = (B, pl.cdiv(D, tiling.channels), self.blocks)
-        self.ragged = T % tiling.time != 0
-        self.block = pl.BlockSpec((None, tiling.time, tiling.channels), lambda b, d, i: (b, self.at(i), d))
+        self.T, self.tiling = T, tiling
+        self.grid = TimeGrid((B, pl.cdiv(D, tiling.channels)), T, tiling.time, backwards)
+        at = self.grid.at
+        self.block = pl.BlockSpec((None, tiling.time, tiling.channels), lambda b, d, i: (b, at(i), d))
         self.row = pl.BlockSpec((None, 1, tiling.channels), lambda b, d, i: (b, 0, d))
         per_block = tiling.time // ROWS
 
         def outside(b, d, i):  # the ROWS tokens that the walk meets next; any, at its end
             if backwards:
-                return b, jnp.maximum(self.at(i) * per_block - 1, 0), d
-            return b, jnp.minimum((self.at(i) + 1) * per_block, pl.cdiv(T, ROWS) - 1), d
+                return b, jnp.maximum(at(i) * per_block - 1, 0), d
+            return b, jnp.minimum((at(i) + 1) * per_block, pl.cdiv(T, ROWS) - 1), d
 
-        self.rows_before = pl.BlockSpec((None, ROWS, tiling.channels), outside)
-        # The state, the same on every sublane (so that any row of a tile meets it in place), and two tiles.
-        self.scratch = [pltpu.VMEM((n, tiling.channels), F32) for n in (SUBLANES, ROWS, ROWS)]
+        self.rows_outside = pl.BlockSpec((None, ROWS, tiling.channels), outside)
 
-    def at(self, i):
-        """Which block of time step i visits."""
-        return self.blocks - 1 - i if self.backwards else i
+    def hold(self, launch: Launch, state: str, *tiles: str) -> None:
+        """Name the scratch: the state on every sublane, so that any row of a tile meets it; and tiles."""
+        launch.hold(state, (SUBLANES, self.tiling.channels))
+        for name in tiles:
+            launch.hold(name, (ROWS, self.tiling.channels))
 
     def spread(self, tile_ref, row: int) -> Array:
         """A row of a tile on every sublane."""
@@ -108,26 +96,23 @@ class _Walk:
 
     def each_tile(self, visit) -> None:
         """Call `visit(rows, first row, token numbers)` for the tiles of a block, in the order of the walk."""
-        tiles = self.tiling.time // ROWS
-        first = self.at(pl.program_id(2)) * self.tiling.time
+        first = self.grid.first_token()
 
-        def step(i, _):
-            row = pl.multiple_of((tiles - 1 - i if self.backwards else i) * ROWS, ROWS)
-            token = first + row + lax.broadcasted_iota(jnp.int32, (ROWS, self.tiling.channels), 0)
-            visit(pl.ds(row, ROWS), row, token)
+        def step(row, _):
+            visit(pl.ds(row, ROWS), row, first + row + iota((ROWS, self.tiling.channels), 0))
             return 0
 
-        lax.fori_loop(0, tiles, step, 0)
+        self.grid.each_tile(ROWS, step)
 
     def rows(self) -> range:
-        return range(ROWS - 1, -1, -1) if self.backwards else range(ROWS)
+        return range(ROWS - 1, -1, -1) if self.grid.backwards else range(ROWS)
 
 
 class _Column:
     """A tile put together from rows that lie on every sublane."""
 
     def __init__(self, channels: int):
-        self.sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, channels), 0)
+        self.sublane = iota((SUBLANES, channels), 0)
         self.parts: list = [None] * (ROWS // SUBLANES)
 
     def put(self, row: int, value: Array) -> None:
@@ -139,56 +124,54 @@ class _Column:
         return jnp.concatenate(self.parts, axis=0)
 
 
-def _forward_kernel(a_ref, b_ref, s_ref, h_ref, last_ref, state_ref, a_tile, b_tile, *, walk: _Walk):
-    @pl.when(pl.program_id(2) == 0)
+def _forward_kernel(walk: _Walk, *, a_ref, b_ref, s_ref, h_ref, last_ref, state_ref, a_tile_ref, b_tile_ref):
+    @walk.grid.at_start()
     def _():
         state_ref[...] = walk.spread(s_ref, 0)
 
     def visit(rows, _, token):
         a, b = a_ref[rows, :].astype(F32), b_ref[rows, :].astype(F32)
-        if walk.ragged:  # a token past the end leaves the state as it is
+        if walk.grid.ragged:  # a token past the end leaves the state as it is
             a, b = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, b, 0.0)
-        a_tile[...], b_tile[...] = a, b
+        a_tile_ref[...], b_tile_ref[...] = a, b
         h, out = state_ref[...], walk.column()
         for r in walk.rows():
-            h = walk.spread(a_tile, r) * h + walk.spread(b_tile, r)
+            h = walk.spread(a_tile_ref, r) * h + walk.spread(b_tile_ref, r)
             out.put(r, h)
         state_ref[...] = h
         h_ref[rows, :] = out.tile().astype(h_ref.dtype)
 
     walk.each_tile(visit)
 
-    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    @walk.grid.at_end()
     def _():
         last_ref[...] = state_ref[0:1, :]
 
 
 def _backward_kernel(
-    a_ref, h_ref, outside_ref, dh_ref, s_ref, dlast_ref,
-    da_ref, db_ref, ds_ref,
-    carry_ref, a_tile, dh_tile,
-    *, walk: _Walk,
+    walk: _Walk, *, a_ref, h_ref, outside_ref, dh_ref, s_ref, dlast_ref,
+    da_ref, db_ref, ds_ref, carry_ref, a_tile_ref, dh_tile_ref,
 ):  # fmt: skip
     """carry = a_{t+1} g_{t+1}, what the token just visited sends to the one before it."""
 
-    @pl.when(pl.program_id(2) == 0)
+    @walk.grid.at_start()
     def _():
         carry_ref[...] = walk.spread(dlast_ref, 0)
 
-    backwards, time = walk.backwards, walk.tiling.time
+    backwards, time = walk.grid.backwards, walk.tiling.time
     first_token = 0 if backwards else walk.T - 1  # of the recurrence: it read s
-    in_tile = lax.broadcasted_iota(jnp.int32, (ROWS, walk.tiling.channels), 0)
+    in_tile = iota((ROWS, walk.tiling.channels), 0)
 
     def visit(rows, row, token):
         a, dh, h = (ref[rows, :].astype(F32) for ref in (a_ref, dh_ref, h_ref))
-        if walk.ragged:
+        if walk.grid.ragged:
             a, dh = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, dh, 0.0)
-        a_tile[...], dh_tile[...] = a, dh
+        a_tile_ref[...], dh_tile_ref[...] = a, dh
         carry, out = carry_ref[...], walk.column()
         for r in walk.rows():
-            g = walk.spread(dh_tile, r) + carry
+            g = walk.spread(dh_tile_ref, r) + carry
             out.put(r, g)
-            carry = walk.spread(a_tile, r) * g
+            carry = walk.spread(a_tile_ref, r) * g
         carry_ref[...] = carry
         g = out.tile()
         db_ref[rows, :] = g.astype(db_ref.dtype)
@@ -207,6 +190,6 @@ def _backward_kernel(
 
     walk.each_tile(visit)
 
-    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    @walk.grid.at_end()
     def _():
         ds_ref[...] = carry_ref[0:1, :]

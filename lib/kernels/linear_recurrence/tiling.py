@@ -2,12 +2,10 @@
 
 import dataclasses
 
-LANES = 128
+from ..common.chips import LANES
+from ..common.tiling import largest, round_up
+
 ROWS = 16  # tokens read and written at once: the height of a bfloat16 tile, two float32 ones
-
-
-def round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +19,6 @@ class TPUTiling:
 def for_tpu(T: int, D: int, *, time: int, channels: int = 512) -> TPUTiling:
     """Blocks of at most `time` x `channels`, smaller for smaller calls, and few channels left over."""
     lanes = round_up(D, LANES)
-    channels = next(
-        c for c in (channels, 384, 256, LANES) if c <= channels and (lanes % c == 0 or c == LANES)
-    )
+    sizes = [n for n in (512, 384, 256) if n <= channels]
+    channels = largest(sizes, lambda n: lanes % n == 0, otherwise=LANES)
     return TPUTiling(time=min(time, round_up(T, ROWS)), channels=channels)

@@ -1,0 +1,58 @@
+"""The chips that kernels are sized for, and the limits that hold on all of them."""
+
+from dataclasses import dataclass
+
+MIB, KIB = 2**20, 2**10
+
+
+@dataclass(frozen=True)
+class TPU:
+    """One tensor core of a TPU: a kernel runs on one, whatever the chip has."""
+
+    vmem: int  # bytes
+    bandwidth: float  # of HBM, bytes a second
+    peak: float  # bfloat16 FLOPs a second
+    clock: float  # cycles a second
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A Hopper GPU."""
+
+    processors: int  # streaming multiprocessors
+    bandwidth: float  # of HBM, bytes a second
+    peak: float  # dense bfloat16 FLOPs a second
+    clock: float  # boost, cycles a second
+
+
+# VMEM, bandwidth and peak of a core: `jax.experimental.pallas.tpu.get_tpu_info_for_chip`. Clocks: the peak
+# over FLOPs a cycle, 131,072 on v5e and v5p; on v6e and tpu7x, 524,288 is assumed.
+TPUS = {
+    "v5e": TPU(vmem=128 * MIB, bandwidth=820e9, peak=197e12, clock=1.5e9),
+    "v5p": TPU(vmem=64 * MIB, bandwidth=1230e9, peak=229.5e12, clock=1.75e9),
+    "v6e": TPU(vmem=128 * MIB, bandwidth=1640e9, peak=920e12, clock=1.75e9),
+    "tpu7x": TPU(vmem=64 * MIB, bandwidth=3700e9, peak=1155e12, clock=2.2e9),
+}
+
+# NVIDIA's data sheets of H100 (2023) and H200 (2024); processors and clocks as CUDA's device properties say.
+GPUS = {
+    "H100 PCIe": GPU(processors=114, bandwidth=2.0e12, peak=756e12, clock=1.755e9),
+    "H100 SXM": GPU(processors=132, bandwidth=3.35e12, peak=989e12, clock=1.98e9),
+    "H200": GPU(processors=132, bandwidth=4.8e12, peak=989e12, clock=1.98e9),
+}
+
+# TPU: a vector register is SUBLANES rows of LANES 32-bit values on every generation ("A Domain-Specific
+# Supercomputer for Training Deep Neural Networks", 2020); narrower types pack 2 or 4 rows in one.
+LANES = 128
+SUBLANES = 8
+# Bytes of VMEM that a kernel may hold on any of the chips: blocks are chosen by it and compiled with it. The
+# smallest has 64 MiB, of which XLA wants some for what it fetches ahead; the widest kernel measured takes 37.
+VMEM_LIMIT = 48 * MIB
+
+# Hopper, compute capability 9.0 in the CUDA C++ Programming Guide's table of technical specifications.
+SHARED_MEMORY = 227 * KIB  # bytes that one block may hold; a processor has 228 KiB
+REGISTERS = 255  # 32-bit ones that a thread may hold; a processor has 65,536
+WARPGROUP = 128  # threads that a wgmma instruction is issued by
+# Programs that count as filling a GPU: as many as the smallest of the three has processors. 128, a common
+# batch times heads, fills 132 well enough.
+PROCESSORS = min(gpu.processors for gpu in GPUS.values())
