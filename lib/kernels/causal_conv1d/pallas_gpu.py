@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.chips import LANES
+from ..common.tiling import round_up
 from .inputs import Inputs
-from .tiling import GPU_WIDEST, LANES, GPUTiling, for_gpu, round_up
+from .tiling import GPU_WIDEST, GPUTiling, for_gpu
 
 WORDS = 32  # the copy engine moves 128 bytes at least
 

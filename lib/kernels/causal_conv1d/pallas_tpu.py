@@ -5,6 +5,7 @@ W shifted reads are loads at any row. The backward pass walks a sequence from it
 input needs those of the W-1 sums after it: they stay in scratch.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -13,10 +14,11 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.chips import LANES, SUBLANES
+from ..common.tiling import round_up
+from ..common.tpu import F32, Launch, TimeGrid, iota
 from .inputs import Inputs
-from .tiling import LANES, TPU_WIDEST, TPUTiling, for_tpu, round_up
-
-SUBLANES = 8
+from .tiling import TPU_WIDEST, TPUTiling, for_tpu
 
 
 def unsupported_reason(call: Inputs) -> str | None:
@@ -32,34 +34,15 @@ def forward(call: Inputs, activation: str | None, *, interpret: bool) -> Array:
     """y [B, T, D] in x's dtype."""
     B, T, D = call.x.shape
     tiling = for_tpu(call, time=1024, channels=512)
-    x_BTD, before_BHD, weight_WD, bias_1D, reach_BTL = _operands(call, tiling)
-    tile = (1, tiling.time, tiling.channels)
-    per_halo = tiling.time // tiling.halo
-    in_specs = [
-        pl.BlockSpec(tile, lambda b, t, d: (b, t, d)),
-        pl.BlockSpec(
-            (1, tiling.halo, tiling.channels), lambda b, t, d: (b, jnp.maximum(t * per_halo - 1, 0), d)
-        ),
-        pl.BlockSpec((1, tiling.halo, tiling.channels), lambda b, t, d: (b, 0, d)),
-        pl.BlockSpec((call.width, tiling.channels), lambda b, t, d: (0, d)),
-        pl.BlockSpec((1, tiling.channels), lambda b, t, d: (0, d)),
-    ]
-    operands = [x_BTD, x_BTD, before_BHD, weight_WD, bias_1D]
-    if reach_BTL is not None:
-        in_specs.append(pl.BlockSpec((1, tiling.time, LANES), lambda b, t, d: (b, t, 0)))
-        operands.append(reach_BTL)
-    y_BTD = pl.pallas_call(
-        partial(_forward_kernel, activation=activation, tiling=tiling, masked=reach_BTL is not None),
-        grid=(B, pl.cdiv(T, tiling.time), x_BTD.shape[2] // tiling.channels),
-        in_specs=in_specs,
-        out_specs=pl.BlockSpec(tile, lambda b, t, d: (b, t, d)),
-        out_shape=jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype),
-        scratch_shapes=[_scratch(tiling)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
-        interpret=interpret,
-        name="causal_conv1d",
-    )(*operands)
-    return y_BTD[:, :, :D]
+    lanes = round_up(D, LANES)
+    grid = (B, pl.cdiv(T, tiling.time), lanes // tiling.channels)
+    launch = Launch("causal_conv1d", grid, ("parallel",) * 3, interpret=interpret)
+    _read(launch, call, tiling, lambda b, t, d: (b, t, d), lambda t: t)
+    block = pl.BlockSpec((1, tiling.time, tiling.channels), lambda b, t, d: (b, t, d))
+    launch.write("y", (B, T, lanes), call.x.dtype, block)
+    launch.hold("history", _history(tiling))
+    got = launch.run(partial(_forward_kernel, activation=activation, tiling=tiling))
+    return got["y"][:, :, :D]
 
 
 def backward(call: Inputs, dy: Array, activation: str | None, *, interpret: bool) -> Inputs:
@@ -67,71 +50,41 @@ def backward(call: Inputs, dy: Array, activation: str | None, *, interpret: bool
     B, T, D = call.x.shape
     W = call.width
     tiling = for_tpu(call, time=512, channels=512)
-    x_BTD, before_BHD, weight_WD, bias_1D, reach_BTL = _operands(call, tiling)
-    dy_BTD = _pad_channels(dy)
-    blocks = pl.cdiv(T, tiling.time)
-    per_halo = tiling.time // tiling.halo
-
-    def block(d, b, i):
-        return b, blocks - 1 - i, d
-
-    def halo_before(d, b, i):
-        return b, jnp.maximum((blocks - 1 - i) * per_halo - 1, 0), d
-
-    tile = (1, tiling.time, tiling.channels)
-    history = (1, tiling.halo, tiling.channels)
-    in_specs = [
-        pl.BlockSpec(tile, block),
-        pl.BlockSpec(history, halo_before),
-        pl.BlockSpec(history, lambda d, b, i: (b, 0, d)),
-        pl.BlockSpec((W, tiling.channels), lambda d, b, i: (0, d)),
-        pl.BlockSpec((1, tiling.channels), lambda d, b, i: (0, d)),
-        pl.BlockSpec(tile, block),
-    ]
-    operands = [x_BTD, x_BTD, before_BHD, weight_WD, bias_1D, dy_BTD]
-    scratch = [_scratch(tiling), _scratch(tiling)]
-    if reach_BTL is not None:
-        in_specs.append(pl.BlockSpec((1, tiling.time, LANES), lambda d, b, i: (*block(d, b, i)[:2], 0)))
-        operands.append(reach_BTL)
-        scratch.append(pltpu.VMEM((tiling.time + tiling.halo, LANES), jnp.int32))
-    dx_BTD, dbefore_BHD, dweight_W8D, dbias_8D = pl.pallas_call(
-        partial(
-            _backward_kernel,
-            activation=activation,
-            tiling=tiling,
-            masked=reach_BTL is not None,
-            tokens_in_last=T - (blocks - 1) * tiling.time,
-        ),
-        grid=(x_BTD.shape[2] // tiling.channels, B, blocks),
-        in_specs=in_specs,
-        out_specs=[
-            pl.BlockSpec(tile, block),
-            pl.BlockSpec(history, lambda d, b, i: (b, 0, d)),
-            pl.BlockSpec((W, SUBLANES, tiling.channels), lambda d, b, i: (0, 0, d)),
-            pl.BlockSpec((SUBLANES, tiling.channels), lambda d, b, i: (0, d)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype),
-            jax.ShapeDtypeStruct(before_BHD.shape, before_BHD.dtype),
-            jax.ShapeDtypeStruct((W, SUBLANES, x_BTD.shape[2]), jnp.float32),
-            jax.ShapeDtypeStruct((SUBLANES, x_BTD.shape[2]), jnp.float32),
-        ],
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
-        interpret=interpret,
-        name="causal_conv1d_backward",
-    )(*operands)
+    time, halo, channels = tiling.time, tiling.halo, tiling.channels
+    lanes = round_up(D, LANES)
+    grid = TimeGrid((lanes // channels, B), T, time, backwards=True)
+    # The sums of weight and bias over the batch stay in VMEM.
+    order = ("parallel", "arbitrary", "arbitrary")
+    launch = Launch("causal_conv1d_backward", grid.sizes, order, interpret=interpret)
+    _read(launch, call, tiling, lambda d, b, i: (b, i, d), grid.at, dy=_pad_channels(dy))
+    block = pl.BlockSpec((1, time, channels), lambda d, b, i: (b, grid.at(i), d))
+    launch.write("dx", (B, T, lanes), call.x.dtype, block)
+    before = pl.BlockSpec((1, halo, channels), lambda d, b, i: (b, 0, d))
+    launch.write("dbefore", (B, halo, lanes), launch.operands["before"][0].dtype, before)
+    weight = pl.BlockSpec((W, SUBLANES, channels), lambda d, b, i: (0, 0, d))
+    launch.write("dweight", (W, SUBLANES, lanes), F32, weight)
+    launch.write("dbias", (SUBLANES, lanes), F32, pl.BlockSpec((SUBLANES, channels), lambda d, b, i: (0, d)))
+    launch.hold("history", _history(tiling))
+    launch.hold("dz", _history(tiling))
+    if call.reach is not None:
+        launch.hold("reach_after", (time + halo, LANES), jnp.int32)
+    tokens_in_last = T - (grid.steps - 1) * time
+    got = launch.run(
+        partial(_backward_kernel, activation=activation, tiling=tiling, tokens_in_last=tokens_in_last)
+    )
     return Inputs(
-        x=dx_BTD[:, :, :D],
-        weight=dweight_W8D.sum(1)[:, :D].astype(call.weight.dtype),
-        bias=None if call.bias is None else dbias_8D.sum(0)[:D].astype(call.bias.dtype),
-        initial_state=None if call.initial_state is None else dbefore_BHD[:, tiling.halo - W + 1 :, :D],
+        x=got["dx"][:, :, :D],
+        weight=got["dweight"].sum(1)[:, :D].astype(call.weight.dtype),
+        bias=None if call.bias is None else got["dbias"].sum(0)[:D].astype(call.bias.dtype),
+        initial_state=None if call.initial_state is None else got["dbefore"][:, halo - W + 1 :, :D],
         reach=None,
     )
 
 
-def _forward_kernel(x_ref, previous_ref, before_ref, weight_ref, bias_ref, *refs, activation, tiling, masked):
-    reach_ref, y_ref, history_ref = refs if masked else (None, *refs)
+def _forward_kernel(
+    *, x_ref, previous_ref, before_ref, weight_ref, bias_ref, y_ref, history_ref, reach_ref=None,
+    activation, tiling,
+):  # fmt: skip
     _lay_out(history_ref, x_ref, previous_ref, before_ref, tiling, pl.program_id(1) == 0)
     for c in range(tiling.channels // LANES):
         lanes = pl.ds(c * LANES, LANES)
@@ -150,22 +103,9 @@ def _forward_kernel(x_ref, previous_ref, before_ref, weight_ref, bias_ref, *refs
 
 
 def _backward_kernel(
-    x_ref,
-    previous_ref,
-    before_ref,
-    weight_ref,
-    bias_ref,
-    dy_ref,
-    *refs,
-    activation,
-    tiling,
-    masked,
-    tokens_in_last,
-):
-    reach_ref = reach_after_ref = None
-    if masked:
-        reach_ref, *refs, reach_after_ref = refs
-    dx_ref, dbefore_ref, dweight_ref, dbias_ref, history_ref, dz_ref = refs
+    *, x_ref, previous_ref, before_ref, weight_ref, bias_ref, dy_ref, dx_ref, dbefore_ref, dweight_ref,
+    dbias_ref, history_ref, dz_ref, reach_ref=None, reach_after_ref=None, activation, tiling, tokens_in_last,
+):  # fmt: skip
     i, blocks = pl.program_id(2), pl.num_programs(2)
     last, first = i == 0, i == blocks - 1
     time, halo, R = tiling.time, tiling.halo, tiling.rows
@@ -179,11 +119,11 @@ def _backward_kernel(
     @pl.when(last)  # nothing comes after it
     def _():
         dz_ref[:, pl.ds(0, halo), :] = jnp.zeros((dz_ref.shape[0], halo, LANES), jnp.float32)
-        if masked:
+        if reach_after_ref is not None:
             reach_after_ref[pl.ds(0, halo), :] = jnp.zeros((halo, LANES), jnp.int32)
 
     dz_ref[:, pl.ds(time, halo), :] = dz_ref[:, pl.ds(0, halo), :]
-    if masked:
+    if reach_after_ref is not None:
         reach_after_ref[pl.ds(time, halo), :] = reach_after_ref[pl.ds(0, halo), :]
         reach_after_ref[pl.ds(0, time), :] = reach_ref[0].astype(jnp.int32)
 
@@ -206,7 +146,7 @@ def _backward_kernel(
                 s_RL = jax.nn.sigmoid(z_RL)
                 dz_RL *= s_RL * (1 + z_RL * (1 - s_RL))
             if tokens_in_last != time:
-                inside_RL = start + jax.lax.broadcasted_iota(jnp.int32, (R, LANES), 0) < valid
+                inside_RL = start + iota((R, LANES), 0) < valid
                 dz_RL = jnp.where(inside_RL, dz_RL, 0)
                 taps_RL = [jnp.where(inside_RL, tap_RL, 0) for tap_RL in taps_RL]
             dz_ref[c, rows, :] = dz_RL
@@ -258,7 +198,7 @@ def _to_state(dz_ref, reach_after_ref, c: int, halo: int, weight_W1L: list[Array
     """The same for the `halo` inputs before the sequence, whose own dz is zero."""
     dz_HL = dz_ref[c, pl.ds(0, halo), :]
     reach_HL = None if reach_after_ref is None else reach_after_ref[pl.ds(0, halo), :]
-    row_HL = jax.lax.broadcasted_iota(jnp.int32, (halo, LANES), 0)
+    row_HL = iota((halo, LANES), 0)
     dbefore_HL = jnp.zeros((halo, LANES), jnp.float32)
     for j, weight_1L in enumerate(weight_W1L[1:], 1):
         shifted_HL = pltpu.roll(
@@ -283,8 +223,8 @@ def _fold(a_RL: Array) -> Array:
     return a_RL.reshape(-1, SUBLANES, LANES).sum(0)
 
 
-def _scratch(tiling: TPUTiling):
-    return pltpu.VMEM((tiling.channels // LANES, tiling.halo + tiling.time, LANES), jnp.float32)
+def _history(tiling: TPUTiling) -> tuple[int, int, int]:
+    return (tiling.channels // LANES, tiling.halo + tiling.time, LANES)
 
 
 def _pad_channels(a: Array) -> Array:
@@ -292,17 +232,37 @@ def _pad_channels(a: Array) -> Array:
     return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]) if missing else a
 
 
-def _operands(call: Inputs, tiling: TPUTiling):
-    """What the kernels read: whole lanes, the state at the end of a halo, the reach copied to every lane."""
+def _read(
+    launch: Launch, call: Inputs, tiling: TPUTiling, order: Callable, at: Callable, dy: Array | None = None
+) -> None:
+    """Add what the kernels read: whole lanes, the state at a halo's end, the reach copied to every lane.
+
+    Args:
+      order: a grid step's place along the grid's axes -> along (batch, time, channels).
+      at: the place along time -> the block of time visited there.
+    """
     B, _, D = call.x.shape
-    before = call.initial_state
-    if before is None:
-        before = jnp.zeros((B, 0, D), call.x.dtype)
-    before_BHD = jnp.pad(before, ((0, 0), (tiling.halo - before.shape[1], 0), (0, 0)))
-    bias_1D = jnp.zeros((1, D)) if call.bias is None else call.bias[None]
-    reach_BTL = None
+    time, halo, channels = tiling.time, tiling.halo, tiling.channels
+
+    def spec(shape: tuple[int, ...], index: Callable) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *step: index(*order(*step)))
+
+    state = call.initial_state
+    if state is None:
+        state = jnp.zeros((B, 0, D), call.x.dtype)
+    state = jnp.pad(state, ((0, 0), (halo - state.shape[1], 0), (0, 0)))
+    bias = jnp.zeros((1, D)) if call.bias is None else call.bias[None]
+    reach = None
     if call.reach is not None:
-        reach_BTL = jnp.broadcast_to(call.reach.astype(jnp.int8)[..., None], (*call.reach.shape, LANES))
-    padded = [_pad_channels(a) for a in (call.x, before_BHD, call.weight, bias_1D)]
-    x_BTD, before_BHD, weight_WD, bias_1D = padded
-    return x_BTD, before_BHD, weight_WD.astype(jnp.float32), bias_1D.astype(jnp.float32), reach_BTL
+        reach = jnp.broadcast_to(call.reach.astype(jnp.int8)[..., None], (*call.reach.shape, LANES))
+    x, state, weight, bias = (_pad_channels(a) for a in (call.x, state, call.weight, bias))
+
+    block = spec((1, time, channels), lambda b, t, d: (b, at(t), d))
+    previous = spec((1, halo, channels), lambda b, t, d: (b, jnp.maximum(at(t) * (time // halo) - 1, 0), d))
+    launch.add("x", x, block)
+    launch.add("previous", x, previous)
+    launch.add("before", state, spec((1, halo, channels), lambda b, t, d: (b, 0, d)))
+    launch.add("weight", weight.astype(F32), spec((call.width, channels), lambda b, t, d: (0, d)))
+    launch.add("bias", bias.astype(F32), spec((1, channels), lambda b, t, d: (0, d)))
+    launch.add("dy", dy, block)
+    launch.add("reach", reach, spec((1, time, LANES), lambda b, t, d: (b, at(t), 0)))

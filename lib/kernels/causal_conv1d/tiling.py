@@ -2,13 +2,9 @@
 
 import dataclasses
 
+from ..common.chips import LANES
+from ..common.tiling import largest, round_up
 from .inputs import Inputs
-
-LANES = 128
-
-
-def round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +28,7 @@ def for_tpu(call: Inputs, *, time: int, channels: int) -> TPUTiling:
     """Blocks of at most `time` x `channels`, smaller for smaller calls."""
     _, T, D = call.x.shape
     lanes = round_up(D, LANES)
-    channels = next(c for c in (channels, 512, 256, LANES) if c <= channels and lanes % c == 0)
+    channels = largest((channels, 512, 256, LANES), lambda n: n <= channels and lanes % n == 0)
     return TPUTiling(time=min(time, round_up(T, 32)), channels=channels)
 
 
