@@ -1,12 +1,13 @@
-"""papers.toml tells the truth: its symbols exist, its tests are collected, and the command finds them."""
+"""lib/papers/ tells the truth: symbols exist, tests are collected, and the command finds them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from frugax.papers import describe, find, papers, resolve
+from frugax.papers import describe, families, find, papers, resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,13 +29,28 @@ def test_every_named_test_is_collected():
     assert named <= collected
 
 
-def test_slugs_are_unique_and_sorted():
-    slugs = [p.slug for p in papers()]
-    assert slugs == sorted(set(slugs))
+def test_a_family_is_a_file_with_its_papers_sorted():
+    assert list(families()) == sorted(path.stem for path in (ROOT / "lib/papers").glob("*.toml"))
+    listed = [(p.family, p.slug) for p in papers()]
+    assert listed == sorted(listed)
+    assert {family for family, _ in listed} == set(families())
+
+
+def test_slugs_and_identifiers_are_unique():
+    for values in ([p.slug for p in papers()], [p.arxiv for p in papers()]):
+        assert len(set(values)) == len(values)
+
+
+@pytest.mark.parametrize("paper", papers(), ids=lambda p: p.slug)
+def test_the_identifier_has_the_year(paper):
+    assert re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
+    assert 2000 + int(paper.arxiv[:2]) == paper.year
 
 
 def test_words_find_a_paper():
     assert [p.slug for p in find(["gated", "LINEAR", "hardware"])] == ["gla"]
+    assert [p.slug for p in find(["2312.06635"])] == ["gla"]
+    assert [p.slug for p in find(["galore"])][:1] == ["galore"]  # its own paper first
     assert find(["no such paper"]) == []
     text = describe(find(["gla"])[0])
     assert "frugax.kernels.linear_attention(q, k, v, log_decay=None" in text
@@ -43,7 +59,7 @@ def test_words_find_a_paper():
 
 def test_the_command():
     command = [sys.executable, "-m", "frugax.papers"]
-    assert "lightning_attention" in subprocess.check_output([*command, "lightning"], text=True)
+    assert "gla: Gated Linear" in subprocess.check_output([*command, "2312.06635"], text=True)
     lost = subprocess.run([*command, "xyzzy"], capture_output=True, text=True)
     assert lost.returncode != 0
     assert "no paper" in lost.stderr

@@ -9,50 +9,76 @@ from typing import Any, NamedTuple
 
 
 class Paper(NamedTuple):
-    """A row of papers.toml."""
+    """One paper: a table `[[paper]]` of the TOML file that its family has in this folder."""
 
     slug: str
     title: str
+    arxiv: str  # identifier, e.g. "2312.06635"
+    year: int  # of the first version on arXiv
+    family: str  # the name of its file
     symbols: tuple[str, ...]  # dotted names of what implements it, e.g. "frugax.layers.Retention"
     tests: tuple[str, ...]  # pytest node ids of what shows that it works
     note: str = ""  # what is left out, or differs
 
 
-def papers() -> list[Paper]:
-    """Every paper that frugax answers to.
+def families() -> dict[str, str]:
+    """Map the name of each family to a line on what it holds.
 
-    Source: lib/papers/papers.toml.
+    Source: the TOML files of lib/papers/.
+
+    Example:
+        >>> from frugax.papers import families
+        >>> families()["peft"]
+        'adapters over any tree of params'
+    """
+    return {file["family"]: file["about"] for file in _files()}
+
+
+def papers() -> list[Paper]:
+    """List every paper that frugax answers to, family after family.
+
+    Source: the TOML files of lib/papers/.
 
     Example:
         >>> from frugax.papers import papers
-        >>> next(p.symbols[0] for p in papers() if p.slug == "gla")
+        >>> next(p.symbols[0] for p in papers() if p.arxiv == "2312.06635")
         'frugax.kernels.linear_attention'
     """
-    rows = tomllib.loads(resources.files(__package__).joinpath("papers.toml").read_text())["paper"]
-    return [Paper(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in rows]
+    found = []
+    for file in _files():
+        for row in file["paper"]:
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+            found.append(Paper(**values, family=file["family"]))
+    return found
+
+
+def _files() -> list[dict[str, Any]]:
+    paths = (path for path in resources.files(__package__).iterdir() if path.name.endswith(".toml"))
+    return [tomllib.loads(p.read_text(encoding="utf-8")) for p in sorted(paths, key=lambda p: p.name)]
 
 
 def find(words: Sequence[str]) -> list[Paper]:
-    """The papers whose slug, title, symbols or note contain every word, whatever the case."""
+    """Find the papers that contain every word in any field, whatever the case: first one with that slug."""
     wanted = [word.lower() for word in words]
-    return [p for p in papers() if all(word in " ".join(map(str, p)).lower() for word in wanted)]
+    found = [p for p in papers() if all(word in " ".join(map(str, p)).lower() for word in wanted)]
+    return sorted(found, key=lambda paper: paper.slug not in wanted)
 
 
 def resolve(symbol: str) -> Any:
-    """The object that a dotted name stands for. Raises ValueError if there is none."""
+    """Import the object that a dotted name stands for; raise ValueError if there is none."""
     parts = symbol.split(".")
     found = importlib.import_module(parts[0])
     for part in parts[1:]:
         try:
             found = getattr(found, part)
         except AttributeError:
-            raise ValueError(f"symbols: {symbol!r} does not exist") from None
+            raise ValueError(f"symbol: got {symbol!r}; expected a dotted name that exists") from None
     return found
 
 
 def describe(paper: Paper) -> str:
-    """A paper's title, and for each symbol its call and first line of documentation; then its tests."""
-    lines = [f"{paper.slug}: {paper.title}"]
+    """Print-ready text: the title, each symbol's call and first line of documentation, then the tests."""
+    lines = [f"{paper.slug}: {paper.title} (arXiv {paper.arxiv}, {paper.year}, {paper.family})"]
     for symbol in paper.symbols:
         found = resolve(symbol)
         summary = (inspect.getdoc(found) or "").splitlines()[:1]
