@@ -17,12 +17,23 @@ def test_the_first_two_blocks_are_the_main_job_and_the_tests():
     assert "pytest" in BLOCKS[1][1]
 
 
+def test_what_it_links_to_exists():
+    for page in PAGES:
+        text = (README.parent / page).read_text()
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert link.startswith("https://") or (README.parent / page).parent.joinpath(link).exists(), link
+
+
 def test_the_example_runs():
     (code,) = (code for kind, code in BLOCKS if kind == "python")
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["out"].shape == (2, 100, 4, 32)
     assert names["logits"].shape == (1, 1, 256)
+
+
+def test_it_reads_in_one_sitting():
+    assert len(README.read_text().splitlines()) <= 170
 
 
 @pytest.mark.parametrize("page", PAGES)

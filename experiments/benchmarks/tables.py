@@ -5,47 +5,18 @@ python -m experiments.benchmarks.tables --check   say whether they are as this w
 """
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
+from frugax.papers import families, papers
 
-import frugax
+from .markdown import RESULTS, caption, plain_caption, read, table
+from .sentences import five_numbers, what_runs_where, where_it_loses
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
-
-
-def what_runs_where() -> str:
-    """Which backend serves each operation on each platform, as `frugax.kernels.explain` says."""
-    rows = []
-    for op, shapes in {
-        "linear_attention": ((1, 4096, 8, 64),) * 4,
-        "linear_recurrence": ((1, 4096, 512),) * 2,
-        "causal_conv1d": ((1, 4096, 512), (4, 512)),
-        "selective_scan": ((1, 4096, 512), (1, 4096, 512), (512, 16), (1, 4096, 16), (1, 4096, 16)),
-        "ssd": ((1, 4096, 8, 64), (1, 4096, 8), (8,), (1, 4096, 1, 128), (1, 4096, 1, 128)),
-        "rnn": ((1, 4096, 4, 4, 128), (4, 4, 128, 128)),
-    }.items():
-        for dtype in (jnp.bfloat16, jnp.float32):
-            x = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-            with contextlib.redirect_stdout(io.StringIO()):
-                lines = frugax.kernels.explain(op, *x).splitlines()[1:]
-            served = dict(line.strip().split(": ", 1) for line in lines if not line.startswith("  not "))
-            cells = [f"`{served[platform]}`" for platform in ("cpu", "tpu", "cuda")]
-            rows.append([f"`{op}`", jnp.dtype(dtype).name, *cells, "`xla`"])
-    return table(["operation", "dtype", "CPU", "TPU", "Hopper and newer", "other GPUs"], rows)
-
-
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def linear_attention_cpu() -> str:
@@ -199,36 +170,53 @@ def mezo_finetune() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
-def plain_caption(result: dict[str, Any]) -> str:
-    return f"{result['machine']}, jax {result['jax']}, {result['date']}."
+def family_rows() -> str:
+    """Tabulate the families of papers: one row each, with its methods."""
+    rows = []
+    for name, about in families().items():
+        anchor = name.replace("_", "-")
+        methods = ", ".join(f"`{paper.slug}`" for paper in papers() if paper.family == name)
+        rows.append([f"[{name.replace('_', ' ')}](docs/papers.md#{anchor})", about, methods])
+    return table(["family", "what it holds", "papers"], rows)
 
 
-def caption(result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {v}" for name, v in result["versions"].items())
-    machine = result["machine"]
-    where = f"{machine['cores']} cores of {machine['model']}"
-    return f"{result['benchmark']}. {where}, {versions}, {result['date']}."
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines)
+def every_paper() -> str:
+    """Tabulate lib/papers/, a section for each family."""
+    sections = []
+    for family, about in families().items():
+        rows = []
+        for paper in (paper for paper in papers() if paper.family == family):
+            title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
+            symbols = ", ".join(f"`{symbol.removeprefix('frugax.')}`" for symbol in paper.symbols)
+            rows.append([f"`{paper.slug}`", f"{title}, {paper.year}", symbols, paper.note])
+        head = ["", "paper", "in `frugax`", "what differs or is left out"]
+        sections.append(
+            f"## {family.replace('_', ' ').capitalize()}\n\nHolds {about}.\n\n{table(head, rows)}"
+        )
+    return "\n\n".join(sections)
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
+        "families": family_rows,
         "what_runs_where": what_runs_where,
+        "five_numbers": five_numbers,
+        "where_it_loses": where_it_loses,
+    },
+    "docs/papers.md": {"papers": every_paper},
+    "docs/results/cpu.md": {
         "linear_attention_cpu": linear_attention_cpu,
         "recurrences_cpu": recurrences_cpu,
         "rnn_cpu": rnn_cpu,
-        "training": training,
-        "classification": classification,
         "mamba_cpu": mamba_cpu,
+    },
+    "docs/results/training.md": {"training": training, "classification": classification},
+    "docs/results/optimizers.md": {
         "optimizers_quality": optimizers_quality,
         "optimizer_steps": optimizer_steps,
         "mezo_finetune": mezo_finetune,
     },
-    "docs/compiled.md": {
+    "docs/results/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),
         "tpu_selective_scan": partial(tpu_schedule, "selective_scan"),
         "tpu_rnn": partial(tpu_schedule, "rnn"),
@@ -242,13 +230,13 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 
 
 def rewritten(page: str) -> str:
-    """A page's text with everything between `<!-- table NAME -->` and `<!-- end -->` made anew."""
+    """Make everything between `<!-- table NAME -->` and `<!-- end -->` of a page anew; return the text."""
     text = (ROOT / page).read_text()
     for name, make in PAGES[page].items():
         start, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
         before, found, rest = text.partition(start)
         if not found:
-            raise SystemExit(f"{page} has no place for the table {name}: {start.strip()} fits")
+            raise SystemExit(f"{page}: got no place for the table {name}; expected {start.strip()}")
         _, _, after = rest.partition(end)
         text = before + start + make() + end + after
     return text
