@@ -9,17 +9,21 @@ import dataclasses
 import datetime
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .hopper.jobs import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 INNER = 10  # calls in a row: a kernel of a tenth of a millisecond is shorter than its dispatch
@@ -29,6 +33,7 @@ PACKAGES = (
     "jax-cuda13-plugin",
     "jax-linear-attention",
     "flash-linear-attention",
+    "fla-core",
     "mamba-ssm",
     "torch",
     "triton",
@@ -98,6 +103,26 @@ def expected(definition: Callable[..., Any], small: Any) -> Any:
         return jax_runner(definition, [np.asarray(x, np.float32) for x in small.arrays()]).both()
 
 
+def without_init(name: str) -> Any:
+    """The module `name`, its packages' own `__init__` left out: some import what was not built for them.
+
+    Example:
+        >>> without_init("json.decoder").JSONDecoder().decode("[1]")
+        [1]
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        found = importlib.util.find_spec(package)
+        if found is None or found.submodule_search_locations is None:
+            raise
+    bare = types.ModuleType(package)
+    bare.__path__ = list(found.submodule_search_locations)
+    sys.modules[package] = bare
+    return importlib.import_module(name)
+
+
 def gate(make: Callable[[Any], Runner], small: Any, wanted: Any) -> float | str:
     """How far a contender's output and gradients are from what they should be; or why it can't run."""
     try:
@@ -106,8 +131,9 @@ def gate(make: Callable[[Any], Runner], small: Any, wanted: Any) -> float | str:
         return f"{type(problem).__name__}: {problem}"[:200]
 
 
-def milliseconds(run: Callable[[], Any], wait: Callable[[Any], Any], inner: int = INNER) -> float:
-    """The time of a call, of `inner` calls in a row."""
+def milliseconds(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
+    """The time of a call, of `INNER` calls in a row; of one where no chip is (a rehearsal)."""
+    inner = INNER if jax.default_backend() == "gpu" else 1
     start = time.perf_counter()
     for _ in range(inner):
         out = run()
@@ -115,8 +141,9 @@ def milliseconds(run: Callable[[], Any], wait: Callable[[Any], Any], inner: int 
     return 1e3 * (time.perf_counter() - start) / inner
 
 
-def copy_rate(size: int = 2**30) -> float:
-    """Bytes a second that a copy of `size` bytes moves, reads and writes: the bandwidth there is to reach."""
+def copy_rate() -> float:
+    """Bytes a second that a copy of 1 GiB moves, reads and writes: the bandwidth there is to reach."""
+    size = 2**30 if jax.default_backend() == "gpu" else 2**20
     x = jnp.zeros(size // 4, jnp.uint32)
     copy = jax.jit(lambda x: x ^ 1)
     jax.block_until_ready(copy(x))
@@ -133,8 +160,8 @@ def measure(
     bound: float,
     least_bytes: Callable[[Any, str], int],
     repeats: int,
-) -> list[dict[str, Any]]:
-    """A row for each shape and for the forward pass and both: median times, and their share of a copy's rate.
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each shape, of the forward pass and of both: median times, their share of a copy.
 
     Args:
       shapes: what to time.
@@ -145,7 +172,7 @@ def measure(
       least_bytes: of a shape and "forward" or "both": what must be read and written.
       repeats: timings of each, in turns, so that a drifting clock is the same for all.
     """
-    rate, rows = copy_rate(), []
+    rate = copy_rate()
     gated: dict[Any, dict[str, float | str]] = {}
     for shape in shapes:
         small = stand_in(shape)
@@ -181,9 +208,7 @@ def measure(
                 "copy_gb_a_second": round(rate / 1e9),
                 "errors": gated[small],
             }
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
+            yield row
 
 
 def one_each(shapes: Iterable[Any], kind: Callable[[Any], Any]) -> list[Any]:
@@ -252,29 +277,55 @@ def why_not() -> str | None:
     return None
 
 
+def rows_so_far(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `path` that this chip and these versions have measured; none if others have."""
+    before = read_json(path)
+    if not isinstance(before, dict) or any(before.get(name) != about[name] for name in ("chip", "versions")):
+        return []
+    return before["rows"]
+
+
+def is_of(row: dict[str, Any], shape: Any) -> bool:
+    """Whether the row is this shape's."""
+    fields = json.loads(json.dumps(dataclasses.asdict(shape)))
+    return {name: row.get(name) for name in fields} == fields
+
+
 def main(
     doc: str | None,
     name: str,
     shapes: list[Any],
-    measure: Callable[[list[Any], int], list[dict[str, Any]]],
+    measure: Callable[[list[Any], int], Iterable[dict[str, Any]]],
     deviceless: Callable[[list[Any]], list[dict[str, Any]]],
+    tiny: list[Any],
 ) -> None:
-    """The command line of a benchmark; writes results/gpu_NAME_measured.json or gpu_NAME_deviceless.json."""
+    """The command line of a benchmark; writes results/gpu_NAME_measured.json or gpu_NAME_deviceless.json.
+
+    A measured row is written when it is there.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deviceless", action="store_true", help="compile for H200 and report; run nothing")
+    parser.add_argument("--rehearse", action="store_true", help="run on CPU, interpreted, on tiny shapes")
     parser.add_argument("--repeats", type=int, default=30, help="timings of each contender, default 30")
     parser.add_argument("--only", default="", help="only shapes whose text has this in it, as H=96 or 'lstm'")
+    parser.add_argument("--go-on", action="store_true", help="keep the output's rows; measure the others")
     parser.add_argument("--output", type=Path, help="where the JSON goes, default results/")
     options = parser.parse_args()
-    chosen = [shape for shape in shapes if options.only in str(shape)]
-    if options.deviceless:
-        chip, rows = "H200 (compiled for, not run)", deviceless(chosen)
-    else:
-        if reason := why_not():
-            sys.exit(reason)
-        chip, rows = jax.devices()[0].device_kind, measure(chosen, options.repeats)
-    path = options.output or RESULTS / f"gpu_{name}_{'deviceless' if options.deviceless else 'measured'}.json"
-    record = {"chip": chip, "date": datetime.date.today().isoformat(), "versions": versions(), "rows": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    kind = "deviceless" if options.deviceless else "rehearsed" if options.rehearse else "measured"
+    path = options.output or RESULTS / f"gpu_{name}_{kind}.json"
+    chosen = tiny if options.rehearse else [shape for shape in shapes if options.only in str(shape)]
+    if not options.deviceless and not options.rehearse and (reason := why_not()):
+        sys.exit(reason)
+    chip = "H200 (compiled for, not run)" if options.deviceless else jax.devices()[0].device_kind
+    about = {"chip": chip, "date": datetime.date.today().isoformat(), "versions": versions()}
+    rows = rows_so_far(path, about) if options.go_on else []
+    last = [row for row in rows if row.get("passes", "both") == "both"]  # a shape's last row
+    chosen = [shape for shape in chosen if not any(is_of(row, shape) for row in last)]
+    rows = [row for row in rows if not any(is_of(row, shape) for shape in chosen)]
+    repeats = 1 if options.rehearse else options.repeats
+    for row in deviceless(chosen) if options.deviceless else measure(chosen, repeats):
+        rows.append(row)
+        write_json(path, about | {"rows": rows})
+        if not options.deviceless:
+            print(json.dumps(row), flush=True)
     print(f"wrote {path}")

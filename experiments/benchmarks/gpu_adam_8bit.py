@@ -8,8 +8,8 @@ agree with the definition's on a smaller leaf; then it is timed by turns with th
 """
 
 import dataclasses
-import json
 import statistics
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ SHAPES = [
     for group_size in (256, 2048)
     for dtype in ("float32", "bfloat16")
 ]
+TINY = [Step(128, "float32", ("mulaw8", "ufp8_e4m4"), rows=9, columns=256)]
 
 
 def step(backend: str | None, donate: bool = True):
@@ -60,15 +61,16 @@ def step(backend: str | None, donate: bool = True):
     return jax.jit(run, donate_argnums=(0, 1) if donate else ())
 
 
-def measure(shapes: list[Step], repeats: int) -> list[dict[str, Any]]:
-    """Median times of the kernel and of plain JAX, and the kernel's share of a copy's rate."""
-    rate, rows = gpu.copy_rate(), []
+def measure(shapes: list[Step], repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield median times of the kernel and of plain JAX, and the kernel's share of a copy's rate."""
+    rate = gpu.copy_rate()
     for shape in shapes:
         small = dataclasses.replace(shape, rows=min(shape.rows, 512)).arrays()
         updates = [step(b, donate=False)(*small)[0].astype(jnp.float32) for b in ("pallas_gpu", "reference")]
         error = worst_error(*updates)
-        if not error < BOUND[shape.dtype]:
-            raise AssertionError(f"{shape}: the update is off by {error:.1e}; no time is worth reporting")
+        if not error < BOUND[shape.dtype]:  # no time of a wrong answer is worth reporting
+            yield dataclasses.asdict(shape) | {"median_ms": {}, "error": error}
+            continue
         arrays = shape.arrays()
         moved = 2 * sum(x.nbytes for x in jax.tree.leaves(arrays))
         state = {name: jax.tree.map(jnp.copy, arrays) for name in ("pallas_gpu", "xla")}
@@ -91,9 +93,7 @@ def measure(shapes: list[Step], repeats: int) -> list[dict[str, Any]]:
             "copy_gb_a_second": round(rate / 1e9),
             "error": error,
         }
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+        yield row
 
 
 def deviceless(shapes: list[Step]) -> list[dict[str, Any]]:
@@ -108,4 +108,4 @@ def deviceless(shapes: list[Step]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    gpu.main(__doc__, "adam_8bit", SHAPES, measure, deviceless)
+    gpu.main(__doc__, "adam_8bit", SHAPES, measure, deviceless, TINY)

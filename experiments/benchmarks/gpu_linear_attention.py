@@ -10,7 +10,7 @@ Mamba-2's `ssd` is the same kernels by other names, with steps and rates to turn
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,7 @@ SHAPES = [
     )
 ]
 SSD_SHAPES = [SSD(8, 2048, 64, 64, 128), SSD(4, 4096, 80, 64, 128), SSD(1, 16384, 24, 64, 128)]
+TINY = [Shape(1, 70, 2, 64, "bth"), SSD(1, 70, 2, 32, 64)]
 
 
 def frugax_attend(backend: str, shape: Shape) -> Callable[..., Any]:
@@ -141,7 +142,7 @@ def fla_ssd(shape: SSD) -> gpu.Runner:
 
 def mamba_ssm(shape: SSD) -> gpu.Runner:
     """The authors' Triton kernels, with the chunks of their layer."""
-    ssd = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    ssd = gpu.without_init("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     return gpu.torch_runner(
         lambda x, dt, A, B, C: ssd(x, dt, A, B, C, chunk_size=256, dt_softplus=True), shape.arrays()
     )
@@ -165,11 +166,11 @@ SSD_CONTENDERS: dict[str, Callable[[SSD], gpu.Runner]] = {
 def stand_in(shape: Shape) -> Shape:
     """A call small enough for the token-by-token definition, with heads few or many as in `shape`."""
     many = shape.D <= 128 and shape.B * shape.H >= 64  # where our kernels choose another way
-    return Shape(1, 300, 128 if many else 2, shape.D, shape.decay)
+    return Shape(1, min(shape.T, 300), 128 if many else 2, shape.D, shape.decay)
 
 
 def ssd_stand_in(shape: SSD) -> SSD:
-    return SSD(1, 300, 128 if shape.B * shape.H >= 114 else 2, shape.P, shape.N)
+    return SSD(1, min(shape.T, 300), 128 if shape.B * shape.H >= 114 else 2, shape.P, shape.N)
 
 
 def least_bytes(shape: Shape, passes: str) -> int:
@@ -202,16 +203,17 @@ def kernel_bytes(shape: Shape) -> dict[str, int]:
     }
 
 
-def measure(shapes: list[Any], repeats: int) -> list[dict[str, Any]]:
+def measure(shapes: list[Any], repeats: int) -> Iterator[dict[str, Any]]:
     options: dict[str, Any] = dict(bound=WORST_ERROR, repeats=repeats)
-    return gpu.measure(
+    yield from gpu.measure(
         [shape for shape in shapes if isinstance(shape, Shape)],
         CONTENDERS,
         partial(frugax_attend, "reference"),
         stand_in=stand_in,
         least_bytes=least_bytes,
         **options,
-    ) + gpu.measure(
+    )
+    yield from gpu.measure(
         [shape for shape in shapes if isinstance(shape, SSD)],
         SSD_CONTENDERS,
         partial(frugax_ssd, "reference"),
@@ -264,4 +266,4 @@ def deviceless(shapes: list[Any]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    gpu.main(__doc__, "linear_attention", [*SHAPES, *SSD_SHAPES], measure, deviceless)
+    gpu.main(__doc__, "linear_attention", [*SHAPES, *SSD_SHAPES], measure, deviceless, TINY)

@@ -1,0 +1,1 @@
+"""All that a Hopper GPU is needed for, in one command of a few minutes."""

@@ -1,0 +1,73 @@
+"""The list of jobs, most important first: a row of `cases.CASES` and one of `BENCHMARKS` an operation."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+from .jobs import Job
+
+HERE = Path(__file__).parent
+# (what is measured, its module beside this folder, the shapes that come first: text that they have in them)
+BENCHMARKS = (
+    ("linear_attention", "gpu_linear_attention", "H=96"),
+    ("ssd", "gpu_linear_attention", "SSD(B=8"),
+    ("selective_scan", "gpu_selective_scan", "B=8, T=2048, D=5120"),
+    ("rnn", "gpu_rnn", "B=16, T=1024, H=8"),
+    ("adam_8bit", "gpu_adam_8bit", "group_size=256"),
+)
+CONFORMANCE_SECONDS = 75  # of which a kernel's compilation may take most
+FIRST_SECONDS, REST_SECONDS = 90, 240  # of a benchmark's first shapes, and of the others
+
+
+def conformance(rehearse: bool) -> list[Job]:
+    """Return a job for each row of `cases.CASES`, which is read without importing jax."""
+    mode = ("--rehearse",) if rehearse else ()
+    return [
+        Job(
+            f"conformance: {name}",
+            (*module("hopper.conformance"), name, "--output", "{output}", *mode),
+            CONFORMANCE_SECONDS,
+            f"conformance_{re.sub(r'[^a-z0-9]+', '_', name)}.json",
+        )
+        for name in case_names()
+    ]
+
+
+def benchmarks(rehearse: bool) -> list[Job]:
+    """Return the jobs that measure: the first shapes of each benchmark, then all that are left."""
+    if rehearse:
+        modules = dict.fromkeys(name for _, name, _ in BENCHMARKS)
+        return [_benchmark(f"benchmark: {name}", name, 120, "--rehearse") for name in modules]
+    first = [
+        _benchmark(f"benchmark: {what}, first shapes", name, FIRST_SECONDS, "--only", only, "--go-on")
+        for what, name, only in BENCHMARKS
+    ]
+    modules = dict.fromkeys(name for _, name, _ in BENCHMARKS)
+    return first + [
+        _benchmark(f"benchmark: {name}, the rest", name, REST_SECONDS, "--go-on") for name in modules
+    ]
+
+
+def machine(rehearse: bool) -> Job:
+    """Return the job that looks whether the others can run."""
+    mode = ("--rehearse",) if rehearse else ()
+    return Job("machine", (*module("hopper.machine"), "--output", "{output}", *mode), 90, "machine.json")
+
+
+def module(name: str) -> tuple[str, ...]:
+    """Return the command of a module of `experiments.benchmarks`."""
+    return (sys.executable, "-m", f"experiments.benchmarks.{name}")
+
+
+def _benchmark(what: str, name: str, seconds: float, *options: str) -> Job:
+    return Job(what, (*module(name), "--output", "{output}", *options), seconds, f"{name}_measured.json")
+
+
+def case_names() -> list[str]:
+    """Return the keys of `CASES`, from the text of the file: to import it takes jax."""
+    for node in ast.parse((HERE / "cases.py").read_text()).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "CASES":
+            assert isinstance(node.value, ast.Dict)
+            return [key.value for key in node.value.keys if isinstance(key, ast.Constant)]  # type: ignore[misc]
+    raise LookupError("cases.py: no CASES; expected one dictionary of that name")
