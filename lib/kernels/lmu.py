@@ -10,6 +10,7 @@ import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from .common.arguments import accumulator, as_shaped, reject
+from .common.operation import Choice, record_choice
 
 Method = Literal["fft", "recurrent"]
 
@@ -79,19 +80,13 @@ def lmu(
 
     forms = {"fft": convolution, "recurrent": recurrence}
     chosen = _methods(u, segment_ids, method)
+    record_choice(lambda: Choice("lmu", {place: f"xla ({form})" for place, form in chosen.items()}, {}))
     on_cpu, elsewhere = forms[chosen["cpu"]], forms[chosen["tpu"]]
     if on_cpu is elsewhere:
         m = on_cpu(wide, m0)
     else:
         m = jax.lax.platform_dependent(wide, m0, cpu=on_cpu, default=elsewhere)
     return m.astype(u.dtype), m[:, -1]
-
-
-def plan(u, order, theta, *, initial_state=None, segment_ids=None, method=None):
-    """What `frugax.kernels.explain` prints: no kernel serves this one, but methods differ."""
-    u, initial_state, segment_ids = map(as_shaped, (u, initial_state, segment_ids))
-    _check(u, order, theta, initial_state, segment_ids, method)
-    return {place: f"xla ({chosen})" for place, chosen in _methods(u, segment_ids, method).items()}, {}
 
 
 def _methods(u, segment_ids, method: Method | None) -> dict[str, Method]:
@@ -167,13 +162,13 @@ def _recurrence(u_BTD: Array, m_BDN: Array, theta: float, segment_ids: Array | N
 def _check(u, order, theta, initial_state, segment_ids, method) -> None:
     """Raise ValueError naming the argument that can't be right."""
     if not jnp.issubdtype(u.dtype, jnp.floating) or u.ndim != 3 or 0 in u.shape:
-        reject("u", u, "floating [batch, time, channels], every size >= 1,")
+        reject("u", u, "floating [batch, time, channels], every size >= 1")
     if order < 1 or int(order) != order:
-        raise ValueError(f"order: got {order}; a whole number >= 1 fits")
+        raise ValueError(f"order: got {order}; expected a whole number >= 1")
     if not theta > 0:
-        raise ValueError(f"theta: got {theta}; a number of tokens above 0 fits")
+        raise ValueError(f"theta: got {theta}; expected a number of tokens above 0")
     if method not in (None, "fft", "recurrent"):
-        raise ValueError(f"method: got {method!r}; 'fft', 'recurrent' or None fits")
+        raise ValueError(f"method: got {method!r}; expected 'fft', 'recurrent' or None")
     B, T, D = u.shape
     if initial_state is not None and (
         initial_state.shape != (B, D, order) or not jnp.issubdtype(initial_state.dtype, jnp.floating)
@@ -183,4 +178,6 @@ def _check(u, order, theta, initial_state, segment_ids, method) -> None:
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
             reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
         if method == "fft":
-            raise ValueError("segment_ids: a convolution knows no documents; method 'recurrent' or None fits")
+            raise ValueError(
+                "segment_ids: a convolution knows no documents; expected method 'recurrent' or None"
+            )

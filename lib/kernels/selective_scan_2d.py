@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from .common.arguments import as_shaped, reject
 from .common.operation import Backend
-from .selective_scan import plan as scan_plan
 from .selective_scan import selective_scan
 
 Scan = Literal["cross", "atrous"]
@@ -71,20 +70,11 @@ def selective_scan_2d(
     return merge_paths_2d(y, x.shape[1], x.shape[2], scan=scan, step=step)
 
 
-def plan(x, dt, A, B, C, D=None, *, scan="cross", step=2, dt_bias=None, dt_softplus=False, backend=None):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    paths = jax.eval_shape(partial(paths_2d, scan=scan, step=step), as_shaped(x))
-    arrays = [paths, *map(as_shaped, (dt, A, B, C, D, dt_bias))]
-    _check_paths(*arrays)
-    *arrays, bias = (a if a is None else jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in arrays)
-    return scan_plan(*arrays, dt_bias=bias, dt_softplus=dt_softplus, backend=backend)
-
-
 def _check_paths(paths, dt, A, B, C, D, dt_bias) -> None:
     """Raise ValueError unless every path has its arrays, and of tokens as many as it visits."""
     for name, array in dict(dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias).items():
         if array is not None and array.shape[:1] != paths.shape[:1]:
-            reject(name, array, f"a first axis of {len(paths)}, one for each path,")
+            reject(name, array, f"a first axis of {len(paths)}, one for each path")
     for name, array in dict(dt=dt, B=B, C=C).items():
         if array.shape[:-1] != paths.shape[:-1]:
             reject(name, array, f"{list(paths.shape[:-1])} and its channels (paths, batch, tokens)")
@@ -118,7 +108,7 @@ def paths_2d(
     x = as_shaped(x)
     _check(scan, step)
     if x.ndim != 4 or 0 in x.shape:
-        reject("x", x, "[batch, height, width, D], every size >= 1,")
+        reject("x", x, "[batch, height, width, D], every size >= 1")
     return _cross(x) if scan == "cross" else _atrous(x, step)
 
 
@@ -159,9 +149,9 @@ def merge_paths_2d(
 
 def _check(scan: str, step: int) -> None:
     if scan not in ("cross", "atrous"):
-        raise ValueError(f"scan: got {scan!r}; 'cross' or 'atrous' fits")
+        raise ValueError(f"scan: got {scan!r}; expected 'cross' or 'atrous'")
     if not isinstance(step, int) or step < 1:
-        raise ValueError(f"step: got {step!r}; an integer >= 1 fits")
+        raise ValueError(f"step: got {step!r}; expected an integer >= 1")
 
 
 def _cross(x: Array) -> Array:

@@ -8,7 +8,6 @@ from jaxtyping import Array, Float, Int
 from .common.arguments import accumulator, as_shaped, reject
 from .common.operation import Backend
 from .linear_attention import linear_attention
-from .linear_attention import plan as attention_plan
 
 
 def ssd(
@@ -87,29 +86,6 @@ def ssd(
     return y.astype(x.dtype), state
 
 
-def plan(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D=None,
-    *,
-    z=None,
-    dt_bias=None,
-    dt_softplus=False,
-    initial_state=None,
-    segment_ids=None,
-    backend=None,
-):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    x, dt, A, B, C, D, z, dt_bias, state = map(as_shaped, (x, dt, A, B, C, D, z, dt_bias, initial_state))
-    check(x, dt, A, B, C, D, z, dt_bias, state)
-    q, k = (jax.ShapeDtypeStruct(y.shape, x.dtype) for y in (C, B))
-    decay = jax.ShapeDtypeStruct(dt.shape, accumulator(x.dtype))
-    return attention_plan(q, k, x, decay, initial_state=state, segment_ids=segment_ids, backend=backend)
-
-
 def _values_and_decay(x, dt, A, dt_bias, dt_softplus: bool) -> tuple[Array, Array]:
     """(dt x in x's dtype, dt A): what linear attention calls values and log-decays."""
     dt = dt.astype(accumulator(x.dtype))
@@ -117,8 +93,8 @@ def _values_and_decay(x, dt, A, dt_bias, dt_softplus: bool) -> tuple[Array, Arra
         dt = dt + dt_bias.astype(dt.dtype)
     if dt_softplus:
         dt = jax.nn.softplus(dt)
-    checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; <= 0 fits")
-    checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; >= 0 fits")
+    checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; expected <= 0")
+    checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; expected >= 0")
     return (x * dt[..., None]).astype(x.dtype), dt * A.astype(dt.dtype)
 
 
@@ -129,14 +105,14 @@ def check(x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:
         if y is not None and not jnp.issubdtype(y.dtype, jnp.floating):
             reject(name, y, "a floating dtype")
     if x.ndim != 4 or 0 in x.shape:
-        reject("x", x, "[batch, time, heads, P], every size >= 1,")
+        reject("x", x, "[batch, time, heads, P], every size >= 1")
     b, t, h, p = x.shape
     if dt.shape != (b, t, h):
         reject("dt", dt, f"[{b}, {t}, {h}] (x's batch, time and heads)")
     if A is not None and A.shape != (h,):
         reject("A", A, f"[{h}] (x's heads)")
     if B.ndim != 4 or B.shape[:2] != (b, t) or 0 in B.shape or h % B.shape[2]:
-        reject("B", B, f"[{b}, {t}, groups, N], with groups that divide {h},")
+        reject("B", B, f"[{b}, {t}, groups, N], with groups that divide {h}")
     if C.shape != B.shape:
         reject("C", C, f"B's shape {list(B.shape)}")
     if D is not None and D.shape not in ((h,), (h, p)):

@@ -11,7 +11,6 @@ from .common.operation import Backend
 from .linear_attention import linear_attention
 from .linear_attention.inputs import repeat_heads
 from .ssd import check
-from .ssd import plan as ssd_plan
 
 
 class TrapezoidalState(NamedTuple):
@@ -78,8 +77,8 @@ def trapezoidal_ssd(
     memory = None if initial_state is None else initial_state.memory
     check(x, dt, None, B, C, D, None, None, memory)
     _check_rows(dt, A, mix)
-    checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; <= 0 fits")
-    checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; >= 0 fits")
+    checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; expected <= 0")
+    checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; expected >= 0")
     wide, H = accumulator(x.dtype), x.shape[2]
     dt, A, mix = (rows.astype(wide) for rows in (dt, A, mix))
 
@@ -108,13 +107,6 @@ def trapezoidal_ssd(
     skip_BTH = -ahead_BTH * own_BTH if D is None else D.astype(wide) - ahead_BTH * own_BTH
     y = y.astype(wide) + skip_BTH[..., None] * x
     return y.astype(x.dtype), TrapezoidalState(memory, B[:, -1], x[:, -1])
-
-
-def plan(x, dt, A, B, C, mix, D=None, *, initial_state=None, segment_ids=None, backend=None):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    _check_rows(*map(as_shaped, (dt, A, mix)))
-    memory = None if initial_state is None else initial_state.memory
-    return ssd_plan(x, dt, None, B, C, D, initial_state=memory, segment_ids=segment_ids, backend=backend)
 
 
 def _check_rows(dt, A, mix) -> None:

@@ -165,7 +165,7 @@ def causal_conv1d(
     call = conv.check(x, weight, bias, initial_state, segment_ids)
     if x.shape[1] < weight.shape[0] - 1:
         raise ValueError(
-            f"x: got {x.dtype}{list(x.shape)} on a shard; at least {weight.shape[0] - 1} tokens (W-1) fit"
+            f"x: got {x.dtype}{list(x.shape)} on a shard; expected {weight.shape[0] - 1} tokens (W-1) or more"
         )
     shards = jax.lax.axis_size(axis_name)
     right = [(i, i + 1) for i in range(shards - 1)]  # the first shard receives zeros

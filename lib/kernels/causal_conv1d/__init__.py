@@ -1,14 +1,14 @@
-"""The depthwise causal convolution of Mamba-style mixers: the public function, dispatch and gradient."""
+"""The depthwise causal convolution of Mamba-style mixers: the public function."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
-from ..common.operation import Backend, Operation, names_of, only_xla
-from ..common.sharding import Axes, align
+from ..common.operation import Backend, Operation
 from .inputs import Inputs, check, check_activation, final_state
 
-OPERATION = Operation("causal_conv1d", independent=("b", "d"))
+OPERATION = Operation(
+    "causal_conv1d", Inputs("b t d", "w d", "d", "b s d", "b t"), "b t d", independent=("b", "d")
+)
 
 
 def causal_conv1d(
@@ -53,41 +53,5 @@ def causal_conv1d(
         ([1.0, 12.0, 23.0, 34.0], [4.0])
     """
     call = check(*(as_shaped(a) for a in (x, weight, bias, initial_state, segment_ids)))
-    activation = check_activation(activation)
-    call = align(call, _axes(call), OPERATION.independent)
-    chosen, _ = OPERATION.plan(call, backend)
-    run = _forward if only_xla(chosen) else _with_kernels
-    y = run(tuple(chosen.items()), activation, call)
+    y = OPERATION(call, backend, activation=check_activation(activation))
     return y, final_state(call)  # W-1 rows: XLA's work, and its gradient, whatever runs the rest
-
-
-def plan(x, weight, bias=None, *, activation=None, initial_state=None, segment_ids=None, backend=None):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    check_activation(activation)
-    call = jax.eval_shape(check, *(as_shaped(a) for a in (x, weight, bias, initial_state, segment_ids)))
-    return OPERATION.plan(call, backend)
-
-
-def _axes(call: Inputs) -> Inputs:
-    """The axes of every array, for `sharding.per_shard`."""
-    return names_of(call, Inputs("b t d", "w d", "d", "b s d", "b t"))
-
-
-def _forward(chosen: tuple[tuple[str, str], ...], activation: str | None, call: Inputs):
-    return OPERATION.forward(dict(chosen), Axes((_axes(call),), "b t d"), call, activation=activation)
-
-
-_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
-
-
-def _with_kernels_fwd(chosen, activation, call):
-    return _with_kernels(chosen, activation, call), call  # only the inputs: the backward pass recomputes
-
-
-def _with_kernels_bwd(chosen, activation, call, dy):
-    names = _axes(call)
-    axes = Axes((names, "b t d"), names._replace(reach=None))
-    return (OPERATION.backward(dict(chosen), axes, call, dy, activation=activation),)
-
-
-_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)

@@ -59,7 +59,7 @@ def check(x, weight, bias, initial_state, segment_ids) -> Inputs:
         if a is not None and not jnp.issubdtype(a.dtype, jnp.floating):
             reject(name, a, "a floating dtype")
     if x.ndim != 3 or 0 in x.shape:
-        reject("x", x, "[batch, time, channels], every size >= 1,")
+        reject("x", x, "[batch, time, channels], every size >= 1")
     B, T, D = x.shape
     if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != D:
         reject("weight", weight, f"[W, {D}] with W >= 1")
@@ -81,5 +81,5 @@ def check(x, weight, bias, initial_state, segment_ids) -> Inputs:
 def check_activation(activation: str | None) -> str | None:
     """None or "silu"; "swish" is its other name."""
     if activation not in (None, "silu", "swish"):
-        raise ValueError(f"activation: got {activation!r}; None, 'silu' or 'swish' fits")
+        raise ValueError(f"activation: got {activation!r}; expected None, 'silu' or 'swish'")
     return activation and "silu"

@@ -17,6 +17,6 @@ def as_shaped(x):
     return x if x is None or isinstance(x, jax.ShapeDtypeStruct | Array) else jnp.asarray(x)
 
 
-def reject(name: str, x: Array | jax.ShapeDtypeStruct, fits: str) -> NoReturn:
-    """Raise the ValueError that names an argument, what it is, and what fits."""
-    raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; {fits} fits")
+def reject(name: str, x: Array | jax.ShapeDtypeStruct, expected: str) -> NoReturn:
+    """Raise the ValueError that names an argument, what it is, and what was expected."""
+    raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; expected {expected}")

@@ -71,3 +71,10 @@ def partition_spec(sharding: Any, mesh: Any) -> Any:
         return sharding_impls.parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
     except Exception:
         return jax.sharding.PartitionSpec()
+
+
+def needs_devices_to_lower(primitive: Any) -> None:
+    """Tell JAX that lowering `primitive` may ask for the program's devices, as custom partitioning does."""
+    from jax._src import dispatch  # private: the public primitives are all registered there already
+
+    dispatch.prim_requires_devices_during_lowering.add(primitive)

@@ -1,8 +1,13 @@
 """`explain`: what would run for a call, on each platform, and why."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
+import numpy as np
+
+from .operation import Choice, recorded_choices
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -26,14 +31,29 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> str:
         ...
     """
     name = op if isinstance(op, str) else op.__name__
-    try:
-        room = importlib.import_module(f"..{name}", __package__)
-        planned = room.plan
-    except (ModuleNotFoundError, AttributeError):
-        raise ValueError(f"op: {name!r} is no operation of frugax.kernels") from None
-    chosen, reasons = planned(*args, **kwargs)
-    lines = [name, *(f"  {platform}: {backend}" for platform, backend in chosen.items())]
-    lines += [f"  not {backend}: {reason}" for backend, reason in reasons.items() if reason is not None]
-    text = "\n".join(lines)
+    function: Any = getattr(importlib.import_module("..", __package__), name, None)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    is_array = [isinstance(x, jax.ShapeDtypeStruct | jax.Array | np.ndarray) for x in leaves]
+
+    def call(arrays: list[Any]) -> Any:
+        rest = iter(arrays)
+        merged = [next(rest) if array else x for array, x in zip(is_array, leaves, strict=True)]
+        args, kwargs = jax.tree.unflatten(tree, merged)
+        return function(*args, **kwargs)
+
+    choices: list[Choice] = []
+    if callable(function):
+        with recorded_choices() as choices:
+            jax.eval_shape(call, [x for array, x in zip(is_array, leaves, strict=True) if array])
+    if not choices:
+        raise ValueError(f"op: got {name!r}; expected an operation of frugax.kernels, which runs on backends")
+    text = "\n".join([name, *dict.fromkeys(line for choice in choices for line in _lines(name, choice))])
     print(text)
     return text
+
+
+def _lines(name: str, choice: Choice) -> Iterator[str]:
+    if choice.operation != name:
+        yield f"  by {choice.operation}"
+    yield from (f"  {platform}: {backend}" for platform, backend in choice.backends.items())
+    yield from (f"  not {backend}: {reason}" for backend, reason in choice.reasons.items())

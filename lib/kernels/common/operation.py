@@ -1,147 +1,263 @@
-"""How every operation picks its backend, by the platform lowered for or by name, and calls it."""
+"""How an operation picks a backend, by the platform lowered for or by name; runs and differentiates it."""
 
-import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from .sharding import Axes, per_shard
+from .lazy import PLATFORM_OF, when_lowered
+from .sharding import AxisNames, align, per_shard
 
 Backend = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-# The platform (as `jax.lax.platform_dependent` calls it) that each Pallas backend is compiled for.
-PLATFORM_OF = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
-
 _log = logging.getLogger("frugax")
+
+
+class Choice(NamedTuple):
+    """Which backend would serve a call on each platform, and why a kernel would not."""
+
+    operation: str
+    backends: dict[str, str]  # "cpu", "tpu", "cuda" -> the backend's name
+    reasons: dict[str, str]  # a kernel's name -> why it can't serve the call
+
+
+_choices: ContextVar[list[Choice] | None] = ContextVar("frugax_choices", default=None)
+
+
+@contextmanager
+def recorded_choices() -> Iterator[list[Choice]]:
+    """Collect the choice of every operation called inside; their calls then run "xla", whatever they name."""
+    choices: list[Choice] = []
+    token = _choices.set(choices)
+    try:
+        yield choices
+    finally:
+        _choices.reset(token)
+
+
+def record_choice(choose: Callable[[], Choice]) -> bool:
+    """Record a choice, which `choose` makes, if anyone collects them; say whether someone does."""
+    choices = _choices.get()
+    if choices is None:
+        return False
+    choices.append(choose())
+    return True
 
 
 def check_backend(backend: str | None) -> None:
     """Raise ValueError unless `backend` is None or one of BACKENDS."""
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}; one of {', '.join(map(repr, BACKENDS))} or None fits")
+        raise ValueError(f"backend: got {backend!r}; expected {', '.join(map(repr, BACKENDS))} or None")
 
 
-@functools.cache
-def _say_once(op: str, backend: str, reason: str) -> None:
-    _log.info("%s: %s can't serve this call (%s); xla does", op, backend, reason)
-
-
-def plan(op: str, backend: str | None, reasons: Mapping[str, str | None]) -> dict[str, str]:
-    """Which backend serves the call on each platform: {"cpu": ..., "tpu": ..., "cuda": ...}.
-
-    Args:
-      op: the operation's name, for messages.
-      backend: the caller's choice; None picks per platform.
-      reasons: for each Pallas backend, why it can't serve this call (None: it can).
-
-    Raises:
-      ValueError: a named Pallas backend can't serve the call.
-    """
-    check_backend(backend)
-    if backend in ("reference", "xla"):
-        return dict.fromkeys(("cpu", "tpu", "cuda"), backend)
-    if backend is not None:
-        if reasons[backend] is not None:
-            raise ValueError(f"{op}: backend={backend!r} can't serve this call: {reasons[backend]}")
-        named = {PLATFORM_OF[backend]: backend}
-        # Mosaic GPU's interpreter has effects, which a program for a GPU can't hold, in no branch.
-        if backend != "pallas_gpu" or jax.default_backend() == "cpu":
-            named["cpu"] = f"{backend} (interpreted)"
-        return named
-    chosen = {"cpu": "xla", "tpu": "xla", "cuda": "xla"}
-    for name, reason in reasons.items():
-        if reason is None:
-            chosen[PLATFORM_OF[name]] = name
-        else:
-            _say_once(op, name, reason)
-    return chosen
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Operation:
-    """The rooms of one operation, and how to call whichever serves.
+    """One operation's backends, and what they need to know of its arrays.
 
-    Every room has `forward(call, ...)`; a Pallas room also `unsupported_reason(call)` and
-    `backward(call, ..., cotangents, ...) -> the gradient of call`, both with `interpret=`.
+    A backend is a module of the operation's folder. Each has `forward(call, **options)`. A Pallas backend has
+    `unsupported_reason(call)` and `backward(call, *kept, cotangents, **options) -> the gradient of call`,
+    both functions with `interpret=`; "xla" may have `backward` too, else JAX differentiates its `forward`.
 
     Attributes:
       name: the folder in `frugax.kernels`.
-      independent: the axes of its arrays that may be split over a mesh.
+      arguments: the axes of each array of the call, a NamedTuple like it: "b t h k". Alternatives of other
+        lengths stand between bars: "h | b t h". Or a function of the call and the options that gives them.
+      results: the axes of each result; a tree of strings, or a function likewise.
+      independent: the axes that may be split over a mesh.
       sequence: the call's array [batch, time, ...] whose kernel on GPU pads time to a chunk: a single token
         goes to xla, unless a backend is named. None: there is no such kernel.
+      keeps: positions of the results that `backward` is given, after the call.
+      extra: the axes of one result more, for `backward` alone, that `forward(..., keep=True)` gives.
+      static: the options that `unsupported_reason` takes besides the call.
     """
 
     name: str
+    arguments: Any
+    results: Any
     independent: tuple[str, ...]
     sequence: str | None = None
+    keeps: tuple[int, ...] = ()
+    extra: str | None = None
+    static: tuple[str, ...] = ()
 
-    def plan(self, call: Any, backend: str | None) -> tuple[dict[str, str], dict[str, str | None]]:
-        """(platform -> backend, Pallas backend -> why it can't serve or None). Raises as `plan` does."""
-        reasons = {name: self._room(name).unsupported_reason(call) for name in PLATFORM_OF}
-        if backend is None and self.sequence and getattr(call, self.sequence).shape[1] == 1:
-            reasons["pallas_gpu"] = reasons["pallas_gpu"] or "one token, which it would pad to a chunk"
-        return plan(self.name, backend, reasons), reasons
-
-    def forward(self, chosen: Mapping[str, str], axes: Axes, call: Any, **options: Any) -> Any:
-        """The result, from the backend that `chosen` names for the platform being lowered for.
+    def __call__(self, call: Any, backend: str | None, **options: Any) -> Any:
+        """The results for a checked call, differentiable in its floating arrays.
 
         Args:
-          axes: names of the axes of `call` and of the result, for kernels to run per shard (`per_shard`).
-          options: what the rooms take besides arrays, such as `scale`.
+          call: a NamedTuple of arrays, None where the caller gave none.
+          backend: the caller's choice; None picks by the platform that the program is lowered for.
+          options: what the backends take besides arrays, hashable.
+
+        Raises:
+          ValueError: a named backend does not exist, or can't serve the call.
         """
-        return self._run(chosen, axes, lambda room: room.forward, (call,), options)
+        check_backend(backend)
+        if record_choice(lambda: self._choice(call, backend, options)):
+            backend = "xla"
+        call = align(call, self._names(call, options), self.independent)
+        if backend in ("reference", "xla"):  # JAX differentiates these by itself
+            return self._run("forward", backend, options, (call,))
+        if backend is not None:
+            self._check_serves(backend, self.unsupported_reason(backend, call, options))
+        return _with_gradient(self, backend, tuple(options.items()), call)
 
-    def backward(self, chosen: Mapping[str, str], axes: Axes, *args: Any, **options: Any) -> Any:
-        """The gradient of the call; `args`: the call, what `backward` wants saved, the cotangents."""
+    def unsupported_reason(self, backend: str, call: Any, options: dict[str, Any]) -> str | None:
+        """Why a Pallas backend can't serve the call; None if it can."""
+        static = {name: options[name] for name in self.static}
+        return self._module(backend).unsupported_reason(call, **static)
 
-        def of(room):
-            return getattr(room, "backward", None) or partial(_transpose, room.forward)
+    def _check_serves(self, backend: str, reason: str | None) -> None:
+        if reason is not None:
+            raise ValueError(f"{self.name}: backend={backend!r} can't serve this call: {reason}")
 
-        return self._run(chosen, axes, of, args, options)
+    def _choice(self, call: Any, backend: str | None, options: dict[str, Any]) -> Choice:
+        """The choice that `explain` prints."""
+        reasons = {b: self.unsupported_reason(b, call, options) for b in PLATFORM_OF}
+        if backend is None:
+            reasons = {b: reason or self._passes_by(b, call) for b, reason in reasons.items()}
+        missing = {b: reason for b, reason in reasons.items() if reason is not None}
+        if backend in ("reference", "xla"):
+            return Choice(self.name, dict.fromkeys(("cpu", "tpu", "cuda"), backend), missing)
+        if backend is not None:
+            self._check_serves(backend, missing.get(backend))
+            places = {PLATFORM_OF[backend]: backend, "cpu": f"{backend} (interpreted)"}
+            return Choice(self.name, places, missing)
+        served = {PLATFORM_OF[b]: b for b in PLATFORM_OF if b not in missing}
+        return Choice(self.name, {"cpu": "xla", "tpu": "xla", "cuda": "xla"} | served, missing)
 
-    def _room(self, backend: str):  # imported when asked for, so that `import frugax` does not import Pallas
+    def _passes_by(self, backend: str, call: Any) -> str | None:
+        """Why a kernel that could serve the call is left out all the same."""
+        if backend == "pallas_gpu" and self.sequence and getattr(call, self.sequence).shape[1] == 1:
+            return "one token, which it would pad to a chunk"
+        return None
+
+    def _module(self, backend: str) -> Any:
+        """The backend's module, imported when asked for: who meets no kernel never imports Pallas."""
         return importlib.import_module(f"..{self.name}.{backend}", __package__)
 
-    def _run(self, chosen, axes: Axes, of: Callable[[Any], Callable[..., Any]], args, options) -> Any:
-        def placed(name: str) -> Callable[..., Any]:
-            backend, _, interpreted = name.partition(" ")
-            f = partial(of(self._room(backend)), **options)
-            kernel = backend in PLATFORM_OF
-            if kernel:
-                f = partial(f, interpret=bool(interpreted))
-            partitioner = backend == "pallas_gpu" and not interpreted  # what interprets it on CPU has effects
-            return per_shard(f, axes, self.independent, opaque=kernel, partitioner=partitioner)
+    def _names(self, call: Any, options: dict[str, Any]) -> Any:
+        if callable(self.arguments):
+            return self.arguments(call, **options)
+        return type(call)(*(_alternative(n, x) for n, x in zip(self.arguments, call, strict=True)))
 
-        names = set(chosen.values())
-        if len(names) == 1 and not names & set(PLATFORM_OF):  # "xla" or "reference", everywhere
-            return placed(names.pop())(*args)
-        branches = {platform: placed(name) for platform, name in chosen.items() if name != "xla"}
-        if "xla" in names:  # platforms that plan() does not name, such as rocm, get xla too
-            return jax.lax.platform_dependent(*args, default=placed("xla"), **branches)
-        return jax.lax.platform_dependent(*args, **branches)
+    def _axes(self, phase: str, options: dict[str, Any], args: tuple[Any, ...]) -> AxisNames:
+        """The axes of what a phase takes and returns."""
+        call = args[0]
+        names = self._names(call, options)
+        results = self.results(call, **options) if callable(self.results) else self.results
+        extra = () if self.extra is None else (self.extra,)
+        if phase == "forward":
+            return AxisNames((names,), results)
+        if phase == "forward_keeping":
+            return AxisNames((names,), (*results, *extra) if extra else results)
+        kept = tuple(results[i] for i in self.keeps)
+        gradients = jax.tree.map(lambda x, name: name if _is_float(x) else None, call, names)
+        return AxisNames((names, *kept, *extra, results), gradients)
+
+    def _run(self, phase: str, backend: str | None, options: dict[str, Any], args: tuple[Any, ...]) -> Any:
+        """Call the phase on the backend named; with None, on each platform's own when lowered for it."""
+        branch = partial(_Branch, self, phase, tuple(options.items()), self._axes(phase, options, args))
+        if backend is None:
+            return when_lowered(branch("xla"), *args)
+        if backend in ("reference", "xla"):
+            return branch(backend)(*args)
+        places = {PLATFORM_OF[backend]: branch(backend)}
+        # Mosaic GPU's interpreter has effects, which a program for a GPU can't hold, in no branch.
+        if backend != "pallas_gpu" or jax.default_backend() == "cpu":
+            places["cpu"] = branch(backend, interpret=True)
+        return jax.lax.platform_dependent(*args, **places)
 
 
-def only_xla(chosen: Mapping[str, str]) -> bool:
-    """Whether JAX differentiates the call by itself: no Pallas kernel is in it."""
-    return set(chosen.values()) <= {"reference", "xla"}
+@dataclass(frozen=True)
+class _Branch:
+    """One phase of an operation on one backend: a hashable function of the phase's arguments."""
+
+    operation: Operation
+    phase: str
+    options: tuple[tuple[str, Any], ...]
+    axes: AxisNames
+    backend: str
+    interpret: bool = False
+
+    def __call__(self, *args: Any) -> Any:
+        op, kernel = self.operation, self.backend in PLATFORM_OF
+        module, options = op._module(self.backend), dict(self.options)
+        if self.phase == "backward":
+            run = getattr(module, "backward", None) or partial(_transpose, module.forward)
+        else:
+            run = module.forward
+            options |= {"keep": True} if self.phase == "forward_keeping" and op.extra is not None else {}
+        options |= {"interpret": self.interpret} if kernel else {}
+        # What interprets a GPU's kernel on CPU has effects, which custom partitioning can't hold.
+        partitioner = self.backend == "pallas_gpu" and not self.interpret
+        run = partial(run, **options)
+        return per_shard(run, self.axes, op.independent, opaque=kernel, partitioner=partitioner)(*args)
+
+    def where_served(self, backend: str, *args: Any) -> Any:
+        """The phase on a Pallas backend; on this one, which the log says once, where that can't serve it."""
+        op, call = self.operation, args[0]
+        reason = op.unsupported_reason(backend, call, dict(self.options)) or op._passes_by(backend, call)
+        if reason is None:
+            return replace(self, backend=backend)(*args)
+        _say_once(op.name, backend, reason)
+        return self(*args)
 
 
-def names_of(call: Any, names: Any) -> Any:
-    """`names`, a NamedTuple of axes like `call`, with None where the call has no array."""
-    return type(call)(*(name if x is not None else None for name, x in zip(names, call, strict=True)))
+@functools.cache
+def _say_once(operation: str, backend: str, reason: str) -> None:
+    _log.info("%s: %s can't serve this call (%s); xla does", operation, backend, reason)
 
 
-def _transpose(forward: Callable[..., Any], call: Any, *saved_and_cotangents: Any, **options: Any) -> Any:
-    """The gradient of a NamedTuple `call` by JAX's own differentiation, None for its integer arrays."""
-    fields = call._asdict().items()
-    integers = {n: x for n, x in fields if x is not None and not jnp.issubdtype(x.dtype, jnp.floating)}
-    floats = call._replace(**dict.fromkeys(integers))
-    _, pullback = jax.vjp(lambda x: forward(x._replace(**integers), **options), floats)
-    return pullback(saved_and_cotangents[-1])[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _with_gradient(operation: Operation, backend: str | None, options: tuple, call: Any) -> Any:
+    return operation._run("forward", backend, dict(options), (call,))
+
+
+def _forward(operation: Operation, backend: str | None, options: tuple, call: Any) -> Any:
+    results = operation._run("forward_keeping", backend, dict(options), (call,))
+    if operation.extra is None:
+        return results, (call, *(results[i] for i in operation.keeps))
+    *results, extra = results
+    return tuple(results), (call, *(results[i] for i in operation.keeps), extra)
+
+
+def _backward(
+    operation: Operation, backend: str | None, options: tuple, saved: tuple, cotangents: Any
+) -> Any:
+    return (operation._run("backward", backend, dict(options), (*saved, cotangents)),)
+
+
+_with_gradient.defvjp(_forward, _backward)
+
+
+def _alternative(names: str, x: Any) -> str | None:
+    """The axes of `x` among alternatives such as "h | b t h"; None where there is no array."""
+    if x is None:
+        return None
+    return next(axes.strip() for axes in names.split("|") if len(axes.split()) == x.ndim)
+
+
+def _is_float(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _transpose(forward: Callable[..., Any], call: Any, *kept_and_cotangents: Any, **options: Any) -> Any:
+    """The gradient of `call` by JAX's own differentiation, None for its integer arrays."""
+    leaves, tree = jax.tree.flatten(call)
+    floats = [x if _is_float(x) else None for x in leaves]
+
+    def of_floats(floats: list[Any]) -> Any:
+        merged = (x if f is None else f for x, f in zip(leaves, floats, strict=True))
+        return forward(jax.tree.unflatten(tree, merged), **options)
+
+    _, pullback = jax.vjp(of_floats, floats)
+    return jax.tree.unflatten(tree, pullback(kept_and_cotangents[-1])[0])

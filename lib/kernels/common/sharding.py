@@ -24,7 +24,7 @@ from .splits import MeshAxes, as_axes, choose, divides, shardy_rule, sizes_of, s
 HEAD_MESH_AXES = ("model", "mdl", "tensor", "tp", "mp", "heads")
 
 
-class Axes(NamedTuple):
+class AxisNames(NamedTuple):
     """The axes of an operation's arrays: pytrees of strings, shaped like its arguments and its results."""
 
     arguments: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Axes(NamedTuple):
 
 def per_shard(
     fn: Callable[..., Any],
-    axes: Axes,
+    axes: AxisNames,
     independent: Sequence[str] = ("b", "h"),
     *,
     opaque: bool = True,
@@ -60,13 +60,15 @@ def per_shard(
         leaves, treedef = jax.tree.flatten(args)
         names, names_treedef = jax.tree.flatten(axes.arguments)
         if names_treedef != treedef:
-            raise TypeError(f"axes: got {axes.arguments}; one string for each array of {treedef} fits")
+            raise TypeError(f"axes: got {axes.arguments}; expected one string for each array of {treedef}")
         result_names, result_treedef = jax.tree.flatten(axes.results)
 
         def flat(*xs):
             results, got = jax.tree.flatten(fn(*treedef.unflatten(xs)))
             if got != result_treedef:
-                raise TypeError(f"axes: got results {axes.results}; one string for each array of {got} fits")
+                raise TypeError(
+                    f"axes: got results {axes.results}; expected one string for each array of {got}"
+                )
             return results
 
         names = tuple(tuple(x.split()) for x in names)

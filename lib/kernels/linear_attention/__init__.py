@@ -1,17 +1,20 @@
-"""Linear attention with every kind of decay: the public function, its checks, dispatch and gradient."""
+"""Linear attention with every kind of decay: the public function."""
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
-from ..common.operation import Backend, Operation, names_of, only_xla
-from ..common.sharding import Axes, align
+from ..common.operation import Backend, Operation
 from .inputs import Inputs, check
 
-OPERATION = Operation("linear_attention", independent=("b", "h"), sequence="q")
-RESULT_AXES = ("b t h v", "b h k v")
+OPERATION = Operation(
+    "linear_attention",
+    Inputs("b t h k", "b t h k", "b t h v", "h | b t h | b t h k", "h k", "b h k v", "b t"),
+    ("b t h v", "b h k v"),
+    independent=("b", "h"),
+    sequence="q",
+)
 
 
 def linear_attention(
@@ -64,44 +67,6 @@ def linear_attention(
         ((2, 100, 4, 32), (2, 4, 32, 32))
     """
     call = check(*(as_shaped(x) for x in (q, k, v, log_decay, bonus, initial_state, segment_ids)))
-    call = align(call, _axes(call), OPERATION.independent)
     if call.log_decay is not None:
-        checkify.debug_check(jnp.all(call.log_decay <= 0), "log_decay: a value is positive; <= 0 fits")
-    chosen, _ = OPERATION.plan(call, backend)
-    scale = call.q.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = _forward if only_xla(chosen) else _with_kernels
-    return run(tuple(chosen.items()), scale, call)
-
-
-def plan(
-    q, k, v, log_decay=None, *, bonus=None, scale=None, initial_state=None, segment_ids=None, backend=None
-):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    struct = [as_shaped(x) for x in (q, k, v, log_decay, bonus, initial_state, segment_ids)]
-    return OPERATION.plan(jax.eval_shape(check, *struct), backend)
-
-
-def _axes(call: Inputs) -> Inputs:
-    """The axes of every array, for `sharding.per_shard`."""
-    decay = None if call.log_decay is None else {1: "h", 3: "b t h", 4: "b t h k"}[call.log_decay.ndim]
-    return names_of(call, Inputs("b t h k", "b t h k", "b t h v", decay, "h k", "b h k v", "b t"))
-
-
-def _forward(chosen: tuple[tuple[str, str], ...], scale: float, call: Inputs):
-    return OPERATION.forward(dict(chosen), Axes((_axes(call),), RESULT_AXES), call, scale=scale)
-
-
-_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
-
-
-def _with_kernels_fwd(chosen, scale, call):
-    return _with_kernels(chosen, scale, call), call  # only the inputs: the backward pass recomputes
-
-
-def _with_kernels_bwd(chosen, scale, call, cotangents):
-    names = _axes(call)
-    axes = Axes((names, RESULT_AXES), names._replace(runs=None))
-    return (OPERATION.backward(dict(chosen), axes, call, cotangents, scale=scale),)
-
-
-_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)
+        checkify.debug_check(jnp.all(call.log_decay <= 0), "log_decay: a value is positive; expected <= 0")
+    return OPERATION(call, backend, scale=call.q.shape[-1] ** -0.5 if scale is None else float(scale))

@@ -1,18 +1,18 @@
-"""The elementwise linear recurrence: the public function, its checks, its dispatch and its gradient."""
+"""The elementwise linear recurrence: the public function."""
 
-from functools import partial
-
-import jax
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
-from ..common.operation import Backend, Operation, only_xla
-from ..common.sharding import Axes, align
+from ..common.operation import Backend, Operation
 from .inputs import Inputs, check
 
-OPERATION = Operation("linear_recurrence", independent=("b", "d"))
-AXES = Inputs("b t d", "b t d", "b d")
-RESULT_AXES = ("b t d", "b d")
+OPERATION = Operation(
+    "linear_recurrence",
+    Inputs("b t d", "b t d", "b d"),
+    ("b t d", "b d"),
+    independent=("b", "d"),
+    keeps=(0,),  # h
+)
 
 
 def linear_recurrence(
@@ -57,34 +57,4 @@ def linear_recurrence(
         ((2, 100, 64), (2, 64))
     """
     call = check(as_shaped(a), as_shaped(b), as_shaped(initial_state), as_shaped(segment_ids), bool(reverse))
-    call = align(call, AXES, OPERATION.independent)
-    chosen, _ = OPERATION.plan(call, backend)
-    run = _forward if only_xla(chosen) else _with_kernels
-    return run(tuple(chosen.items()), bool(reverse), call)
-
-
-def plan(a, b, *, initial_state=None, segment_ids=None, reverse=False, backend=None):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    arrays = [as_shaped(x) for x in (a, b, initial_state, segment_ids)]
-    return OPERATION.plan(jax.eval_shape(partial(check, reverse=reverse), *arrays), backend)
-
-
-def _forward(chosen: tuple[tuple[str, str], ...], reverse: bool, call: Inputs):
-    return OPERATION.forward(dict(chosen), Axes((AXES,), RESULT_AXES), call, reverse=reverse)
-
-
-_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
-
-
-def _with_kernels_fwd(chosen, reverse, call):
-    h, state = _with_kernels(chosen, reverse, call)
-    return (h, state), (call, h)
-
-
-def _with_kernels_bwd(chosen, reverse, saved, cotangents):
-    call, h = saved
-    axes = Axes((AXES, "b t d", RESULT_AXES), AXES)
-    return (OPERATION.backward(dict(chosen), axes, call, h, cotangents, reverse=reverse),)
-
-
-_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)
+    return OPERATION(call, backend, reverse=bool(reverse))

@@ -1,16 +1,17 @@
-"""A step of an elementwise optimizer on 8-bit moments: the public function, its checks and dispatch."""
+"""A step of an elementwise optimizer on 8-bit moments: the public function."""
 
 from collections.abc import Sequence
 
-import jax
 from jaxtyping import Array, Float
 
 from ...formats import QuantizedTensor
 from ..common.arguments import as_shaped
 from ..common.operation import Backend, Operation
-from .inputs import INDEPENDENT, axes_of, check
+from .inputs import INDEPENDENT, argument_axes, check, result_axes
 
-OPERATION = Operation("quantized_update", independent=INDEPENDENT)
+OPERATION = Operation(
+    "quantized_update", argument_axes, result_axes, independent=INDEPENDENT, static=("spec",)
+)
 
 
 def quantized_update(
@@ -49,22 +50,9 @@ def quantized_update(
         (1.0, dtype('uint8'), (8, 2))
     """
     call, spec = check(rule, as_shaped(grad), tuple(moments), hyper)
-    chosen, _ = OPERATION.plan((call, spec), backend)
-    update, codes, scales = OPERATION.forward(chosen, axes_of(call, spec), call, spec=spec)
+    update, codes, scales = OPERATION(call, backend, spec=spec)
     new = tuple(
         QuantizedTensor(c.reshape(grad.shape), s, m.format, m.axis, m.group_size)
         for c, s, m in zip(codes, scales, moments, strict=True)
     )
     return update.reshape(grad.shape), new
-
-
-def plan(rule, grad, moments, hyper, *, backend=None):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    static = {}
-
-    def arrays(grad, moments):
-        call, static["spec"] = check(rule, grad, moments, hyper)
-        return call
-
-    call = jax.eval_shape(arrays, as_shaped(grad), tuple(moments))
-    return OPERATION.plan((call, static["spec"]), backend)

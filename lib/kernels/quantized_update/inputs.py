@@ -8,7 +8,6 @@ from jax import Array
 from ...formats import Format, QuantizedTensor
 from ...formats.lookup import Lookup
 from ..common.arguments import reject
-from ..common.sharding import Axes
 from .rules import RULES, scalars
 
 # Rows, then what stacks them, then groups: where nothing says how a leaf is split, rows are guessed first.
@@ -37,22 +36,24 @@ class Spec(NamedTuple):
 def check(rule: str, grad: Array, moments: tuple[QuantizedTensor, ...], hyper) -> tuple[Inputs, Spec]:
     """Raise ValueError naming the argument that can't be right, or return the checked call."""
     if rule not in RULES:
-        raise ValueError(f"rule: got {rule!r}; one of {', '.join(RULES)} fits")
+        raise ValueError(f"rule: got {rule!r}; expected one of {', '.join(RULES)}")
     wanted = RULES[rule]
     if not jnp.issubdtype(grad.dtype, jnp.floating) or grad.ndim == 0 or 0 in grad.shape:
         reject("grad", grad, "a floating dtype, at least one axis, every size >= 1")
     if len(moments) != wanted.moments:
-        raise ValueError(f"moments: got {len(moments)}; {wanted.moments} for {rule!r} fits")
+        raise ValueError(f"moments: got {len(moments)}; expected {wanted.moments} for {rule!r}")
     if len(hyper) != len(wanted.hyper):
-        raise ValueError(f"hyper: got {len(hyper)} numbers; {', '.join(wanted.hyper)} fit {rule!r}")
+        raise ValueError(f"hyper: got {len(hyper)} numbers; expected {', '.join(wanted.hyper)} for {rule!r}")
     group_size = moments[0].group_size
     for i, m in enumerate(moments):
         if m.shape != grad.shape or m.axis != -1 or m.format.bits != 8:
             got = f"{m.format.name}{list(m.shape)} along axis {m.axis}"
             fits = f"8 bits in grad's shape {list(grad.shape)} with groups along the last axis"
-            raise ValueError(f"moments[{i}]: got {got}; {fits} fits")
+            raise ValueError(f"moments[{i}]: got {got}; expected {fits}")
         if m.group_size != group_size:
-            raise ValueError(f"moments[{i}]: got groups of {m.group_size}; moments[0]'s {group_size} fits")
+            raise ValueError(
+                f"moments[{i}]: got groups of {m.group_size}; expected moments[0]'s {group_size}"
+            )
     C = grad.shape[-1]
     codes, scales = tuple(m.codes for m in moments), tuple(m.scales for m in moments)
     ragged = C % group_size != 0
@@ -63,10 +64,19 @@ def check(rule: str, grad: Array, moments: tuple[QuantizedTensor, ...], hyper) -
     return Inputs(grad, codes, scales, scalars(hyper)), spec
 
 
-def axes_of(call: Inputs, spec: Spec) -> Axes:
-    """The axes of every array, for `sharding.per_shard`: rows, and whole groups, may be split."""
+def argument_axes(call: Inputs, spec: Spec) -> Inputs:
+    """The axes of every array: rows, and whole groups, may be split."""
+    wide, scale, k = *_wide_and_scale(call, spec), len(call.codes)
+    return Inputs(wide, (wide,) * k, (scale,) * k, "hyper")
+
+
+def result_axes(call: Inputs, spec: Spec) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The axes of the update, the codes and the scales."""
+    wide, scale, k = *_wide_and_scale(call, spec), len(call.codes)
+    return wide, (wide,) * k, (scale,) * k
+
+
+def _wide_and_scale(call: Inputs, spec: Spec) -> tuple[str, str]:
     leading = _LEADING[: call.scales[0].ndim - 1][::-1]
     wide = " ".join((*leading, "whole") if spec.ragged else (*leading, "n", "g"))
-    scale = " ".join((*leading, "groups" if spec.ragged else "n"))
-    k = len(call.codes)
-    return Axes((Inputs(wide, (wide,) * k, (scale,) * k, "hyper"),), (wide, (wide,) * k, (scale,) * k))
+    return wide, " ".join((*leading, "groups" if spec.ragged else "n"))

@@ -16,9 +16,8 @@ from .inputs import Inputs, Spec
 from .tiling import GPU_AT_ONCE, GPU_GROUP_SIZES, GPU_GROUPS, THREADS
 
 
-def unsupported_reason(planned: tuple[Inputs, Spec]) -> str | None:
+def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
     """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
-    call, spec = planned
     if call.grad.dtype not in (jnp.float32, jnp.bfloat16):
         return f"the GPU kernel reads float32 and bfloat16, not {call.grad.dtype}"
     if spec.ragged:

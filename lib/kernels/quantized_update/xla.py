@@ -9,18 +9,18 @@ from jax import Array, lax
 
 from ...formats.dynamic import Dynamic
 from ...formats.lookup import Lookup, lookup
-from ..common.sharding import Axes, per_shard
+from ..common.sharding import AxisNames, per_shard
 from .blocks import update_blocks
-from .inputs import INDEPENDENT, Inputs, Spec, axes_of
+from .inputs import INDEPENDENT, Inputs, Spec, argument_axes, result_axes
 from .tiling import CHUNK
 
 
 def forward(call: Inputs, spec: Spec) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """(update, codes, scales): like grad, and like each moment's."""
-    axes = axes_of(call, spec)
+    axes = AxisNames((argument_axes(call, spec),), result_axes(call, spec))
     # A cache looks the dynamic map up faster than it is computed; TPU has no such cache.
     tables = {i: lookup(f) for i, f in enumerate(spec.formats) if isinstance(f, Dynamic)}
-    with_tables = Axes(
+    with_tables = AxisNames(
         (*axes.arguments, dict.fromkeys(tables, Lookup("codes", "signs buckets"))), axes.results
     )
     loop = partial(_loop, spec=spec)

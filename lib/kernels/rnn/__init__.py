@@ -1,18 +1,20 @@
-"""Recurrent networks with a matrix for each head: the public function, its checks, dispatch and gradient."""
+"""Recurrent networks with a matrix for each head: the public function."""
 
-from functools import partial
-
-import jax
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
-from ..common.operation import Backend, Operation, names_of, only_xla
-from ..common.sharding import Axes, align
+from ..common.operation import Backend, Operation
 from .inputs import Inputs, check
 
-OPERATION = Operation("rnn", independent=("b", "h"), sequence="gates")
-RESULT_AXES = ("b t h d", "b s h d")
-READS_AXES = "t h r b d"  # as the kernels have it: nothing but them reads it
+OPERATION = Operation(
+    "rnn",
+    Inputs("b t h g d", "h g i d", "h g d", "b s h d", "b t"),
+    ("b t h d", "b s h d"),
+    independent=("b", "h"),
+    sequence="gates",
+    keeps=(0,),  # h
+    extra="t h r b d",  # the states that each token's step read, as the kernels lay them out
+)
 
 
 def rnn(
@@ -75,42 +77,4 @@ def rnn(
         ((2, 100, 4, 32), (2, 2, 4, 32))
     """
     arrays = [as_shaped(x) for x in (gates, recurrent, bias, initial_state, segment_ids)]
-    call = check(*arrays, cell=cell)
-    call = align(call, _axes(call), OPERATION.independent)
-    chosen, _ = OPERATION.plan(call, backend)
-    run = _forward if only_xla(chosen) else _with_kernels
-    return run(tuple(chosen.items()), call)
-
-
-def plan(gates, recurrent, bias=None, *, cell="lstm", initial_state=None, segment_ids=None, backend=None):
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    arrays = [as_shaped(x) for x in (gates, recurrent, bias, initial_state, segment_ids)]
-    return OPERATION.plan(jax.eval_shape(partial(check, cell=cell), *arrays), backend)
-
-
-def _axes(call: Inputs) -> Inputs:
-    """The axes of every array, for `sharding.per_shard`."""
-    return names_of(call, Inputs("b t h g d", "h g i d", "h g d", "b s h d", "b t"))
-
-
-def _forward(chosen: tuple[tuple[str, str], ...], call: Inputs):
-    return OPERATION.forward(dict(chosen), Axes((_axes(call),), RESULT_AXES), call)
-
-
-_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0,))
-
-
-def _with_kernels_fwd(chosen, call):
-    axes = Axes((_axes(call),), (*RESULT_AXES, READS_AXES))
-    h, state, reads = OPERATION.forward(dict(chosen), axes, call, keep=True)
-    return (h, state), (call, h, reads)
-
-
-def _with_kernels_bwd(chosen, saved, cotangents):
-    call, h, reads = saved
-    names = _axes(call)
-    axes = Axes((names, "b t h d", READS_AXES, RESULT_AXES), names._replace(starts=None))
-    return (OPERATION.backward(dict(chosen), axes, call, h, reads, cotangents),)
-
-
-_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)
+    return OPERATION(check(*arrays, cell=cell), backend)

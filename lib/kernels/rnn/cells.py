@@ -134,5 +134,5 @@ CELLS = {
 def find(name: str) -> Cell:
     """The cell of that name. Raises ValueError if there is none."""
     if name not in CELLS:
-        raise ValueError(f"cell: got {name!r}; one of {', '.join(map(repr, CELLS))} fits")
+        raise ValueError(f"cell: got {name!r}; expected one of {', '.join(map(repr, CELLS))}")
     return CELLS[name]

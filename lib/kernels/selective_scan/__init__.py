@@ -1,18 +1,21 @@
-"""Mamba's selective scan: the public function, its checks, its dispatch and its gradient."""
+"""Mamba's selective scan: the public function."""
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
-from ..common.operation import Backend, Operation, names_of, only_xla
-from ..common.sharding import Axes, align
+from ..common.operation import Backend, Operation
 from .inputs import Inputs, check, step_size
 
-OPERATION = Operation("selective_scan", independent=("b", "d"), sequence="x")
-RESULT_AXES = ("b t d", "b d n")
-STATES_AXES = "b c n d"  # as the TPU kernel keeps them
+OPERATION = Operation(
+    "selective_scan",
+    Inputs("b t d", "b t d", "d n", "b t n", "b t n", "d", "b t d", "d", "b d n", "b t"),
+    ("b t d", "b d n"),
+    independent=("b", "d"),
+    sequence="x",
+    extra="b c n d",  # the state before every 128 tokens, as the TPU's kernel lays it out
+)
 
 
 def selective_scan(
@@ -72,50 +75,8 @@ def selective_scan(
         ((1, 100, 64), (1, 64, 16))
     """
     arrays = (x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids)
-    call = check(*map(as_shaped, arrays))
-    softplus = bool(dt_softplus)
-    call = align(call, _axes(call), OPERATION.independent)
-    checkify.debug_check(jnp.all(call.A <= 0), "A: a value is positive; <= 0 fits")
+    call, softplus = check(*map(as_shaped, arrays)), bool(dt_softplus)
+    checkify.debug_check(jnp.all(call.A <= 0), "A: a value is positive; expected <= 0")
     if not softplus:
-        checkify.debug_check(jnp.all(step_size(call, False) >= 0), "dt: a value is negative; >= 0 fits")
-    chosen, _ = OPERATION.plan(call, backend)
-    run = _forward if only_xla(chosen) else _with_kernels
-    return run(tuple(chosen.items()), softplus, call)
-
-
-def plan(
-    x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False, initial_state=None, segment_ids=None,
-    backend=None,
-):  # fmt: skip
-    """What `frugax.kernels.explain` prints: (platform -> backend, Pallas backend -> why not or None)."""
-    struct = [as_shaped(a) for a in (x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids)]
-    return OPERATION.plan(jax.eval_shape(check, *struct), backend)
-
-
-def _axes(call: Inputs) -> Inputs:
-    """The axes of every array, for `sharding.per_shard`."""
-    x, rows = "b t d", "b t n"
-    return names_of(call, Inputs(x, x, "d n", rows, rows, "d", x, "d", "b d n", "b t"))
-
-
-def _forward(chosen: tuple[tuple[str, str], ...], softplus: bool, call: Inputs):
-    return OPERATION.forward(dict(chosen), Axes((_axes(call),), RESULT_AXES), call, softplus=softplus)
-
-
-_with_kernels = jax.custom_vjp(_forward, nondiff_argnums=(0, 1))
-
-
-def _with_kernels_fwd(chosen, softplus, call):
-    axes = Axes((_axes(call),), (*RESULT_AXES, STATES_AXES))
-    y, state, states = OPERATION.forward(dict(chosen), axes, call, softplus=softplus, keep_states=True)
-    return (y, state), (call, states)
-
-
-def _with_kernels_bwd(chosen, softplus, saved, cotangents):
-    call, states = saved
-    names = _axes(call)
-    axes = Axes((names, STATES_AXES, RESULT_AXES), names._replace(starts=None))
-    return (OPERATION.backward(dict(chosen), axes, call, states, cotangents, softplus=softplus),)
-
-
-_with_kernels.defvjp(_with_kernels_fwd, _with_kernels_bwd)
+        checkify.debug_check(jnp.all(step_size(call, False) >= 0), "dt: a value is negative; expected >= 0")
+    return OPERATION(call, backend, softplus=softplus)

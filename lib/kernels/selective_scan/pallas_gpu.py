@@ -31,14 +31,14 @@ def unsupported_reason(call: Inputs) -> str | None:
     return compat.local_gpu_lacks_mosaic()
 
 
-def forward(call: Inputs, softplus: bool, keep_states: bool = False, *, interpret: bool) -> tuple[Array, ...]:
-    """y [B, T, D] in x's dtype, the final state [B, D, N] in float32; with `keep_states` also `no_states`."""
+def forward(call: Inputs, softplus: bool, keep: bool = False, *, interpret: bool) -> tuple[Array, ...]:
+    """y [B, T, D] in x's dtype, the final state [B, D, N] in float32; with `keep` also `no_states`."""
     plan, arrays = _arrays(call, softplus, GPU_FORWARD, interpret)
     arrays |= {"state": _state(call.initial_state, plan)}
     results = {"y": arrays["x"], "final": arrays["state"]}
     got = _run("selective_scan", forward_body, plan, arrays, results)
     results = _trim(got["y"], call), _trim_state(got["final"], call)
-    return (*results, no_states(call)) if keep_states else results
+    return (*results, no_states(call)) if keep else results
 
 
 def backward(

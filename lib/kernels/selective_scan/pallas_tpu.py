@@ -33,22 +33,22 @@ def unsupported_reason(call: Inputs) -> str | None:
     return None
 
 
-def forward(call: Inputs, softplus: bool, keep_states: bool = False, *, interpret: bool) -> tuple[Array, ...]:
+def forward(call: Inputs, softplus: bool, keep: bool = False, *, interpret: bool) -> tuple[Array, ...]:
     """y [B, T, D] in x's dtype and the final state [B, D, N] in float32.
 
-    With `keep_states` also the states before every KEPT tokens [B, T / KEPT, N, D], in float32.
+    With `keep` also the states before every KEPT tokens [B, T / KEPT, N, D], in float32.
     """
-    launch = _Launch(call, softplus, interpret, time=KEPT if keep_states else 512)
+    launch = _Launch(call, softplus, interpret, time=KEPT if keep else 512)
     launch.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "keep")
     launch.write("y", launch.padded(call.x.shape, call.x.dtype), launch.block)
     launch.write("final_state", launch.state_shape, launch.state_block)
-    if keep_states:
+    if keep:
         launch.write("states", launch.states_shape, launch.states_block)
     scratch = {"state": launch.scratch_state, **launch.tiles(2), **launch.sums(1)}
     got = launch.run("selective_scan_forward", forward_kernel, scratch)
     results = launch.trim(got["y"]), launch.trim_state(got["final_state"])
     N, D = call.A.T.shape
-    return (*results, got["states"][:, :, :N, :D]) if keep_states else results
+    return (*results, got["states"][:, :, :N, :D]) if keep else results
 
 
 def backward(

@@ -29,13 +29,13 @@ class _Tokens(NamedTuple):
     starts: Array | None  # [B]
 
 
-@partial(jax.jit, static_argnames=("softplus", "keep_states"))
-def forward(call: Inputs, softplus: bool, keep_states: bool = False) -> tuple[Array, ...]:
-    """y [B, T, D] in x's dtype and the final state [B, D, N]; with `keep_states` also `no_states`."""
+@partial(jax.jit, static_argnames=("softplus", "keep"))
+def forward(call: Inputs, softplus: bool, keep: bool = False) -> tuple[Array, ...]:
+    """y [B, T, D] in x's dtype and the final state [B, D, N]; with `keep` also `no_states`."""
     chunk = jax.checkpoint(partial(_chunk, call.A.T))
     state_BND, y = lax.scan(chunk, _first_state(call), _chunked(_tokens(call, softplus)))
     results = finish(call, _whole(y, call)), jnp.swapaxes(state_BND, 1, 2)
-    return (*results, no_states(call)) if keep_states else results
+    return (*results, no_states(call)) if keep else results
 
 
 @partial(jax.jit, static_argnames="softplus")

@@ -318,7 +318,7 @@ def test_jvp_and_second_derivative(backend):
 def test_bad_input_names_the_argument(name, changes, unchecked_types):
     good = dict(x=jnp.ones((2, 8, 6)), weight=jnp.ones((4, 6)))
     causal_conv1d(**good)
-    with pytest.raises(ValueError, match=rf"^{name}: got .* fits"):
+    with pytest.raises(ValueError, match=rf"^{name}: got .* expected "):
         jax.eval_shape(lambda: causal_conv1d(**(good | changes)))
 
 

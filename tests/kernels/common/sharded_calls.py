@@ -7,6 +7,7 @@ by XLA any more than a real one, and has a real one's signature.
 import re
 import sys
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from frugax.kernels import linear_attention
-from frugax.kernels.common.sharding import Axes, per_shard
+from frugax.kernels.common.sharding import AxisNames, per_shard
 from frugax.kernels.linear_attention import pallas_tpu, reference
 from tests.errors import assert_close
 
@@ -166,7 +167,7 @@ def partitioned():
     @partial(jax.custom_vjp)
     def call(x):
         names, results = axes(x)
-        return per_shard(partial(forward, scale=1.0), Axes((names,), results))(x)
+        return per_shard(partial(forward, scale=1.0), AxisNames((names,), results))(x)
 
     def axes(x):
         decay = {1: "h", 3: "b t h", 4: "b t h k"}[x.log_decay.ndim]
@@ -174,7 +175,7 @@ def partitioned():
 
     def bwd(x, cotangents):
         names, results = axes(x)
-        return (per_shard(partial(backward, scale=1.0), Axes((names, results), names))(x, cotangents),)
+        return (per_shard(partial(backward, scale=1.0), AxisNames((names, results), names))(x, cotangents),)
 
     call.defvjp(lambda x: (call(x), x), bwd)
 
@@ -217,6 +218,6 @@ def quiet():
 
 
 if __name__ == "__main__":
-    pallas_tpu.unsupported_reason = lambda call: None
-    pallas_tpu.forward, pallas_tpu.backward = forward, backward
-    globals()[sys.argv[1]]()
+    toy = {"unsupported_reason": lambda call: None, "forward": forward, "backward": backward}
+    with mock.patch.multiple(pallas_tpu, **toy):
+        globals()[sys.argv[1]]()

@@ -42,7 +42,7 @@ def test_lmu_names_its_method(T, method):
     assert f"tpu: xla ({method})" in text
 
 
-def test_compositions_check_their_arguments():
+def test_compositions_check_their_arguments(unchecked_types):
     arguments = list(calls(64)["trapezoidal_ssd"])
     with pytest.raises(ValueError, match="mix"):
         frugax.kernels.explain("trapezoidal_ssd", *arguments[:5], array(2, 64, 3))

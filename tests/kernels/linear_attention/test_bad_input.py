@@ -1,4 +1,4 @@
-"""Calls that can't be right say which argument, and what fits."""
+"""Calls that can't be right say which argument, and what is expected."""
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,27 @@ GOOD = {"q": jnp.ones((B, T, H, K)), "k": jnp.ones((B, T, H, K)), "v": jnp.ones(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": jnp.ones((B, T, K))}, r"q: got float32\[2, 6, 3\]; \[batch, time, heads, K\] fits"),
-        ({"k": jnp.ones((B, T, H, K + 1))}, r"k: got .*4\]; \[2, 6, heads, 3\]"),
+        ({"q": jnp.ones((B, T, K))}, r"q: got float32\[2, 6, 3\]; expected \[batch, time, heads, K\]"),
+        ({"k": jnp.ones((B, T, H, K + 1))}, r"k: got .*4\]; expected \[2, 6, heads, 3\]"),
         ({"k": jnp.ones((B, T + 1, H, K))}, r"k: got"),
         ({"v": jnp.ones((B + 1, T, H, V))}, r"v: got"),
-        ({"k": jnp.ones((B, T, 3, K))}, r"k: .* a number of heads that divides 4 fits"),
-        ({"q": jnp.ones((B, T, H, K), jnp.int32)}, r"q: got int32.* a floating dtype fits"),
-        ({"v": jnp.ones((B, T, H, V), jnp.bfloat16)}, r"v: got bfloat16.* q's dtype float32 fits"),
+        ({"k": jnp.ones((B, T, 3, K))}, r"k: .* expected a number of heads that divides 4"),
+        ({"q": jnp.ones((B, T, H, K), jnp.int32)}, r"q: got int32.* expected a floating dtype"),
+        ({"v": jnp.ones((B, T, H, V), jnp.bfloat16)}, r"v: got bfloat16.* expected q's dtype float32"),
         (
             {"log_decay": -jnp.ones((B, T))},
-            r"log_decay: got .* None, \[4\], \[2, 6, 4\] or \[2, 6, 4, 3\] fits",
+            r"log_decay: got .* expected None, \[4\], \[2, 6, 4\] or \[2, 6, 4, 3\]",
         ),
         ({"log_decay": -jnp.ones((3,))}, r"log_decay: got"),
         ({"log_decay": -jnp.ones((B, T, H, V))}, r"log_decay: got"),
         ({"log_decay": -jnp.ones((B, T, H), jnp.int32)}, r"log_decay: got int32"),
-        ({"bonus": jnp.ones((K,))}, r"bonus: got .* \[4, 3\] fits"),
-        ({"initial_state": jnp.ones((B, H, V, K))}, r"initial_state: got .* \[2, 4, 3, 5\] fits"),
-        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got .* integers \[2, 6\] fits"),
+        ({"bonus": jnp.ones((K,))}, r"bonus: got .* expected \[4, 3\]"),
+        ({"initial_state": jnp.ones((B, H, V, K))}, r"initial_state: got .* expected \[2, 4, 3, 5\]"),
+        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got .* expected integers \[2, 6\]"),
         ({"segment_ids": jnp.ones((B, T + 1), jnp.int32)}, r"segment_ids: got"),
         (
             {"backend": "cuda"},
-            r"backend: got 'cuda'; one of 'reference', 'xla', 'pallas_tpu', 'pallas_gpu' or None",
+            r"backend: got 'cuda'; expected 'reference', 'xla', 'pallas_tpu', 'pallas_gpu' or None",
         ),
     ],
 )
@@ -51,7 +51,7 @@ def test_names_the_argument(change, message):
 
 def test_no_tokens():
     empty = {name: x[:, :0] for name, x in GOOD.items()}
-    with pytest.raises(ValueError, match=r"q: got .* every size >= 1 fits"):
+    with pytest.raises(ValueError, match=r"q: got .* expected every size >= 1"):
         frugax.kernels.linear_attention(**empty)
 
 
@@ -75,5 +75,5 @@ def test_a_named_kernel_that_cannot_serve_says_why():
 
 
 def test_explain_rejects_what_is_no_operation():
-    with pytest.raises(ValueError, match="no operation"):
+    with pytest.raises(ValueError, match="expected an operation"):
         frugax.kernels.explain("linear_atention")

@@ -1,4 +1,4 @@
-"""Calls that can't be right say which argument, and what fits."""
+"""Calls that can't be right say which argument, and what is expected."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,17 @@ GOOD = {"a": jnp.ones((B, T, D)), "b": jnp.ones((B, T, D))}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a": jnp.ones((B, T))}, r"a: got float32\[2, 6\]; \[batch, time, D\] fits"),
-        ({"b": jnp.ones((B, T, D + 1))}, r"b: got float32\[2, 6, 5\]; a's shape \[2, 6, 4\] fits"),
-        ({"b": jnp.ones((B, T, D), jnp.int32)}, r"b: got int32.* a floating dtype fits"),
-        ({"a": jnp.ones((B, T, D), jnp.complex64)}, r"a: got complex64.* a floating dtype fits"),
-        ({"a": jnp.ones((B, 0, D)), "b": jnp.ones((B, 0, D))}, r"a: got .* every size >= 1 fits"),
-        ({"initial_state": jnp.ones((B, T, D))}, r"initial_state: got .* \[2, 4\] fits"),
-        ({"initial_state": jnp.ones((B, D), jnp.int32)}, r"initial_state: got int32.* a floating dtype fits"),
-        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; integers \[2, 6\] fits"),
+        ({"a": jnp.ones((B, T))}, r"a: got float32\[2, 6\]; expected \[batch, time, D\]"),
+        ({"b": jnp.ones((B, T, D + 1))}, r"b: got float32\[2, 6, 5\]; expected a's shape \[2, 6, 4\]"),
+        ({"b": jnp.ones((B, T, D), jnp.int32)}, r"b: got int32.* expected a floating dtype"),
+        ({"a": jnp.ones((B, T, D), jnp.complex64)}, r"a: got complex64.* expected a floating dtype"),
+        ({"a": jnp.ones((B, 0, D)), "b": jnp.ones((B, 0, D))}, r"a: got .* expected every size >= 1"),
+        ({"initial_state": jnp.ones((B, T, D))}, r"initial_state: got .* expected \[2, 4\]"),
+        (
+            {"initial_state": jnp.ones((B, D), jnp.int32)},
+            r"initial_state: got int32.* expected a floating dtype",
+        ),
+        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
         ({"segment_ids": jnp.ones((B, T + 1), jnp.int32)}, r"segment_ids: got"),
     ],
 )
@@ -32,7 +35,7 @@ def test_names_the_argument(change, message):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"backend: got 'cuda'; one of 'reference', 'xla'"):
+    with pytest.raises(ValueError, match=r"backend: got 'cuda'; expected 'reference', 'xla'"):
         frugax.kernels.linear_recurrence(**GOOD, backend="cuda")
 
 

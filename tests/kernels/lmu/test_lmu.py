@@ -136,13 +136,13 @@ def test_half_precision_has_a_wide_memory():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"u": jnp.ones((2, 5))}, r"u: got float32\[2, 5\]; floating \[batch, time, channels\]"),
+        ({"u": jnp.ones((2, 5))}, r"u: got float32\[2, 5\]; expected floating \[batch, time, channels\]"),
         ({"u": jnp.ones((2, 5, 3), jnp.int32)}, "u: got int32"),
         ({"order": 0}, "order: got 0"),
         ({"theta": 0.0}, "theta: got 0.0"),
-        ({"method": "scan"}, "method: got 'scan'; 'fft', 'recurrent' or None fits"),
-        ({"initial_state": jnp.ones((2, 3, 5))}, r"initial_state: got .* floating \[2, 3, 4\] fits"),
-        ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids: got .* integers \[2, 5\] fits"),
+        ({"method": "scan"}, "method: got 'scan'; expected 'fft', 'recurrent' or None"),
+        ({"initial_state": jnp.ones((2, 3, 5))}, r"initial_state: got .* expected floating \[2, 3, 4\]"),
+        ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids: got .* expected integers \[2, 5\]"),
         (
             {"segment_ids": jnp.ones((2, 5), jnp.int32), "method": "fft"},
             "segment_ids: a convolution knows no",

@@ -124,8 +124,8 @@ def test_bad_input():
     for arguments_, says in [
         (("adan", g, moments, HYPER["adam"]), "rule: got 'adan'"),
         (("adam", g[0, 0], moments, HYPER["adam"]), "grad: got"),
-        (("adam", g, moments[:1], HYPER["adam"]), "moments: got 1; 2"),
-        (("adam", g, moments, (0.9,)), "hyper: got 1 numbers; b1, b2"),
+        (("adam", g, moments[:1], HYPER["adam"]), "moments: got 1; expected 2"),
+        (("adam", g, moments, (0.9,)), "hyper: got 1 numbers; expected b1, b2"),
         (("adam", g[:2], moments, HYPER["adam"]), "moments.0.: got dynamic8"),
     ]:
         with pytest.raises(ValueError, match=says):

@@ -1,4 +1,4 @@
-"""Calls that can't be right say which argument, and what fits."""
+"""Calls that can't be right say which argument, and what is expected."""
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,23 @@ GOOD = {"gates": jnp.ones((B, T, H, 4, D)), "recurrent": jnp.ones((H, 4, D, D))}
     [
         (
             {"gates": jnp.ones((B, T, H, D))},
-            r"gates: got float32\[2, 6, 3, 4\]; \[batch, time, heads, 4, D\]",
+            r"gates: got float32\[2, 6, 3, 4\]; expected \[batch, time, heads, 4, D\]",
         ),
-        ({"gates": jnp.ones((B, T, H, 3, D))}, r"gates: got .* \(of 4 gates: cell='lstm'\) fits"),
-        ({"gates": jnp.ones((B, T, H, 4, D), jnp.int32)}, r"gates: got int32.* a floating dtype fits"),
-        ({"gates": jnp.ones((B, 0, H, 4, D))}, r"gates: got .* every size >= 1 fits"),
-        ({"recurrent": jnp.ones((H, 4, D, D + 1))}, r"recurrent: got .* \[3, 4, 4, 4\] fits"),
+        ({"gates": jnp.ones((B, T, H, 3, D))}, r"gates: got .* \(of 4 gates: cell='lstm'\)"),
+        ({"gates": jnp.ones((B, T, H, 4, D), jnp.int32)}, r"gates: got int32.* expected a floating dtype"),
+        ({"gates": jnp.ones((B, 0, H, 4, D))}, r"gates: got .* expected every size >= 1"),
+        ({"recurrent": jnp.ones((H, 4, D, D + 1))}, r"recurrent: got .* expected \[3, 4, 4, 4\]"),
         (
             {"recurrent": jnp.ones((H, 4, D, D), jnp.bfloat16)},
             r"recurrent: got bfloat16.* gates' dtype float32",
         ),
-        ({"bias": jnp.ones((4, H, D))}, r"bias: got float32\[4, 3, 4\]; \[3, 4, 4\] fits"),
-        ({"initial_state": jnp.ones((B, H, D))}, r"initial_state: got .* \[2, 2, 3, 4\] \(h, c\) fits"),
+        ({"bias": jnp.ones((4, H, D))}, r"bias: got float32\[4, 3, 4\]; expected \[3, 4, 4\]"),
+        ({"initial_state": jnp.ones((B, H, D))}, r"initial_state: got .* expected \[2, 2, 3, 4\] \(h, c\)"),
         (
             {"initial_state": jnp.ones((B, 2, H, D), jnp.int32)},
             r"initial_state: got int32.* a floating dtype",
         ),
-        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; integers \[2, 6\] fits"),
+        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
     ],
 )
 def test_names_the_argument(change, message):
@@ -75,7 +75,7 @@ def test_dtypes_that_kernels_do_not_read():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"cell: got 'rnn'; one of 'lstm', 'gru', 'elman', 'slstm' fits"):
+    with pytest.raises(ValueError, match=r"cell: got 'rnn'; expected one of 'lstm', 'gru', 'elman', 'slstm'"):
         frugax.kernels.rnn(**GOOD, cell="rnn")
-    with pytest.raises(ValueError, match=r"backend: got 'cuda'; one of 'reference', 'xla'"):
+    with pytest.raises(ValueError, match=r"backend: got 'cuda'; expected 'reference', 'xla'"):
         frugax.kernels.rnn(**GOOD, backend="cuda")

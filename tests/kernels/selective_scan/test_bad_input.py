@@ -1,4 +1,4 @@
-"""Calls that can't be right say which argument, and what fits."""
+"""Calls that can't be right say which argument, and what is expected."""
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,24 @@ GOOD = {"x": X, "dt": X, "A": -jnp.ones((D, N)), "B": ROWS, "C": ROWS}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": X[0]}, r"x: got float32\[6, 4\]; \[batch, time, D\] fits"),
-        ({"x": X[:, :0], "dt": X[:, :0]}, r"x: got float32\[2, 0, 4\]; every size >= 1 fits"),
-        ({"x": X.astype(int)}, r"x: got int32\[2, 6, 4\]; a floating dtype fits"),
-        ({"dt": X[:, :5]}, r"dt: got float32\[2, 5, 4\]; \[2, 6, 4\] fits"),
-        ({"dt": X.astype(jnp.complex64)}, r"dt: got complex64.* a floating dtype fits"),
-        ({"A": -jnp.ones((N, D))}, r"A: got float32\[3, 4\]; \[4, N\] \(x's D\) fits"),
-        ({"A": -jnp.ones(D)}, r"A: got float32\[4\]; \[4, N\] \(x's D\) fits"),
-        ({"A": -jnp.ones((D, 0))}, r"A: got float32\[4, 0\]; every size >= 1 fits"),
-        ({"B": jnp.ones((B, T, N + 1))}, r"B: got float32\[2, 6, 4\]; \[2, 6, 3\] fits"),
-        ({"C": ROWS.astype(int)}, r"C: got int32\[2, 6, 3\]; a floating dtype fits"),
-        ({"D": jnp.ones((D, 1))}, r"D: got float32\[4, 1\]; \[4\] fits"),
-        ({"z": X[..., :3]}, r"z: got float32\[2, 6, 3\]; \[2, 6, 4\] fits"),
-        ({"dt_bias": jnp.ones(N)}, r"dt_bias: got float32\[3\]; \[4\] fits"),
-        ({"initial_state": jnp.ones((B, N, D))}, r"initial_state: got float32\[2, 3, 4\]; \[2, 4, 3\] fits"),
-        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; integers \[2, 6\] fits"),
+        ({"x": X[0]}, r"x: got float32\[6, 4\]; expected \[batch, time, D\]"),
+        ({"x": X[:, :0], "dt": X[:, :0]}, r"x: got float32\[2, 0, 4\]; expected every size >= 1"),
+        ({"x": X.astype(int)}, r"x: got int32\[2, 6, 4\]; expected a floating dtype"),
+        ({"dt": X[:, :5]}, r"dt: got float32\[2, 5, 4\]; expected \[2, 6, 4\]"),
+        ({"dt": X.astype(jnp.complex64)}, r"dt: got complex64.* expected a floating dtype"),
+        ({"A": -jnp.ones((N, D))}, r"A: got float32\[3, 4\]; expected \[4, N\] \(x's D\)"),
+        ({"A": -jnp.ones(D)}, r"A: got float32\[4\]; expected \[4, N\] \(x's D\)"),
+        ({"A": -jnp.ones((D, 0))}, r"A: got float32\[4, 0\]; expected every size >= 1"),
+        ({"B": jnp.ones((B, T, N + 1))}, r"B: got float32\[2, 6, 4\]; expected \[2, 6, 3\]"),
+        ({"C": ROWS.astype(int)}, r"C: got int32\[2, 6, 3\]; expected a floating dtype"),
+        ({"D": jnp.ones((D, 1))}, r"D: got float32\[4, 1\]; expected \[4\]"),
+        ({"z": X[..., :3]}, r"z: got float32\[2, 6, 3\]; expected \[2, 6, 4\]"),
+        ({"dt_bias": jnp.ones(N)}, r"dt_bias: got float32\[3\]; expected \[4\]"),
+        (
+            {"initial_state": jnp.ones((B, N, D))},
+            r"initial_state: got float32\[2, 3, 4\]; expected \[2, 4, 3\]",
+        ),
+        ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
     ],
 )
 def test_names_the_argument(change, message):
@@ -40,7 +43,7 @@ def test_names_the_argument(change, message):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"backend: got 'cuda'; one of 'reference', 'xla'"):
+    with pytest.raises(ValueError, match=r"backend: got 'cuda'; expected 'reference', 'xla'"):
         frugax.kernels.selective_scan(**GOOD, backend="cuda")
 
 

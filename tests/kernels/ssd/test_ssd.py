@@ -140,17 +140,17 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": jnp.ones((2, 6, 20))}, r"x: got float32\[2, 6, 20\]; \[batch, time, heads, P\]"),
+        ({"x": jnp.ones((2, 6, 20))}, r"x: got float32\[2, 6, 20\]; expected \[batch, time, heads, P\]"),
         ({"dt": jnp.ones((2, 6, 5))}, r"dt: got .* \[2, 6, 4\]"),
-        ({"dt": jnp.ones((2, 6, 4), jnp.int32)}, r"dt: got int32.* a floating dtype fits"),
-        ({"A": -jnp.ones((4, 3))}, r"A: got .* \[4\] \(x's heads\) fits"),
-        ({"B": jnp.ones((2, 6, 3, 3)), "C": jnp.ones((2, 6, 3, 3))}, r"B: got .* groups that divide 4, fits"),
-        ({"C": jnp.ones((2, 6, 2, 4))}, r"C: got .* B's shape \[2, 6, 2, 3\] fits"),
-        ({"D": jnp.ones(5)}, r"D: got .* \[4\] or \[4, 5\] fits"),
+        ({"dt": jnp.ones((2, 6, 4), jnp.int32)}, r"dt: got int32.* expected a floating dtype"),
+        ({"A": -jnp.ones((4, 3))}, r"A: got .* expected \[4\] \(x's heads\)"),
+        ({"B": jnp.ones((2, 6, 3, 3)), "C": jnp.ones((2, 6, 3, 3))}, r"B: got .* groups that divide 4"),
+        ({"C": jnp.ones((2, 6, 2, 4))}, r"C: got .* expected B's shape \[2, 6, 2, 3\]"),
+        ({"D": jnp.ones(5)}, r"D: got .* expected \[4\] or \[4, 5\]"),
         ({"z": jnp.ones((2, 6, 4))}, r"z: got"),
-        ({"dt_bias": jnp.ones(6)}, r"dt_bias: got .* \[4\] fits"),
-        ({"initial_state": jnp.ones((2, 4, 5, 3))}, r"initial_state: got .* \[2, 4, 3, 5\] fits"),
-        ({"segment_ids": jnp.ones((2, 6))}, r"segment_ids: got .* integers \[2, 6\] fits"),
+        ({"dt_bias": jnp.ones(6)}, r"dt_bias: got .* expected \[4\]"),
+        ({"initial_state": jnp.ones((2, 4, 5, 3))}, r"initial_state: got .* expected \[2, 4, 3, 5\]"),
+        ({"segment_ids": jnp.ones((2, 6))}, r"segment_ids: got .* expected integers \[2, 6\]"),
     ],
 )
 def test_names_the_argument(change, message, unchecked_types):

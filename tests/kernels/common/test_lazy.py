@@ -1,0 +1,51 @@
+"""Kernels are traced where their platform is lowered for: nowhere else, and once for calls that are alike."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import frugax
+from tests.devices import run_alone
+
+X = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["none", "xla"])
+def test_a_cpu_never_imports_pallas(backend):
+    run_alone("tests.kernels.common.without_pallas", backend)
+
+
+def test_calls_that_are_alike_share_one_trace():
+    from frugax.kernels.linear_attention import xla
+
+    def layers(q, k, v):
+        for _ in range(3):
+            v, _ = frugax.kernels.linear_attention(q, k, v)
+        return v
+
+    x = jax.ShapeDtypeStruct((2, 37, 2, 8), jnp.float32)  # a shape that no other test has
+    before = xla.forward._cache_size()
+    jax.jit(layers).trace(x, x, x)
+    assert xla.forward._cache_size() == before  # traced, never compiled by itself
+    text = str(jax.make_jaxpr(layers)(x, x, x))
+    assert text.count("frugax_kernel") == 3
+    assert "platform_index" not in text
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_mapped_call_is_lowered_to_the_kernel_as_well(platform):
+    def twice(q, k, v):
+        return jax.vmap(
+            jax.vmap(frugax.kernels.linear_attention, in_axes=(0, 0, None)), in_axes=(1, 1, None)
+        )(q, k, v)
+
+    x = jax.ShapeDtypeStruct((3, 4, *X.shape), X.dtype)
+    text = jax.jit(twice).trace(x, x, X).lower(lowering_platforms=(platform,)).as_text()
+    assert {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}[platform] in text
+
+
+def test_what_a_kernel_cannot_serve_is_lowered_to_xla():
+    x = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.float32)  # Hopper's takes bfloat16
+    f = jax.jit(lambda q, k, v: frugax.kernels.linear_attention(q, k, v))
+    assert "mosaic_gpu" not in f.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert "tpu_custom_call" in f.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
