@@ -14,11 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.tiling import round_up
 from ..linear_attention.pallas_gpu_tiles import ROWS as ALONG_ROWS
 from ..linear_attention.pallas_gpu_tiles import Tiles, along_rows
 from .cells import Cell
 from .inputs import Inputs
-from .tiling import ROWS, GPUTiling, Shape, for_gpu, round_up
+from .tiling import ROWS, GPUTiling, Shape, for_gpu
 from .tokens import matrix_gradients, pre_activations
 
 F32, BF16 = jnp.float32, jnp.bfloat16

@@ -8,19 +8,19 @@ in one product; R's gradient is one over all tokens after it, which alone moves 
 """
 
 from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from ..common.chips import LANES, VMEM_LIMIT
+from ..common.tiling import round_up
+from ..common.tpu import F32, Launch, TimeGrid, dot
 from .cells import Cell
 from .inputs import Inputs
-from .tiling import LANES, VMEM_LIMIT, Shape, TPUTiling, for_tpu, round_up
+from .tiling import Shape, TPUTiling, for_tpu
 from .tokens import before, matrix_gradients
-
-F32 = jnp.float32
 
 
 def unsupported_reason(call: Inputs) -> str | None:
@@ -37,21 +37,24 @@ def forward(call: Inputs, keep: bool = False, *, interpret: bool) -> tuple[Array
     cell, dtype = call.cell, call.gates.dtype
     walk = _Walk(call, backward=False)
     S, R = len(cell.states), len(cell.reads) if keep else 0
-    out_shape = [walk.wide_tokens(1, dtype), walk.states(S)] + ([walk.tokens(R, F32)] if R else [])
-    h, state, *reads = walk.run(
-        partial(_forward_kernel, cell=cell, walk=walk, keep=R > 0),
-        [walk.wide_time_first(call.gates, dtype), *walk.parameters(), call.initial_state],
-        [walk.wide_block(G), walk.matrix(G), walk.bias(G), walk.state(S)],
-        out_shape,
-        [walk.wide_block(1), walk.state(S)] + ([walk.block(R)] if R else []),
-        [pltpu.VMEM((walk.tiling.batch, walk.D), dtype)],
-        "rnn_forward",
-        interpret,
-    )
-    results = walk.wide_batch_first(h)[:, :, :, 0], walk.trim_state(state)
+    launch = walk.grid.launch("rnn_forward", interpret=interpret, vmem_limit=VMEM_LIMIT)
+    matrix, bias = walk.parameters()
+    launch.add("x", walk.wide_time_first(call.gates, dtype), walk.wide_block(G))
+    launch.add("matrix", matrix, walk.matrix(G))
+    launch.add("bias", bias, walk.bias(G))
+    launch.add("first", walk.time_first_state(call.initial_state), walk.state(S))
+    launch.add("starts", walk.time_first_starts(), walk.starts)
+    launch.write("h", *walk.wide_tokens(1, dtype), walk.wide_block(1))
+    launch.write("last", *walk.states(S), walk.state(S))
+    if R:
+        launch.write("reads", *walk.tokens(R, F32), walk.block(R))
+    walk.hold(launch, "state", S)
+    launch.hold("operand", (walk.tiling.batch, walk.D), dtype)
+    got = launch.run(partial(_forward_kernel, cell=cell, walk=walk))
+    results = walk.wide_batch_first(got["h"])[:, :, :, 0], walk.trim_state(got["last"])
     if not keep:
         return results
-    return (*results, reads[0][:T, :, :, :B, :D] if reads else jnp.zeros((T, H, 0, B, D), F32))
+    return (*results, got["reads"][:T, :, :, :B, :D] if R else jnp.zeros((T, H, 0, B, D), F32))
 
 
 def backward(
@@ -61,31 +64,26 @@ def backward(
     cell, dtype = call.cell, call.gates.dtype
     walk = _Walk(call, backward=True)
     P, S, R, G = cell.pre_activations, len(cell.states), len(cell.reads), cell.gates
-    dh, dstate = cotangents
+    dh, dlast = cotangents
+    launch = walk.grid.launch("rnn_backward", interpret=interpret, vmem_limit=VMEM_LIMIT)
     matrix, bias = walk.parameters()
-    operands = [
-        walk.wide_time_first(call.gates, dtype),
-        walk.wide_time_first(before(call, h)[:, :, :, None], dtype),
-        bias,
-        *([_pad(reads, walk.tokens(R, F32).shape)] if R else []),
-        walk.wide_time_first(dh[:, :, :, None], dtype),
-        matrix,
-        dstate,
-    ]
-    specs = [walk.wide_block(G), walk.wide_block(1), walk.bias(G), *([walk.block(R)] if R else [])]
-    specs += [walk.wide_block(1), walk.matrix(G), walk.state(S)]
-    dgates, dpre, dstate = walk.run(
-        partial(_backward_kernel, cell=cell, walk=walk),
-        operands,
-        specs,
-        [walk.wide_tokens(G, dtype), walk.tokens(P, dtype), walk.states(S)],
-        [walk.wide_block(G), walk.block(P), walk.state(S)],
-        [pltpu.VMEM((walk.tiling.time, P, walk.tiling.batch, walk.D), F32)],
-        "rnn_backward",
-        interpret,
-    )
-    return matrix_gradients(call, h, walk.batch_first(dpre))._replace(
-        gates=walk.wide_batch_first(dgates), initial_state=walk.trim_state(dstate)
+    launch.add("x", walk.wide_time_first(call.gates, dtype), walk.wide_block(G))
+    launch.add("before", walk.wide_time_first(before(call, h)[:, :, :, None], dtype), walk.wide_block(1))
+    launch.add("bias", bias, walk.bias(G))
+    if R:
+        launch.add("reads", _pad(reads, walk.tokens(R, F32)[0]), walk.block(R))
+    launch.add("dh", walk.wide_time_first(dh[:, :, :, None], dtype), walk.wide_block(1))
+    launch.add("matrix", matrix, walk.matrix(G))
+    launch.add("dlast", walk.time_first_state(dlast), walk.state(S))
+    launch.add("starts", walk.time_first_starts(), walk.starts)
+    launch.write("dgates", *walk.wide_tokens(G, dtype), walk.wide_block(G))
+    launch.write("dpre", *walk.tokens(P, dtype), walk.block(P))
+    launch.write("dfirst", *walk.states(S), walk.state(S))
+    walk.hold(launch, "dstate", S)
+    launch.hold("pre", (walk.tiling.time, P, walk.tiling.batch, walk.D))
+    got = launch.run(partial(_backward_kernel, cell=cell, walk=walk))
+    return matrix_gradients(call, h, walk.batch_first(got["dpre"]))._replace(
+        gates=walk.wide_batch_first(got["dgates"]), initial_state=walk.trim_state(got["dfirst"])
     )
 
 
@@ -101,28 +99,22 @@ class _Walk:
     def __init__(self, call: Inputs, *, backward: bool):
         tiling, _ = _tiling(call, backward)
         assert tiling is not None  # unsupported_reason
-        self.call, self.tiling, self.backward = call, tiling, backward
+        self.call, self.tiling = call, tiling
         self.B, self.T, self.H, _, size = call.gates.shape
         self.D = round_up(size, LANES)
         self.batches = pl.cdiv(self.B, tiling.batch)
-        self.blocks = pl.cdiv(self.T, tiling.time)
-        self.ragged = self.T % tiling.time != 0
-        self.packed = call.starts is not None
+        self.grid = TimeGrid((self.H, self.batches), self.T, tiling.time, backward)
         self.columns = range(0, self.D, tiling.columns)
-
-    def at(self, i):
-        """Which block of time grid step i visits."""
-        return self.blocks - 1 - i if self.backward else i
 
     def block(self, n: int) -> pl.BlockSpec:
         """Of [T, H, n, B, D]: n rows of channels for each token and sequence."""
         shape = (self.tiling.time, None, n, self.tiling.batch, self.D)
-        return pl.BlockSpec(shape, lambda h, b, i: (self.at(i), h, 0, b, 0))
+        return pl.BlockSpec(shape, lambda h, b, i: (self.grid.at(i), h, 0, b, 0))
 
     def wide_block(self, n: int) -> pl.BlockSpec:
         """Of [T, B, H n D]: the n D columns of a head for each token and sequence."""
         shape = (self.tiling.time, self.tiling.batch, n * self.D)
-        return pl.BlockSpec(shape, lambda h, b, i: (self.at(i), b, h))
+        return pl.BlockSpec(shape, lambda h, b, i: (self.grid.at(i), b, h))
 
     def matrix(self, n: int) -> pl.BlockSpec:
         """Of [H, n, D, D]: fetched once a head, so that there is no second one to overlap with."""
@@ -137,16 +129,30 @@ class _Walk:
         """Of [H, n, B, D]."""
         return pl.BlockSpec((None, n, self.tiling.batch, self.D), lambda h, b, i: (h, 0, b, 0))
 
-    def tokens(self, n: int, dtype) -> jax.ShapeDtypeStruct:
-        rows, time = self.batches * self.tiling.batch, self.blocks * self.tiling.time
-        return jax.ShapeDtypeStruct((time, self.H, n, rows, self.D), dtype)
+    @property
+    def starts(self) -> pl.BlockSpec:
+        """Of [T, B, 1]."""
+        return pl.BlockSpec((self.tiling.time, self.tiling.batch, 1), lambda h, b, i: (self.grid.at(i), b, 0))
 
-    def wide_tokens(self, n: int, dtype) -> jax.ShapeDtypeStruct:
-        time, heads, n, rows, D = self.tokens(n, dtype).shape
-        return jax.ShapeDtypeStruct((time, rows, heads * n * D), dtype)
+    @property
+    def rows(self) -> int:
+        """Sequences of whole blocks."""
+        return self.batches * self.tiling.batch
 
-    def states(self, n: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((self.H, n, self.batches * self.tiling.batch, self.D), F32)
+    def tokens(self, n: int, dtype) -> tuple[tuple[int, ...], Any]:
+        """Shape and dtype of what has `block`s."""
+        return (self.grid.padded, self.H, n, self.rows, self.D), dtype
+
+    def wide_tokens(self, n: int, dtype) -> tuple[tuple[int, ...], Any]:
+        """Shape and dtype of what has `wide_block`s."""
+        return (self.grid.padded, self.rows, self.H * n * self.D), dtype
+
+    def states(self, n: int) -> tuple[tuple[int, ...], Any]:
+        return (self.H, n, self.rows, self.D), F32
+
+    def hold(self, launch: Launch, name: str, n: int) -> None:
+        """Name scratch for n states."""
+        launch.hold(name, (n, self.tiling.batch, self.D))
 
     def batch_first(self, x: Array) -> Array:
         """[T', H, n, B', D'] -> [B, T, H, n, D]."""
@@ -161,7 +167,7 @@ class _Walk:
     def wide_time_first(self, x: Array, dtype) -> Array:
         """[B, T, H, n, D] -> [T', B', H n D'], whole blocks."""
         widened = _pad(x.astype(dtype), (*x.shape[:-1], self.D)).reshape(self.B, self.T, -1)
-        return _pad(jnp.swapaxes(widened, 0, 1), self.wide_tokens(x.shape[3], dtype).shape)
+        return _pad(jnp.swapaxes(widened, 0, 1), self.wide_tokens(x.shape[3], dtype)[0])
 
     def wide_batch_first(self, x: Array) -> Array:
         """[T', B', H n D'] -> [B, T, H, n, D]."""
@@ -172,32 +178,15 @@ class _Walk:
         """[H, S, B', D'] -> [B, S, H, D]."""
         return jnp.transpose(x[:, :, : self.B, : self.call.gates.shape[-1]], (2, 1, 0, 3))
 
-    def run(self, kernel, operands, in_specs, out_shape, out_specs, scratch, name, interpret):
-        """Launch `kernel`; the last operand is a state [B, S, H, D]; starts, if any, come after it."""
-        *operands, state = operands
-        S = state.shape[1]
-        operands.append(_pad(jnp.transpose(state, (2, 1, 0, 3)), self.states(S).shape))
-        if self.packed:
-            starts_TB1 = self.call.starts.T[..., None].astype(F32)
-            rows, time = self.batches * self.tiling.batch, self.blocks * self.tiling.time
-            operands.append(_pad(starts_TB1, (time, rows, 1)))
-            in_specs = [
-                *in_specs,
-                pl.BlockSpec((self.tiling.time, self.tiling.batch, 1), lambda h, b, i: (self.at(i), b, 0)),
-            ]
-        return pl.pallas_call(
-            kernel,
-            grid=(self.H, self.batches, self.blocks),
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=out_shape,
-            scratch_shapes=[pltpu.VMEM((S, self.tiling.batch, self.D), F32), *scratch],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-            ),
-            interpret=interpret,
-            name=name,
-        )(*operands)
+    def time_first_state(self, x: Array) -> Array:
+        """[B, S, H, D] -> [H, S, B', D']."""
+        return _pad(jnp.transpose(x, (2, 1, 0, 3)), self.states(x.shape[1])[0])
+
+    def time_first_starts(self) -> Array | None:
+        """Whether a document starts at each token, [T', B', 1] in float32; None: all are whole."""
+        if self.call.starts is None:
+            return None
+        return _pad(self.call.starts.T[..., None].astype(F32), (self.grid.padded, self.rows, 1))
 
     def columns_of(self, n: int, d):
         """Where channels `d` of row n lie in a `wide_block`."""
@@ -205,15 +194,13 @@ class _Walk:
 
     def each_token(self, visit) -> None:
         """Call `visit(place in the block, whether the token exists; None: all do)` in the walk's order."""
-        time = self.tiling.time
-        first = self.at(pl.program_id(2)) * time
+        first = self.grid.first_token()
 
-        def step(i, _):
-            t = time - 1 - i if self.backward else i
-            visit(t, first + t < self.T if self.ragged else None)
+        def step(t, _):
+            visit(t, first + t < self.T if self.grid.ragged else None)
             return 0
 
-        lax.fori_loop(0, time, step, 0)
+        self.grid.each_tile(1, step)
 
     def each_columns(self, visit) -> None:
         """Call `visit(slice of channels)` for all of them."""
@@ -228,32 +215,32 @@ class _Walk:
         lax.fori_loop(0, len(self.columns), step, 0)
 
 
-def _forward_kernel(x_ref, matrix_ref, bias_ref, first_ref, *refs, cell: Cell, walk: _Walk, keep: bool):
-    starts_ref, *refs = refs if walk.packed else (None, *refs)
-    h_ref, last_ref, *refs = refs
-    reads_ref, *refs = refs if keep else (None, *refs)
-    state_ref, operand_ref = refs  # the states, float32, and h once more, in the matrix unit's dtype
+def _forward_kernel(
+    *, x_ref, matrix_ref, bias_ref, first_ref, h_ref, last_ref, state_ref, operand_ref,
+    starts_ref=None, reads_ref=None, cell: Cell, walk: _Walk,
+):  # fmt: skip
+    """state: float32; operand: h once more, in the matrix unit's dtype."""
 
-    @pl.when(pl.program_id(2) == 0)
+    @walk.grid.at_start()
     def _():
         state_ref[...] = first_ref[...]
         operand_ref[...] = first_ref[0].astype(operand_ref.dtype)
 
     def visit(t, exists):
-        if walk.packed:
+        if starts_ref is not None:
             fresh = starts_ref[t] != 0
             state_ref[...] = jnp.where(fresh[None], 0.0, state_ref[...])
             operand_ref[...] = jnp.where(fresh, 0.0, operand_ref[...].astype(F32)).astype(operand_ref.dtype)
 
         def columns(d):
             r = [
-                _dot(operand_ref[...], matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32)
+                dot(operand_ref[...], matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32)
                 for g in range(cell.gates)
             ]
             x = [x_ref[t, :, walk.columns_of(g, d)].astype(F32) for g in range(cell.gates)]
             before = [state_ref[s, :, d] for s in range(len(cell.states))]
             reads = [before[s] for s in cell.reads]
-            if keep:
+            if reads_ref is not None:
                 for n, read in enumerate(reads):
                     reads_ref[t, n, :, d] = read
             state = cell.step(cell.combine(x, r), reads)
@@ -266,19 +253,19 @@ def _forward_kernel(x_ref, matrix_ref, bias_ref, first_ref, *refs, cell: Cell, w
 
     walk.each_token(visit)
 
-    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    @walk.grid.at_end()
     def _():
         last_ref[...] = state_ref[...]
 
 
-def _backward_kernel(x_ref, before_ref, bias_ref, *refs, cell: Cell, walk: _Walk):
+def _backward_kernel(
+    *, x_ref, before_ref, bias_ref, dh_ref, matrix_ref, dlast_ref,
+    dgates_ref, dpre_ref, dfirst_ref, dstate_ref, pre_ref,
+    reads_ref=None, starts_ref=None, cell: Cell, walk: _Walk,
+):  # fmt: skip
     """What the states send back, from token to token; each token's share of the pre-activations' gradient."""
-    reads_ref, *refs = refs if cell.reads else (None, *refs)
-    dh_ref, matrix_ref, dlast_ref, *refs = refs
-    starts_ref, *refs = refs if walk.packed else (None, *refs)
-    dgates_ref, dpre_ref, dfirst_ref, dstate_ref, pre_ref = refs
 
-    @pl.when(pl.program_id(2) == 0)
+    @walk.grid.at_start()
     def _():
         dstate_ref[...] = dlast_ref[...]
 
@@ -286,7 +273,7 @@ def _backward_kernel(x_ref, before_ref, bias_ref, *refs, cell: Cell, walk: _Walk
         """Of all tokens of the block, 128 channels of each gate."""
         d = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
         h = before_ref[...].reshape(-1, walk.D)
-        r = [_dot(h, matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32) for g in range(cell.gates)]
+        r = [dot(h, matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32) for g in range(cell.gates)]
         x = [x_ref[:, :, walk.columns_of(g, d)].astype(F32).reshape(-1, LANES) for g in range(cell.gates)]
         for p, value in enumerate(cell.combine(x, r)):
             pre_ref[:, p, :, d] = value.reshape(walk.tiling.time, -1, LANES)
@@ -314,30 +301,19 @@ def _backward_kernel(x_ref, before_ref, bias_ref, *refs, cell: Cell, walk: _Walk
                 dstate_ref[s, :, d] = value if exists is None else jnp.where(exists, value, dstate[s])
 
         def through_the_matrix(d):
-            sent = sum(_dot_rows(dpre_ref[t, p], matrix_ref[g, d, :]) for g, p in enumerate(cell.recurrent))
+            sent = sum(dot(dpre_ref[t, p], matrix_ref[g, d, :], "nt") for g, p in enumerate(cell.recurrent))
             dstate_ref[0, :, d] += sent
 
         walk.each_columns(pointwise)
         walk.each_columns(through_the_matrix)
-        if walk.packed:
+        if starts_ref is not None:
             dstate_ref[...] = jnp.where((starts_ref[t] != 0)[None], 0.0, dstate_ref[...])
 
     walk.each_token(visit)
 
-    @pl.when(pl.program_id(2) == walk.blocks - 1)
+    @walk.grid.at_end()
     def _():
         dfirst_ref[...] = dstate_ref[...]
-
-
-def _dot(x: Array, y: Array) -> Array:
-    precision = lax.Precision.HIGHEST if x.dtype == F32 else None
-    return jnp.dot(x, y, preferred_element_type=F32, precision=precision)
-
-
-def _dot_rows(x: Array, y: Array) -> Array:
-    """x y^T."""
-    precision = lax.Precision.HIGHEST if x.dtype == F32 else None
-    return lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision, preferred_element_type=F32)
 
 
 def _pad(x: Array, shape: tuple[int, ...]) -> Array:

@@ -1,60 +1,11 @@
-"""Block sizes of the kernels: a search through all that a chip's limits allow, ranked by what a step costs.
-
-FlashRNN's way: sizes are integers, limits are inequalities and divisibilities between them, and the search is
-small enough to be exhaustive. Where nothing is feasible, the limit that is in the way says so.
-"""
+"""Block sizes of the kernels, and how they follow from a call."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from ..common.chips import LANES, PROCESSORS, SHARED_MEMORY, SUBLANES, VMEM_LIMIT
+from ..common.tiling import Limit, round_up, search
 from .cells import Cell
-
-LANES = 128
-VMEM_LIMIT = 48 * 2**20  # bytes a kernel may hold on the smallest of v5e, v5p, v6e and tpu7x (64 MiB)
-
-
-class Limit(NamedTuple):
-    """`amount` of every choice must be at most `most`."""
-
-    what: str
-    most: int
-    amount: Callable[..., int]
-
-
-class Found(NamedTuple):
-    """The best feasible choice, or None and why there is none."""
-
-    sizes: dict[str, int] | None
-    reason: str | None
-
-
-def search(space: Mapping[str, Iterable[int]], limits: Iterable[Limit], cost: Callable[..., Any]) -> Found:
-    """The cheapest choice of one number of each range in `space` that keeps every limit.
-
-    Args:
-      space: name -> the numbers to try. They already divide what they must.
-      limits: inequalities; `amount(**choice)` at most `most`.
-      cost: what to minimize; of equals, the first.
-    """
-    limits = list(limits)
-    choices = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-    feasible = [c for c in choices if all(limit.amount(**c) <= limit.most for limit in limits)]
-    if feasible:
-        return Found(min(feasible, key=lambda c: cost(**c)), None)
-    if not choices:
-        empty = next(name for name, values in space.items() if not list(values))
-        return Found(None, f"no size of {empty} divides what it must")
-    for limit in limits:
-        least = min(limit.amount(**c) for c in choices)
-        if least > limit.most:
-            return Found(None, f"at least {least:,} {limit.what}, {limit.most:,} are there")
-    return Found(None, "no choice of sizes keeps all of: " + ", ".join(limit.what for limit in limits))
-
-
-def round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +34,7 @@ class Shape(NamedTuple):
 def for_tpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[TPUTiling | None, str | None]:
     """The tiling, or None and why none fits."""
     D, item = round_up(shape.size, LANES), shape.itemsize
-    sublanes = 8 * 4 // item
+    sublanes = SUBLANES * 4 // item
     rows = round_up(shape.batch, sublanes)
     G, P, S, R = cell.gates, cell.pre_activations, len(cell.states), len(cell.reads)
 
@@ -101,7 +52,7 @@ def for_tpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[TPUTiling | No
     def cost(batch: int, time: int, columns: int) -> tuple[int, int]:
         """Cycles of all steps, about: R's tiles enter the matrix unit, rows pass, results come out late."""
         tiles = G * (D // LANES) ** 2
-        step = tiles * (LANES // 8 + batch // 8) + 200 * (D // columns)
+        step = tiles * (LANES // SUBLANES + batch // SUBLANES) + 200 * (D // columns)
         return (-(-rows // batch) * step * shape.time, -time)
 
     found = search(
@@ -124,9 +75,8 @@ def for_tpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[TPUTiling | No
     return TPUTiling(**found.sizes), None
 
 
-SHARED_LIMIT = 227 * 1024 - 1024  # bytes of shared memory a Hopper block may hold, less room for barriers
-REGISTERS = 224  # of 255 that a thread may hold: addresses need some
-PROCESSORS = 132  # of an H200
+SHARED_LIMIT = SHARED_MEMORY - 1024  # room for barriers
+VALUE_REGISTERS = 224  # of the 255 that a thread may hold: addresses need some
 ROWS = 64  # channels that one instruction of the tensor cores takes
 
 
@@ -165,7 +115,7 @@ def for_gpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[GPUTiling | No
         {"batch": [16, 32, 64], "stages": [1, 2, 3]},
         [
             Limit("bytes of shared memory", SHARED_LIMIT, shared),
-            Limit("registers", REGISTERS, registers),
+            Limit("registers", VALUE_REGISTERS, registers),
             Limit("rows of an array", 2**31 - 1, lambda **_: shape.time * shape.heads * P * D),
         ],
         cost,
