@@ -1,4 +1,4 @@
-"""What every generated page needs: a result, a Markdown table, and a line on where a result was measured."""
+"""Shared parts of generated pages: a result, a Markdown table, and a line on where a result was measured."""
 
 import json
 from pathlib import Path

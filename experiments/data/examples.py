@@ -1,4 +1,4 @@
-"""Labelled examples: scikit-learn's digits, spoken vowels that ship with sktime, and synthetic tasks.
+"""Labelled examples: scikit-learn's digits, spoken vowels that ship with aeon, and synthetic tasks.
 
 Each is a `Task` of arrays: inputs [n, ...], labels and weights [n] or, where each token has one, [n, T].
 """
@@ -45,12 +45,19 @@ def vowels() -> Task:
 
     The label stands at an utterance's last frame; what pads it to 29 frames has weight 0.
 
-    Source: Kudo, Toyama and Shimbo 1999, UCI's "Japanese Vowels", as sktime ships it.
+    The files of aeon are read and none of its code, so that what it depends on (numba, pandas) can stay away;
+    sktime ships the same ones.
+
+    Raises:
+      ValueError: neither package is installed.
+
+    Source: Kudo, Toyama and Shimbo 1999, UCI's "Japanese Vowels", as aeon and sktime ship it.
     """
-    package = importlib.util.find_spec("sktime")
-    if package is None or package.origin is None:
-        raise ValueError("data: vowels ship with sktime, which is missing; pip install sktime")
-    folder = Path(package.origin).parent / "datasets/data/JapaneseVowels"
+    packages = [importlib.util.find_spec(name) for name in ("aeon", "sktime")]
+    found = [Path(p.origin).parent for p in packages if p is not None and p.origin is not None]
+    if not found:
+        raise ValueError("task: got vowels without their data; expected aeon: pip install --no-deps aeon")
+    folder = found[0] / "datasets/data/JapaneseVowels"
     train, held_out = (_read_ts(folder / f"JapaneseVowels_{part}.ts") for part in ("TRAIN", "TEST"))
     return Task(train, held_out, 9)
 
