@@ -1,19 +1,20 @@
 """Linear attention on TPU: which calls the kernels take, and their arrays around them."""
 
 from collections.abc import Callable
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from ..common.chips import LANES, SUBLANES, VMEM_LIMIT
+from ..common.tiling import round_up
+from ..common.tpu import F32, Layout, TimeGrid
 from .inputs import Inputs
 from .pallas_tpu_backward import backward_kernel
-from .pallas_tpu_blocks import Cut
-from .pallas_tpu_decay import FLOOR, RESTART, SUBLANES
-from .pallas_tpu_forward import Plan, forward_kernel, states_kernel
-from .tiling import LANES, VMEM_LIMIT, Tiling, choose, itemsize_fits, round_up, vmem_bytes
+from .pallas_tpu_decay import FLOOR, RESTART
+from .pallas_tpu_forward import Spec, forward_kernel, states_kernel
+from .tiling import Tiling, choose, itemsize_fits, vmem_bytes
 
 
 def unsupported_reason(call: Inputs) -> str | None:
@@ -43,70 +44,59 @@ def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, int
 
 def forward_tiled(call: Inputs, scale: float, tiling: Tiling, *, interpret: bool) -> tuple[Array, Array]:
     """`forward` with blocks of one's choice."""
-    launch = _Launch(call, scale, tiling, interpret)
-    for name in ("q", "k", "v", "log_decay", "rows", "bonus", "initial_state"):
-        launch.read(name)
-    out = launch.cut("out", call.v.dtype, (*call.v.shape[:2], call.heads, call.v.shape[3]))
-    launch.write("out", out.arranged, out.spec(launch.time))
-    launch.write_state("final_state")
-    results = launch.run("linear_attention_forward", forward_kernel, {"state": launch.state_shape})
-    return out.restore(results["out"]), launch.trim_state(results["final_state"])
+    whole = _Call(call, scale, tiling, interpret, "linear_attention_forward")
+    whole.read("q", "k", "v", "log_decay", "rows", "bonus", "initial_state")
+    out = whole.write("out", call.v.dtype, (*call.v.shape[:2], call.heads, call.v.shape[3]))
+    whole.write_state("final_state")
+    whole.launch.hold("state", whole.state_shape)
+    results = whole.run(forward_kernel)
+    return out.restore(results["out"]), whole.trim_state(results["final_state"])
 
 
 def backward_tiled(call: Inputs, cotangents, scale: float, tiling: Tiling, *, interpret: bool) -> Inputs:
     """`backward` with blocks of one's choice."""
     d_out, d_final_state = cotangents
-    before = _Launch(call, scale, tiling, interpret)
-    for name in ("k", "v", "log_decay", "rows", "initial_state"):
-        before.read(name)
+    before = _Call(call, scale, tiling, interpret, "linear_attention_states")
+    before.read("k", "v", "log_decay", "rows", "initial_state")
     K, V = before.widths
-    B, H = call.q.shape[0], call.heads
-    states = jax.ShapeDtypeStruct((B, H, before.steps, V, K), jnp.float32)
-    states_block = (1, tiling.heads, 1, V, K)
-    before.write("states", states, pl.BlockSpec(states_block, lambda b, h, t: (b, h, t, 0, 0)))
-    scratch = {"state": before.state_shape}
-    states = before.run("linear_attention_states", states_kernel, scratch)["states"]
+    B, H, n = call.q.shape[0], call.heads, tiling.heads
+    before.launch.write("states", (B, H, before.grid.steps, V, K), F32, before.states_spec)
+    before.launch.hold("state", before.state_shape)
+    states = before.run(states_kernel)["states"]
 
-    after = _Launch(call, scale, tiling, interpret, reverse=True)
-    for name in ("q", "k", "v", "log_decay", "rows", "bonus"):
-        after.read(name)
-    out = after.cut("out", call.v.dtype, d_out.shape)
-    after.add("d_out", out.arrange(d_out.astype(call.v.dtype)), out.spec(after.time))
-    after.add("d_final_state", after.pad_state(d_final_state), after.state_spec)
-    after.add("states", states, pl.BlockSpec(states_block, lambda b, h, t: (b, h, after.time(t), 0, 0)))
+    after = _Call(call, scale, tiling, interpret, "linear_attention_backward", backwards=True)
+    after.read("q", "k", "v", "log_decay", "rows", "bonus")
+    launch = after.launch
+    out = after.layout("out", call.v.dtype, d_out.shape)
+    launch.add("d_out", out.arrange(d_out.astype(call.v.dtype)), out.spec)
+    launch.add("d_final_state", after.pad_state(d_final_state), after.state_spec)
+    launch.add("states", states, after.states_spec)
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
         # A gradient a head of the call; those that read the same head are added up after, in float32.
-        dtype = x.dtype if x.shape[2] == H else jnp.float32
-        cut = after.cut(f"d{name}", dtype, (*x.shape[:2], H, x.shape[3]))
-        after.write(f"d{name}", cut.arranged, cut.spec(after.time))
+        after.write(f"d{name}", x.dtype if x.shape[2] == H else F32, (*x.shape[:2], H, x.shape[3]))
     channels = call.log_decay is not None and call.log_decay.ndim == 4
     if channels:
-        cut = after.cut("d_log_decay", call.log_decay.dtype, call.log_decay.shape)
-        after.write("d_log_decay", cut.arranged, cut.spec(after.time))
+        after.write("d_log_decay", call.log_decay.dtype, call.log_decay.shape)
     elif call.log_decay is not None:
-        groups, n = H // tiling.heads, tiling.heads
-        rows = jax.ShapeDtypeStruct((B, groups, SUBLANES, before.steps * tiling.block), jnp.float32)
-        spec = pl.BlockSpec((1, 1, SUBLANES, tiling.block), lambda b, h, t: (b, h, 0, after.time(t)))
-        after.write("d_rows", rows, spec)
+        spec = pl.BlockSpec((1, 1, SUBLANES, tiling.block), lambda b, h, t: (b, h, 0, after.grid.at(t)))
+        launch.write("d_rows", (B, H // n, SUBLANES, after.grid.padded), F32, spec)
     if call.bonus is not None:
-        bonus = jax.ShapeDtypeStruct((B, H // tiling.heads, tiling.heads, K), jnp.float32)
-        after.write("d_bonus", bonus, pl.BlockSpec((1, 1, tiling.heads, K), lambda b, h, t: (b, h, 0, 0)))
+        spec = pl.BlockSpec((1, 1, n, K), lambda b, h, t: (b, h, 0, 0))
+        launch.write("d_bonus", (B, H // n, n, K), F32, spec)
     after.write_state("d_initial_state")
-    scratch = {
-        "d_state": after.state_shape,
-        "chunk_states": (tiling.block // tiling.chunk, *after.state_shape),
-    }
-    grads = after.run("linear_attention_backward", backward_kernel, scratch)
+    launch.hold("d_state", after.state_shape)
+    launch.hold("chunk_states", (tiling.block // tiling.chunk, *after.state_shape))
+    grads = after.run(backward_kernel)
 
     restored = {}
     for name, x in (("q", call.q), ("k", call.k), ("v", call.v)):
-        grad = after.cuts[f"d{name}"].restore(grads[f"d{name}"])
+        grad = after.layouts[f"d{name}"].restore(grads[f"d{name}"])
         if x.shape[2] != H:
             grad = grad.reshape(*x.shape[:3], H // x.shape[2], x.shape[3]).sum(3)
         restored[name] = grad.astype(x.dtype)
     d_log_decay = None
     if channels:
-        d_log_decay = after.cuts["d_log_decay"].restore(grads["d_log_decay"])
+        d_log_decay = after.layouts["d_log_decay"].restore(grads["d_log_decay"])
     elif call.log_decay is not None:
         d_log_decay = grads["d_rows"][:, :, :n].reshape(B, H, -1)[:, :, : call.q.shape[1]].swapaxes(1, 2)
     if d_log_decay is not None:
@@ -131,36 +121,45 @@ def _starts(runs: Array) -> Array:
     return jnp.pad(runs[:, 1:] != runs[:, :-1], ((0, 0), (1, 0)))
 
 
-class _Launch:
-    """One kernel launch being put together: its operands, its results, and their blocks."""
+class _Call:
+    """A call's arrays on their way to one kernel."""
 
-    def __init__(self, call: Inputs, scale: float, tiling: Tiling, interpret: bool, reverse: bool = False):
+    def __init__(
+        self,
+        call: Inputs,
+        scale: float,
+        tiling: Tiling,
+        interpret: bool,
+        name: str,
+        *,
+        backwards: bool = False,
+    ):
         self.call, self.tiling, self.interpret, self.scale = call, tiling, interpret, scale
-        self.steps = -(-call.q.shape[1] // tiling.block)
-        last = self.steps - 1
-        self.time = (lambda t: last - t) if reverse else (lambda t: t)
+        B, T, n = call.q.shape[0], call.q.shape[1], tiling.heads
+        self.grid = TimeGrid((B, call.heads // n), T, tiling.block, backwards)
+        self.launch = self.grid.launch(name, interpret=interpret, vmem_limit=VMEM_LIMIT)
         self.widths = tuple(round_up(x.shape[3], LANES) for x in (call.q, call.v))
         K, V = self.widths
-        self.state_shape = (tiling.heads, V, K)
-        self.state_spec = pl.BlockSpec((1, tiling.heads, K, V), lambda b, h, t: (b, h, 0, 0))
-        self.cuts: dict[str, Cut] = {}
-        self.operands: dict[str, tuple[Array, pl.BlockSpec]] = {}
-        self.results: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
+        self.state_shape = (n, V, K)
+        self.state_spec = pl.BlockSpec((1, n, K, V), lambda b, h, t: (b, h, 0, 0))
+        at = self.grid.at
+        self.states_spec = pl.BlockSpec((1, n, 1, V, K), lambda b, h, t: (b, h, at(t), 0, 0))
+        self.layouts: dict[str, Layout] = {}
 
-    def cut(self, name: str, dtype, shape) -> Cut:
-        self.cuts[name] = Cut(tuple(shape), jnp.dtype(dtype), self.call.heads, self.tiling, self.interpret)
-        return self.cuts[name]
+    def layout(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Layout:
+        heads, n, chunk = self.call.heads, self.tiling.heads, self.tiling.chunk
+        self.layouts[name] = Layout(shape, jnp.dtype(dtype), heads, n, self.grid, chunk, self.interpret)
+        return self.layouts[name]
 
-    def add(self, name: str, x: Array, spec: pl.BlockSpec) -> None:
-        self.operands[name] = x, spec
-
-    def write(self, name: str, shape: jax.ShapeDtypeStruct, spec: pl.BlockSpec) -> None:
-        self.results[name] = shape, spec
+    def write(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Layout:
+        """Have the kernel write [B, T, heads, D]."""
+        layout = self.layout(name, dtype, shape)
+        self.launch.write(name, layout.arranged, dtype, layout.spec)
+        return layout
 
     def write_state(self, name: str) -> None:
-        K, V = self.widths
-        shape = (self.call.q.shape[0], self.call.heads, K, V)
-        self.write(name, jax.ShapeDtypeStruct(shape, jnp.float32), self.state_spec)
+        shape = (self.call.q.shape[0], self.call.heads, *self.widths)
+        self.launch.write(name, shape, F32, self.state_spec)
 
     def pad_state(self, x: Array) -> Array:
         K, V = self.widths
@@ -169,32 +168,27 @@ class _Launch:
     def trim_state(self, x: Array) -> Array:
         return x[:, :, : self.call.q.shape[3], : self.call.v.shape[3]]
 
-    def read(self, name: str) -> None:
-        """Add an input of the call, where it has it."""
-        n = self.tiling.heads
-        if name == "rows":
-            rows = self._rows()
-            if rows is not None:
-                many, groups = rows.shape[0] > 1, rows.shape[1] > 1
-                block = (1, 1, SUBLANES, self.tiling.block)
-                self.add(
-                    name,
-                    rows,
-                    pl.BlockSpec(block, lambda b, h, t: (b * many, h * groups, 0, self.time(t))),
-                )
-            return
-        x = getattr(self.call, name)
+    def read(self, *names: str) -> None:
+        """Add inputs of the call, where it has them."""
+        for name in names:
+            self._read(name, self._rows() if name == "rows" else getattr(self.call, name))
+
+    def _read(self, name: str, x: Array | None) -> None:
+        n, K, at = self.tiling.heads, self.widths[0], self.grid.at
         if x is None:
             return
-        if name == "initial_state":
-            self.add(name, self.pad_state(x), self.state_spec)
+        if name == "rows":
+            many, groups = x.shape[0] > 1, x.shape[1] > 1
+            block = (1, 1, SUBLANES, self.tiling.block)
+            self.launch.add(name, x, pl.BlockSpec(block, lambda b, h, t: (b * many, h * groups, 0, at(t))))
+        elif name == "initial_state":
+            self.launch.add(name, self.pad_state(x), self.state_spec)
         elif name == "bonus":
-            x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, self.widths[0] - x.shape[1])))
-            x = x.reshape(-1, n, self.widths[0])
-            self.add(name, x, pl.BlockSpec((1, n, self.widths[0]), lambda b, h, t: (h, 0, 0)))
+            x = jnp.pad(x.astype(F32), ((0, 0), (0, K - x.shape[1]))).reshape(-1, n, K)
+            self.launch.add(name, x, pl.BlockSpec((1, n, K), lambda b, h, t: (h, 0, 0)))
         elif name != "log_decay" or x.ndim == 4:
-            cut = self.cut(name, x.dtype, x.shape)
-            self.add(name, cut.arrange(x), cut.spec(self.time))
+            layout = self.layout(name, x.dtype, x.shape)
+            self.launch.add(name, layout.arrange(x), layout.spec)
 
     def _rows(self) -> Array | None:
         """Log decays of heads that have one each, [B or 1, H / heads or 1, 8, T'].
@@ -223,29 +217,19 @@ class _Launch:
             rows = jnp.broadcast_to(rows[:, :, None], (rows.shape[0], 1, SUBLANES, T))
         else:
             rows = rows.reshape(rows.shape[0], -1, n, T)
-        after = self.steps * self.tiling.block - T
+        after = self.grid.padded - T
         nothing = 1.0 if decay is not None and decay.ndim == 4 else 0.0
         tail = ((0, 0), (0, 0), (0, SUBLANES - rows.shape[2]), (0, after))
         return jnp.pad(rows, tail, constant_values=nothing)
 
-    def run(self, name: str, body: Callable, scratch: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-        plan = Plan(self.tiling, self.cuts, self.scale)
-        if "rows" in self.operands and not plan.channels:
+    def run(self, kernel: Callable[[Spec, dict], None]) -> dict[str, Array]:
+        """Each result by its name; the kernel gets its refs by name, in a dictionary."""
+        spec = Spec(self.tiling, self.grid, self.layouts, self.scale)
+        if "rows" in self.launch.operands and not spec.channels:
             chunks, C = self.tiling.block // self.tiling.chunk, self.tiling.chunk
-            parts = (3 if self.call.k.dtype == jnp.float32 else 2) * SUBLANES
-            scratch = {**scratch, "decay_rows": (chunks, parts, C), "decay_columns": (chunks, C, parts)}
-        names = [*self.operands, *self.results, *scratch]
-        out = pl.pallas_call(
-            lambda *refs: body(plan, dict(zip(names, refs, strict=True))),
-            grid=(self.call.q.shape[0], self.call.heads // self.tiling.heads, self.steps),
-            in_specs=[spec for _, spec in self.operands.values()],
-            out_specs=[spec for _, spec in self.results.values()],
-            out_shape=[shape for shape, _ in self.results.values()],
-            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch.values()],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-            ),
-            interpret=self.interpret,
-            name=name,
-        )(*(x for x, _ in self.operands.values()))
-        return dict(zip(self.results, out, strict=True))
+            parts = (3 if self.call.k.dtype == F32 else 2) * SUBLANES
+            self.launch.hold("decay_rows", (chunks, parts, C))
+            self.launch.hold("decay_columns", (chunks, C, parts))
+        return self.launch.run(
+            lambda **refs: kernel(spec, {name.removesuffix("_ref"): ref for name, ref in refs.items()})
+        )

@@ -5,20 +5,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from .pallas_tpu_decay import (
-    SUBLANES,
-    HeadDecay,
-    across,
-    dot,
-    iota,
-    join,
-    log_decay_gradient,
-    masked_sums,
-    ranks,
-    split,
-)
+from ..common.chips import LANES, SUBLANES
+from ..common.tpu import dot, iota
+from .pallas_tpu_decay import HeadDecay, across, join, log_decay_gradient, masked_sums, ranks, split
 from .pallas_tpu_forward import (
-    Plan,
+    Spec,
     _aligned,
     channel_scores,
     chunk_decay,
@@ -31,7 +22,6 @@ from .pallas_tpu_forward import (
     set_diagonal,
     staggered,
 )
-from .tiling import LANES
 
 
 def diagonal(x: Array) -> Array:
@@ -178,20 +168,18 @@ def from_pairs(d_scores: Array, operand: Array, half: int, rows: str) -> Array:
     return join(zeros, blocks) if rows == "right" else join(blocks, zeros)
 
 
-def backward_kernel(plan: Plan, refs: dict) -> None:
+def backward_kernel(spec: Spec, refs: dict) -> None:
     """One grid step.
 
     refs: q, k, v, (log_decay), (rows), (bonus), d_out, d_final_state, states -> dq, dk, dv, (d_log_decay),
     (d_rows), (d_bonus), d_initial_state; scratch: d_state [heads, V, K], chunk_states [chunks, heads, V, K].
     """
-    tiling, cuts = plan.tiling, plan.cuts
-    reversed_t = pl.program_id(2)
-    blocks = pl.num_programs(2)
-    first = (blocks - 1 - reversed_t) * tiling.block
+    tiling, layouts = spec.tiling, spec.layouts
+    first = spec.grid.first_token()
     chunks = tiling.block // tiling.chunk
     has_bonus = "bonus" in refs
 
-    @pl.when(reversed_t == 0)
+    @spec.grid.at_start()
     def _():
         for n in range(tiling.heads):
             refs["d_state"][n] = refs["d_final_state"][0, n].T
@@ -201,11 +189,11 @@ def backward_kernel(plan: Plan, refs: dict) -> None:
     for n in range(tiling.heads):
         refs["chunk_states"][0, n] = refs["states"][0, n, 0]
 
-    prepare_block(plan, refs, bonus=has_bonus)
+    prepare_block(spec, refs, bonus=has_bonus)
 
     def recompute(index, _):
         for n in range(tiling.heads):
-            state = recomputed_state(plan, refs, n, index, first, refs["chunk_states"][index, n])
+            state = recomputed_state(spec, refs, n, index, first, refs["chunk_states"][index, n])
             refs["chunk_states"][index + 1, n] = state
         return 0
 
@@ -216,31 +204,31 @@ def backward_kernel(plan: Plan, refs: dict) -> None:
         start = _aligned(index, tiling)
 
         def head(n):
-            q, k, v = (cuts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
-            d_out = cuts["out"].load(refs["d_out"], n, start, first)
+            q, k, v = (layouts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
+            d_out = layouts["out"].load(refs["d_out"], n, start, first)
             states = refs["chunk_states"][index, n], refs["d_state"][n]
             bonus = refs["bonus"][0, n : n + 1] if has_bonus else None
-            if plan.channels:
-                tree = chunk_levels(plan, refs, n, start, first, has_bonus)
-                grads = yield from channel_gradients(q, k, v, d_out, *states, tree, bonus, plan.scale)
+            if spec.channels:
+                tree = chunk_levels(spec, refs, n, start, first, has_bonus)
+                grads = yield from channel_gradients(q, k, v, d_out, *states, tree, bonus, spec.scale)
             else:
-                decay = chunk_decay(plan, refs, n, index, bonus=has_bonus)
-                grads = yield from head_gradients(q, k, v, d_out, *states, decay, bonus, plan.scale)
+                decay = chunk_decay(spec, refs, n, index, bonus=has_bonus)
+                grads = yield from head_gradients(q, k, v, d_out, *states, decay, bonus, spec.scale)
             refs["d_state"][n] = grads["d_state"]
             if has_bonus:
                 refs["d_bonus"][0, 0, n : n + 1] += grads["d_bonus"]
             return grads
 
         found = staggered([head(n) for n in range(tiling.heads)], tiling.heads)
-        for name in ("dq", "dk", "dv", *(("d_log_decay",) if plan.channels else ())):
-            cuts[name].store(refs[name], 0, start, [x[name] for x in found])
+        for name in ("dq", "dk", "dv", *(("d_log_decay",) if spec.channels else ())):
+            layouts[name].store(refs[name], 0, start, [x[name] for x in found])
         if "d_rows" in refs:
             refs["d_rows"][0, 0, :, pl.ds(start, tiling.chunk)] = rows_gradient(found, bonus=has_bonus)
         return 0
 
     jax.lax.fori_loop(0, chunks, chunk, 0)
 
-    @pl.when(reversed_t == blocks - 1)
+    @spec.grid.at_end()
     def _():
         for n in range(tiling.heads):
             refs["d_initial_state"][0, n] = refs["d_state"][n].T

@@ -2,31 +2,16 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
-from .tiling import LANES
-
-SUBLANES = 8  # rows of a float32 vector register
+from ..common.chips import LANES, SUBLANES
+from ..common.tpu import dot, iota
 
 # A log decay of RESTART is a new document. exp(-104) is already zero in float32, so clamping every other
 # log decay at FLOOR changes no result, and keeps sums of a chunk of them finite.
 RESTART, FLOOR = -128.0, -127.0
-
-
-def dot(a: Array, b: Array, axes: str) -> Array:
-    """Matrix product in float32: "nn" is a b, "nt" is a b^T, "tn" is a^T b."""
-    contract = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[axes]
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def iota(shape: tuple[int, ...], axis: int) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 # One decay a head: the weight of a pair of tokens is one number, exp of a difference of running sums.

@@ -9,67 +9,56 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from .pallas_tpu_blocks import Cut
-from .pallas_tpu_decay import (
-    SUBLANES,
-    HeadDecay,
-    Level,
-    across,
-    dot,
-    head_decay,
-    iota,
-    join,
-    levels,
-    prepare_decays,
-    ranks,
-    split,
-)
+from ..common.chips import SUBLANES
+from ..common.tpu import Layout, TimeGrid, dot, iota
+from .pallas_tpu_decay import HeadDecay, Level, across, head_decay, join, levels, prepare_decays, ranks, split
 from .tiling import Tiling
 
 Out = TypeVar("Out")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Spec:
     """What a kernel must know of a call, all of it static."""
 
     tiling: Tiling
-    cuts: dict[str, Cut]  # of "q", "k", "v", "out" and, a decay a channel, "log_decay"
+    grid: TimeGrid
+    layouts: dict[str, Layout]  # of "q", "k", "v", "out" and, a decay a channel, "log_decay"
     scale: float
 
     @property
     def channels(self) -> bool:
-        return "log_decay" in self.cuts
+        return "log_decay" in self.layouts
 
 
-def chunk_levels(plan: Plan, refs: dict, n: int, start, first, bonus: bool):
+def chunk_levels(spec: Spec, refs: dict, n: int, start, first, bonus: bool):
     """`levels` of head n's chunk that begins `start` tokens into the block."""
-    log_decay = plan.cuts["log_decay"].load(refs["log_decay"], n, start, first).astype(jnp.float32)
+    log_decay = spec.layouts["log_decay"].load(refs["log_decay"], n, start, first).astype(jnp.float32)
     decay, keep = jnp.exp(log_decay), None
     if "rows" in refs:  # zero where a document starts
-        keep = refs["rows"][0, 0, :, pl.ds(start, plan.tiling.chunk)].T[:, :1]
+        keep = refs["rows"][0, 0, :, pl.ds(start, spec.tiling.chunk)].T[:, :1]
         decay = decay * keep
     return levels(decay, keep, bonus=bonus)
 
 
-def prepare_block(plan: Plan, refs: dict, *, bonus: bool) -> None:
+def prepare_block(spec: Spec, refs: dict, *, bonus: bool) -> None:
     """Fill decay_rows and decay_columns for each chunk of the block, where heads have one decay each."""
     if "decay_rows" not in refs:
         return
-    C = plan.tiling.chunk
-    for index in range(plan.tiling.block // C):
+    C = spec.tiling.chunk
+    for index in range(spec.tiling.block // C):
         rows = refs["rows"][0, 0, :, index * C : (index + 1) * C]
         refs["decay_rows"][index], refs["decay_columns"][index] = prepare_decays(
-            rows, bonus=bonus, exact=plan.cuts["k"].dtype == jnp.float32
+            rows, bonus=bonus, exact=spec.layouts["k"].dtype == jnp.float32
         )
 
 
-def chunk_decay(plan: Plan, refs: dict, n: int, index, *, bonus: bool) -> HeadDecay:
+def chunk_decay(spec: Spec, refs: dict, n: int, index, *, bonus: bool) -> HeadDecay:
     """Head n's decay in a chunk of the block, where there is one a head, or none."""
     prepared = None
     if "decay_rows" in refs:
         prepared = refs["decay_rows"][index], refs["decay_columns"][index]
-    return head_decay(prepared, n, plan.tiling.chunk, bonus=bonus)
+    return head_decay(prepared, n, spec.tiling.chunk, bonus=bonus)
 
 
 def level_queries(level: Level, q: Array, dtype) -> list[Array]:
@@ -174,78 +163,77 @@ def staggered(heads: list[Generator[None, None, Out]], lag: int) -> list[Out]:
     return [results[n] for n in range(len(heads))]
 
 
-def load_initial(refs: dict, heads: int) -> None:
+def load_initial(spec: Spec, refs: dict) -> None:
     """At the first block: state[n] [V, K] from initial_state [K, V], or zeros."""
 
-    @pl.when(pl.program_id(2) == 0)
+    @spec.grid.at_start()
     def _():
-        for n in range(heads):
+        for n in range(spec.tiling.heads):
             state = refs["state"].at[n]
             state[...] = refs["initial_state"][0, n].T if "initial_state" in refs else jnp.zeros_like(state)
 
 
-def forward_kernel(plan: Plan, refs: dict) -> None:
+def forward_kernel(spec: Spec, refs: dict) -> None:
     """refs: q, k, v, (log_decay), (rows), (bonus), (initial_state) -> out, final_state; scratch: state."""
-    tiling, cuts = plan.tiling, plan.cuts
-    t = pl.program_id(2)
-    first = t * tiling.block
-    load_initial(refs, tiling.heads)
-    prepare_block(plan, refs, bonus="bonus" in refs)
+    tiling, layouts = spec.tiling, spec.layouts
+    first = spec.grid.first_token()
+    load_initial(spec, refs)
+    prepare_block(spec, refs, bonus="bonus" in refs)
 
     def head(n, index, start):
-        q, k, v = (cuts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
+        q, k, v = (layouts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
         bonus = refs["bonus"][0, n : n + 1] if "bonus" in refs else None
-        if plan.channels:
-            decay = chunk_levels(plan, refs, n, start, first, bonus is not None)
+        if spec.channels:
+            decay = chunk_levels(spec, refs, n, start, first, bonus is not None)
             scores = channel_scores(decay[0], q.astype(jnp.float32), k.astype(jnp.float32), q.dtype, bonus)
         else:
-            decay = chunk_decay(plan, refs, n, index, bonus=bonus is not None)
+            decay = chunk_decay(spec, refs, n, index, bonus=bonus is not None)
             scores = head_scores(q, k, decay, bonus)
         scores = scores.astype(q.dtype)
         yield
-        step = channel_step if plan.channels else head_step
+        step = channel_step if spec.channels else head_step
         out, refs["state"][n] = step(scores, q, k, v, refs["state"][n], decay)
-        return out * plan.scale
+        return out * spec.scale
 
     def chunk(index, _):
         start = _aligned(index, tiling)
         outs = staggered([head(n, index, start) for n in range(tiling.heads)], tiling.heads)
-        cuts["out"].store(refs["out"], 0, start, outs)
+        layouts["out"].store(refs["out"], 0, start, outs)
         return 0
 
     jax.lax.fori_loop(0, tiling.block // tiling.chunk, chunk, 0)
 
-    @pl.when(t == pl.num_programs(2) - 1)
+    @spec.grid.at_end()
     def _():
         for n in range(tiling.heads):
             refs["final_state"][0, n] = refs["state"][n].T
 
 
-def states_kernel(plan: Plan, refs: dict) -> None:
+def states_kernel(spec: Spec, refs: dict) -> None:
     """refs: k, v, (log_decay), (rows), (initial_state) -> states [V, K] before each block; scratch: state."""
-    tiling = plan.tiling
-    first = pl.program_id(2) * tiling.block
-    load_initial(refs, tiling.heads)
-    prepare_block(plan, refs, bonus=False)
+    tiling = spec.tiling
+    first = spec.grid.first_token()
+    load_initial(spec, refs)
+    prepare_block(spec, refs, bonus=False)
     for n in range(tiling.heads):
         refs["states"][0, n, 0] = refs["state"][n]
 
     def chunk(index, _):
         for n in range(tiling.heads):
-            refs["state"][n] = recomputed_state(plan, refs, n, index, first, refs["state"][n])
+            refs["state"][n] = recomputed_state(spec, refs, n, index, first, refs["state"][n])
         return 0
 
     jax.lax.fori_loop(0, tiling.block // tiling.chunk, chunk, 0)
 
 
-def recomputed_state(plan: Plan, refs: dict, n: int, index, first, state: Array) -> Array:
+def recomputed_state(spec: Spec, refs: dict, n: int, index, first, state: Array) -> Array:
     """The state after a chunk of head n, from the one before it."""
-    start = _aligned(index, plan.tiling)
-    k, v = (plan.cuts[x].load(refs[x], n, start, first) for x in ("k", "v"))
-    if plan.channels:
-        _, whole, total = chunk_levels(plan, refs, n, start, first, bonus=False)
+    start = _aligned(index, spec.tiling)
+    k, v = (spec.layouts[x].load(refs[x], n, start, first) for x in ("k", "v"))
+    if spec.channels:
+        _, whole, total = chunk_levels(spec, refs, n, start, first, bonus=False)
         return next_state(state, k, v, whole.write, total)
-    return next_head_state(state, k, v, chunk_decay(plan, refs, n, index, bonus=False))
+    return next_head_state(state, k, v, chunk_decay(spec, refs, n, index, bonus=False))
 
 
 def _aligned(index, tiling: Tiling):

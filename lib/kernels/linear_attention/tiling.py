@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from ..common.chips import LANES, SUBLANES, VMEM_LIMIT
+from ..common.tiling import largest, round_up
 from .inputs import Inputs
-
-LANES = 128  # the width of a TPU vector register; Mosaic's tiles are this wide
-VMEM_LIMIT = 48 * 2**20  # bytes a kernel may hold: what fits the smallest of v5e, v5p, v6e and tpu7x (64 MiB)
 
 
 @dataclass(frozen=True)
@@ -19,17 +18,12 @@ class Tiling:
     heads: int  # heads a grid step works on, at most 8
 
 
-def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is no less than n."""
-    return -(-n // multiple) * multiple
-
-
 def heads_per_step(call: Inputs) -> list[int]:
-    """Numbers of heads, most first, at most 8, that hold whole groups of q, k and v, or lie in one."""
+    """Numbers of heads, at most 8, that hold whole groups of q, k and v, or lie in one."""
     H = call.heads
     groups = [H // x.shape[2] for x in (call.q, call.k, call.v)]
-    fits = [n for n in range(1, 9) if H % n == 0 and all(n % r == 0 or r % n == 0 for r in groups)]
-    return fits[::-1]
+    numbers = range(1, SUBLANES + 1)
+    return [n for n in numbers if H % n == 0 and all(n % r == 0 or r % n == 0 for r in groups)]
 
 
 def vmem_bytes(call: Inputs, tiling: Tiling, *, backward: bool) -> int:
@@ -56,17 +50,15 @@ def choose(call: Inputs, *, backward: bool, interpret: bool = False) -> Tiling:
         return Tiling(32, 64, 1)
     T = call.q.shape[1]
     chunk = min(128, max(16, 1 << (T - 1).bit_length()))
-    for heads in heads_per_step(call):
-        tiling = Tiling(chunk, chunk, heads)
-        if vmem_bytes(call, tiling, backward=backward) <= VMEM_LIMIT:
-            break
-    wanted = 256 if backward else 512
-    while tiling.block < min(wanted, T):
-        longer = Tiling(chunk, 2 * tiling.block, tiling.heads)
-        if vmem_bytes(call, longer, backward=backward) > VMEM_LIMIT:
-            break
-        tiling = longer
-    return tiling
+
+    def fits(block: int, heads: int) -> bool:
+        return vmem_bytes(call, Tiling(chunk, block, heads), backward=backward) <= VMEM_LIMIT
+
+    numbers = heads_per_step(call)
+    heads = largest(numbers, lambda n: fits(chunk, n), otherwise=numbers[0])
+    most = 2 * min(256 if backward else 512, T)
+    blocks = [size for size in (chunk << n for n in range(6)) if size < most]
+    return Tiling(chunk, largest(blocks, lambda size: fits(size, heads), otherwise=chunk), heads)
 
 
 def itemsize_fits(dtype: jnp.dtype) -> bool:

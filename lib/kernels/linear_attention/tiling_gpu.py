@@ -2,7 +2,7 @@
 
 import dataclasses
 
-_PROCESSORS = 114  # streaming multiprocessors of the smallest Hopper; an H200 has 132
+from ..common.chips import PROCESSORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ def choose(batch: int, heads: int, keys: int, values: int, per_channel: bool, bo
     wide = 128 if values % 128 == 0 else 64
     if per_channel:  # whose tiles of log-decays take the room
         return Tiling(64, wide, 2)
-    fused = keys <= 128 and not bonus and batch * heads * (values // 64) >= _PROCESSORS
-    if batch * heads * (keys // 64) * (values // wide) < _PROCESSORS:
+    fused = keys <= 128 and not bonus and batch * heads * (values // 64) >= PROCESSORS
+    if batch * heads * (keys // 64) * (values // wide) < PROCESSORS:
         return Tiling(64, wide, 4, fused)
     return Tiling(wide, wide, 3 if wide == 128 else 4, fused)
