@@ -24,7 +24,9 @@ os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 import jaxtyping
 import pytest
 
-pytest_plugins = ["tests.costs"]
+from tests.cases import SECOND_CHIPS
+
+pytest_plugins = ["tests.costs", "tests.minutes"]
 jaxtyping.install_import_hook("frugax", "beartype.beartype")
 
 
@@ -34,10 +36,6 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-# Chips whose compilers are asked in the full tier only: the default one has each size of matrix unit once.
-SECOND_CHIPS = ("v5p", "tpu7x")
 
 
 @pytest.hookimpl(tryfirst=True)

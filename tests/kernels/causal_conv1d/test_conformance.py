@@ -13,7 +13,9 @@ from frugax.kernels.causal_conv1d import pallas_gpu, pallas_tpu
 from frugax.kernels.causal_conv1d.inputs import Inputs
 from frugax.kernels.causal_conv1d.tiling import TPUTiling
 from frugax.kernels.common.operation import BACKENDS
+from tests.cases import served
 from tests.errors import assert_close
+from tests.seeds import generator
 
 from . import definition
 
@@ -50,7 +52,7 @@ def backend(request):
 
 def draw(case: Case, dtype=np.float32, seed: int = 0, B: int = 2):
     """Arguments rounded to `dtype` (as float64 numpy), and cotangents."""
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
 
     def normal(*shape):
         return np.asarray(jnp.asarray(rng.standard_normal(shape), dtype), np.float64)
@@ -112,8 +114,8 @@ def check_against_definition(case, dtype, backend):
     assert_close(grads, want_grads, dtype, name="gradient")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_every_gradient(case, backend):
+@pytest.mark.parametrize(("backend", "case"), served(dict.fromkeys(BACKENDS, CASES)))
+def test_forward_and_every_gradient(backend, case):
     check_against_definition(case, jnp.float32, backend)
 
 

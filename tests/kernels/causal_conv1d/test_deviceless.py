@@ -9,6 +9,7 @@ import pytest
 
 import frugax
 from experiments.benchmarks import deviceless_gpu, deviceless_tpu
+from tests.cases import on_chips
 
 pytestmark = pytest.mark.deviceless
 
@@ -40,12 +41,7 @@ def value_and_gradients(x, weight, bias, state, ids):
 
 
 @pytest.mark.skipif(not deviceless_tpu.has_libtpu(), reason="needs libtpu")
-@pytest.mark.parametrize(
-    ("chip", "call"),
-    [("v5e", call) for call in CALLS]
-    + [(chip, call) for chip in deviceless_tpu.CHIPS if chip != "v5e" for call in CALLS[:2]],
-    ids=str,
-)
+@pytest.mark.parametrize(("chip", "call"), on_chips(deviceless_tpu.CHIPS, CALLS))
 def test_tpu(chip, call):
     program = deviceless_tpu.compile_for(chip, value_and_gradients, *structs(*call)).as_text()
     assert len(re.findall(r"custom-call\(.*tpu_custom_call", program)) == 2

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import frugax
+from tests.seeds import generator
 
 FLOATS = ("q", "k", "v", "log_decay", "bonus", "initial_state")
 
@@ -40,9 +41,17 @@ class Case:
         parts += [name for name in ("bonus", "state", "packed") if getattr(self, name)]
         return "-".join([*parts, f"to{self.strongest}", self.dtype])
 
+    def traits(self) -> set[str]:
+        """What a kernel has code of its own for."""
+        flags = {name for name in ("bonus", "state", "packed") if getattr(self, name)}
+        several = {"groups"} if len(set(self.heads)) > 1 else set()
+        strong = {f"strong {self.decay}"} if self.strongest < -1 and self.decay != "h" else set()
+        sizes = {"one token"} if self.T == 1 else {f"K = {self.K}"}
+        return flags | several | strong | sizes | {f"decay {self.decay}", self.dtype}
+
     def arguments(self) -> dict:
         """Random arguments in the case's dtype, as numpy arrays: the same at every call."""
-        rng = np.random.default_rng(self.T * 1009 + self.K)
+        rng = generator(self.T * 1009 + self.K)
         H = max(self.heads)
         shapes = {name: (self.B, self.T, h, self.K) for name, h in zip("qk", self.heads, strict=False)}
         shapes["v"] = (self.B, self.T, self.heads[2], self.V)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.cases import served
 from tests.errors import assert_close, error
 
 from .cases import Case, attend, expected, value_and_gradients
@@ -40,10 +41,7 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("backend", "case"),
-    [pytest.param(b, c, id=f"{b}-{c}") for b, cases in SERVED.items() for c in cases],
-)
+@pytest.mark.parametrize(("backend", "case"), served(SERVED, has=Case.traits))
 def test_values_and_gradients(backend, case):
     arguments = case.arguments()
     values, gradients = value_and_gradients(arguments, backend)

@@ -9,6 +9,7 @@ import pytest
 from experiments.benchmarks.deviceless_tpu import CHIPS, compile_for, has_libtpu
 from frugax.kernels.linear_attention import pallas_tpu
 from frugax.kernels.linear_attention.inputs import Inputs
+from tests.cases import on_chips
 
 pytestmark = [
     pytest.mark.deviceless,
@@ -42,8 +43,7 @@ def compile_both(chip, call, cotangents):
         assert f"linear_attention_{name}" in text
 
 
-@pytest.mark.parametrize("decay", [None, "bth", "bthk"])
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(("chip", "decay"), on_chips(CHIPS, [None, "bth", "bthk"]))
 def test_compiles(chip, decay):
     compile_both(chip, *structs(decay=decay))
 
@@ -57,9 +57,10 @@ ODD = {
     "eight wide heads": dict(T=64, heads=(8, 8, 8), K=256, V=384),
     "Mamba-2 groups": dict(T=200, decay="bth", heads=(1, 1, 4), V=64),
 }
+ODD_FULL = dict.fromkeys(("one token", "float32", "wide", "Mamba-2 groups"), pytest.mark.full)
 
 
-@pytest.mark.parametrize("case", ODD)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=ODD_FULL.get(name, ())) for name in ODD])
 def test_odd_shapes_compile(case):
     compile_both("v5e", *structs(**ODD[case]))
 

@@ -59,7 +59,11 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
 @pytest.mark.parametrize(
     ("case", "tiling"),
     [
-        (Case(T=70, B=1, heads=(1, 1, 1), K=128, V=128, decay="bthk", dtype="bfloat16"), Tiling(128, 128, 3)),
+        pytest.param(
+            Case(T=70, B=1, heads=(1, 1, 1), K=128, V=128, decay="bthk", dtype="bfloat16"),
+            Tiling(128, 128, 3),
+            marks=pytest.mark.full,
+        ),
         (
             Case(T=5, B=1, heads=(2, 1, 1), K=80, V=40, decay="bth", bonus=True, dtype="bfloat16"),
             Tiling(64, 64, 3),
@@ -78,7 +82,7 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
             ),
             Tiling(64, 64, 2, fused=True),
         ),
-        (  # gates that leave nothing of the past: the gradient of each is tiny, and right all the same
+        pytest.param(  # gates that leave nothing of the past: each one's gradient is tiny, and right
             Case(
                 T=100,
                 B=1,
@@ -93,6 +97,7 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
                 dtype="bfloat16",
             ),
             Tiling(64, 64, 2),
+            marks=pytest.mark.full,
         ),
     ],
     ids=str,

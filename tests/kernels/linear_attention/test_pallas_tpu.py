@@ -67,13 +67,14 @@ def test_blocks_do_not_change_the_answer(decay):
         assert_close(kernel(case, tiling), want, "float32", name=str(tiling))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
 def test_eight_heads_are_read_as_they_lie_in_memory(dtype):
     """Eight heads of 128 lanes, told apart inside the kernel, with a last block that hangs over the end."""
     case = Case(T=37, heads=(8, 8, 8), K=128, V=128, B=1, decay="bth", packed=True, dtype=dtype)
     assert_close(kernel(case, Tiling(16, 32, 8)), definition(case), dtype)
 
 
+@pytest.mark.full
 def test_eight_heads_with_a_decay_a_channel():
     case = Case(T=20, heads=(8, 8, 8), K=128, V=128, B=1, decay="bthk", dtype="bfloat16")
     forward = partial(pallas_tpu.forward_tiled, scale=0.25, tiling=Tiling(16, 32, 8), interpret=True)
@@ -82,7 +83,7 @@ def test_eight_heads_with_a_decay_a_channel():
     assert_close(got, want, "bfloat16")
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 1), (1, 1, 10)])
+@pytest.mark.parametrize("heads", [(4, 2, 1), pytest.param((1, 1, 10), marks=pytest.mark.full)])
 def test_grouped_heads(heads):
     """Some of a grid step's heads share one of q's, k's or v's; or all do, and the next step's too."""
     case = Case(T=20, heads=heads, decay="bth", state=True, K=8, V=8)
@@ -91,6 +92,7 @@ def test_grouped_heads(heads):
     assert_close(kernel(case, tiling), definition(case), "float32")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("decay", ["bth", "bthk"])
 @pytest.mark.parametrize("mildest", [-1e-4, -50])
 def test_strong_gates(decay, mildest):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import frugax
+from tests.cases import served
 from tests.errors import assert_close
+from tests.seeds import generator
 
 from . import definition
 
@@ -40,7 +42,7 @@ class Case:
 
     def arguments(self) -> dict:
         """Random arguments in the case's dtype, as numpy arrays: the same at every call."""
-        rng = np.random.default_rng(zlib.crc32(str(self).encode()))
+        rng = generator(zlib.crc32(str(self).encode()))
         shape, dtype = (self.B, self.T, self.D), jnp.dtype(self.dtype)
         if self.strongest is None:
             a = 1 / (1 + np.exp(-rng.normal(1, 2, shape)))
@@ -123,7 +125,7 @@ def expected(arguments: dict, h_dtype, state_dtype):
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    [pytest.param(b, c, id=f"{b}-{c}") for b, cases in SERVED.items() for c in cases],
+    served(SERVED),
 )
 def test_values_and_gradients(backend, case):
     arguments = case.arguments()
@@ -262,7 +264,7 @@ def test_gates_of_every_strength_over_65536_tokens():
         assert_close(got, definition.recurrence(gates.astype(float), source.astype(float)), "float32")
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("reverse", [pytest.param(False, marks=pytest.mark.full), True])
 def test_many_blocks_on_tpu(reverse):
     """More tokens and channels than one block has, with a remainder of both. (A GPU's tiles are small.)"""
     arguments = Case(T=1100, D=600, B=1, state=True, reverse=reverse).arguments()

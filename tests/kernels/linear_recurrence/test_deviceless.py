@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import frugax
+from tests.cases import on_chips
 
 pytestmark = pytest.mark.deviceless
 
@@ -27,9 +28,9 @@ def structs(B, T, D, dtype):
 CALLS = [((2, 2048, 1024), jnp.bfloat16, False), ((1, 130, 60), jnp.float32, True)]
 
 
-@pytest.mark.parametrize(("shape", "dtype", "reverse"), CALLS)
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
-def test_compiles_for_tpu(chip, shape, dtype, reverse):
+@pytest.mark.parametrize(("chip", "call"), on_chips(["v5e", "v5p", "v6e", "tpu7x"], CALLS))
+def test_compiles_for_tpu(chip, call):
+    shape, dtype, reverse = call
     deviceless_tpu = pytest.importorskip("experiments.benchmarks.deviceless_tpu")
     if not deviceless_tpu.has_libtpu():
         pytest.skip("libtpu is not installed")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import frugax
+from tests.cases import served
 
 from .definition import check_step
 
@@ -49,9 +50,13 @@ def arguments(rule, shape, group_size, formats, dtype):
     return jnp.asarray(g), tuple(moments)
 
 
+def traits(case) -> set:
+    rule, shape, size, formats, dtype = case
+    return {rule, dtype, *formats, f"{len(shape)} axes", "rest" if shape[-1] % size else "whole"}
+
+
 @pytest.mark.parametrize(
-    ("backend", "case"),
-    [pytest.param(b, c, id=f"{b}-{c[0]}-{c[1]}-{c[4]}") for b, cases in SERVED.items() for c in cases],
+    ("backend", "case"), served(SERVED, has=traits, ids=lambda c: f"{c[0]}-{c[1]}-{c[4]}")
 )
 def test_a_step(backend, case):
     rule = case[0]

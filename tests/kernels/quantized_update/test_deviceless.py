@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import frugax
+from tests.cases import on_chips
 
 pytestmark = pytest.mark.deviceless
 
@@ -29,8 +30,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("args", CALLS, ids=lambda a: f"{a[0]}-{a[1]}")
-@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+@pytest.mark.parametrize(("chip", "args"), on_chips(["v5e", "v5p", "v6e", "tpu7x"], CALLS))
 def test_compiles_for_tpu(chip, args):
     deviceless_tpu = pytest.importorskip("experiments.benchmarks.deviceless_tpu")
     if not deviceless_tpu.has_libtpu():

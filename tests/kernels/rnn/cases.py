@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import frugax
+from tests.seeds import generator
 
 from . import definition
 
@@ -34,7 +35,7 @@ class Case:
 
     def arguments(self) -> dict:
         """Random arguments in the case's dtype, as numpy arrays: the same at every call."""
-        rng = np.random.default_rng(zlib.crc32(str(self).encode()))
+        rng = generator(zlib.crc32(str(self).encode()))
         dtype = jnp.dtype(self.dtype)
         _, G, S = definition.CELLS[self.cell]
         args = {

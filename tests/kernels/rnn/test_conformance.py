@@ -7,6 +7,7 @@ import pytest
 
 import frugax
 from frugax.kernels.rnn.cells import CELLS as CELL_DEFINITIONS
+from tests.cases import served
 from tests.errors import assert_close
 
 from . import definition
@@ -53,9 +54,7 @@ def test_reference_is_the_equations(cell, packed):
     assert_close(gradient, want, "float64", name="d")
 
 
-@pytest.mark.parametrize(
-    ("backend", "case"), [pytest.param(b, c, id=f"{b}-{c}") for b, cases in SERVED.items() for c in cases]
-)
+@pytest.mark.parametrize(("backend", "case"), served(SERVED))
 def test_values_and_gradients(backend, case):
     arguments = case.arguments()
     (h, state), gradients = value_and_gradients(case, arguments, backend)

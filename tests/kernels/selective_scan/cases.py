@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import frugax
+from tests.seeds import generator
 
 FLOATS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 
@@ -32,7 +33,7 @@ class Case:
 
     def arguments(self) -> dict:
         """Random numpy arrays, the same at every call. Those of size T are in the case's dtype."""
-        rng = np.random.default_rng(zlib.crc32(str(self).encode()))
+        rng = generator(zlib.crc32(str(self).encode()))
         B, T, D, N = self.B, self.T, self.D, self.N
         tokens, wide = jnp.dtype(self.dtype), np.float64 if self.dtype == "float64" else np.float32
         spread = 3.0 if self.strong else 0.5

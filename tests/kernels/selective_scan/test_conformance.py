@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import frugax
+from tests.cases import served
 from tests.errors import assert_close
 
 from . import definition
@@ -57,7 +58,7 @@ def test_reference_is_the_definition(case):
 
 @pytest.mark.parametrize(
     ("backend", "case"),
-    [pytest.param(b, c, id=f"{b}-{c}") for b, cases in SERVED.items() for c in cases],
+    served(SERVED),
 )
 def test_values_and_gradients(backend, case):
     arguments = case.arguments()

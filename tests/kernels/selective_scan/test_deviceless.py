@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import frugax
+from tests.cases import on_chips
 
 pytestmark = pytest.mark.deviceless
 
@@ -30,8 +31,7 @@ def structs(T, D, N, dtype, whole):
 CALLS = [(1024, 1024, 16, jnp.bfloat16, True), (130, 60, 4, jnp.float32, False)]
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
+@pytest.mark.parametrize(("chip", "call"), on_chips(["v5e", "v6e", "tpu7x"], CALLS))
 def test_compiles_for_tpu(chip, call):
     deviceless_tpu = pytest.importorskip("experiments.benchmarks.deviceless_tpu")
     if not deviceless_tpu.has_libtpu():

@@ -1,5 +1,7 @@
 """What holds for every sequence mixer: one call serves training, prefill, decoding and packed rows."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,10 @@ from tests.errors import assert_close
 from .mixers import MIXERS, WIDTH, make
 
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+# A mixer's tests run in one worker, which compiles `whole` once for them.
+together = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"mixer {name}")) for name in MIXERS]
+)
 
 
 def dtype_of(name):
@@ -54,11 +60,19 @@ def value_and_grads(run, variables, x):
     return {"out": out, "grads": grads}
 
 
-@every_mixer
-def test_whole_is_chunked_is_token_by_token(name):
+@functools.cache
+def whole_call(name):
+    """One call with all tokens: (y, state) and gradients, as numpy arrays, in float64."""
     with jax.enable_x64(True):
         module, variables, x = make(name)
-        whole = value_and_grads(module.apply, variables, x)
+        return jax.tree.map(np.asarray, value_and_grads(module.apply, variables, x))
+
+
+@together
+def test_whole_is_chunked_is_token_by_token(name):
+    whole = whole_call(name)
+    with jax.enable_x64(True):
+        module, variables, x = make(name)
         chunks = value_and_grads(lambda v, x: in_chunks(module, v, x, (8, 5)), variables, x)
         tokens = value_and_grads(lambda v, x: by_token(module, v, x), variables, x)
         assert_close(chunks, whole, dtype_of(name), name="chunks")
@@ -92,12 +106,12 @@ def test_packed_is_separate(name):
         assert_close(chunks, want["out"], dtype_of(name), name="chunks")
 
 
-@every_mixer
+@together
 def test_half_precision_in_half_precision_out(name):
     module, variables, x = make(name, dtype=jnp.float32)
-    want, _ = jax.jit(module.apply)(variables, x)
+    want, _ = whole_call(name)["out"]
     y, state = jax.jit(module.apply)(variables, x.astype(jnp.bfloat16))
-    assert want.dtype == jnp.float32
+    assert jax.eval_shape(module.apply, variables, x)[0].dtype == jnp.float32
     assert y.dtype == jnp.bfloat16
     # A dozen roundings in a row: x, the projections, q and k, the output, norm and gate, the last product.
     assert_close(y, want, jnp.bfloat16, times=12)
