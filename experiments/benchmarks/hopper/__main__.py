@@ -5,7 +5,8 @@
 
 Each is a process of its own, most important first. DIR gets `hopper.json`, with all results, whole at every
 moment, and `summary.txt`. `--keep DIR/hopper.json` writes the benchmarks' results where the project has them.
-It fails if a job failed or a kernel's conformance was not reached. More in docs/how-to/hopper.md.
+It fails if a job failed or a kernel's conformance was not reached; a rehearsal, if anything was not. More in
+docs/how-to/hopper.md.
 """
 
 import argparse
@@ -76,9 +77,10 @@ def run(
     title: str,
     until: float,
     variables: Mapping[str, str],
+    whole: bool = False,
 ) -> int:
     """Run `first`, and where it passes every stage of (jobs, how many at once); return the exit code."""
-    record = Record(out, title)
+    record = Record(out, title, whole)
     with tempfile.TemporaryDirectory() as scratch:
 
         def stage(jobs: Sequence[Job], at_once: int) -> None:
@@ -107,9 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="hopper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9, help="all of it ends within these; default 9")
     parser.add_argument(
-        "--out", type=Path, default=Path("hopper"), help="folder of the results, default hopper/"
+        "--minutes", type=float, help="all of it ends within these; default 9, of a rehearsal 14"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/hopper"), help="folder of the results, default runs/hopper/"
     )
     parser.add_argument("--wheels", type=Path, help="folder of wheels that the jobs import from")
     parser.add_argument("--rehearse", action="store_true", help="on CPU, interpreted, tiny shapes")
@@ -145,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stages,
             out=options.out,
             title="rehearsal: interpreted on CPU, tiny shapes" if options.rehearse else "on the chip",
-            until=start + 60 * options.minutes,
+            until=start + 60 * (options.minutes or (14 if options.rehearse else 9)),
+            whole=options.rehearse,
             variables=environment(import_paths(Path(scratch), options.wheels), options.rehearse),
         )
 

@@ -17,6 +17,7 @@ BENCHMARKS = (
     ("adam_8bit", "gpu_adam_8bit", "group_size=256"),
 )
 CONFORMANCE_SECONDS = 75  # of which a kernel's compilation may take most
+REHEARSAL_SECONDS = 300  # for any job: CPUs are shared with who knows whom
 FIRST_SECONDS, REST_SECONDS = 90, 240  # of a benchmark's first shapes, and of the others
 
 
@@ -27,7 +28,7 @@ def conformance(rehearse: bool) -> list[Job]:
         Job(
             f"conformance: {name}",
             (*module("hopper.conformance"), name, "--output", "{output}", *mode),
-            CONFORMANCE_SECONDS,
+            REHEARSAL_SECONDS if rehearse else CONFORMANCE_SECONDS,
             f"conformance_{re.sub(r'[^a-z0-9]+', '_', name)}.json",
         )
         for name in case_names()
@@ -38,7 +39,7 @@ def benchmarks(rehearse: bool) -> list[Job]:
     """Return the jobs that measure: the first shapes of each benchmark, then all that are left."""
     if rehearse:
         modules = dict.fromkeys(name for _, name, _ in BENCHMARKS)
-        return [_benchmark(f"benchmark: {name}", name, 120, "--rehearse") for name in modules]
+        return [_benchmark(f"benchmark: {name}", name, REHEARSAL_SECONDS, "--rehearse") for name in modules]
     first = [
         _benchmark(f"benchmark: {what}, first shapes", name, FIRST_SECONDS, "--only", only, "--go-on")
         for what, name, only in BENCHMARKS

@@ -14,8 +14,8 @@ UNDECIDED = (OUT_OF_TIME, LEFT_OUT)
 class Record:
     """What became of every job, in `DIR/hopper.json` and `DIR/summary.txt`: two files, however many jobs."""
 
-    def __init__(self, folder: Path, title: str):
-        self.folder, self.title = folder, title
+    def __init__(self, folder: Path, title: str, whole: bool = False):
+        self.folder, self.title, self.whole = folder, title, whole
         self.machine: Any = None
         self.outcomes: dict[str, Outcome] = {}
         self.lock = threading.Lock()
@@ -40,11 +40,10 @@ class Record:
         return {"run": self.title, "machine": self.machine, "jobs": jobs, "results": results}
 
     def wrong(self) -> list[Outcome]:
-        """Return what failed: any job that did, and conformance that was not reached."""
+        """Return the jobs that failed, and those not reached: of conformance, or any where all are wanted."""
+        needed = [o for o in self.outcomes.values() if self.whole or is_conformance(o)]
         return [
-            o
-            for o in self.outcomes.values()
-            if o.status in WRONG or (o.status in UNDECIDED and is_conformance(o))
+            o for o in self.outcomes.values() if o.status in WRONG or (o.status in UNDECIDED and o in needed)
         ]
 
     def summary(self) -> str:

@@ -99,7 +99,7 @@ json.dump([{"row": 1}, {"row": 2}], open(sys.argv[1], "w"))
     assert sorted(os.listdir(tmp_path / "out")) == ["hopper.json", "summary.txt"]
 
 
-def run(tmp_path, *some, seconds=60.0, first=PASSES):
+def run(tmp_path, *some, seconds=60.0, first=PASSES, whole=False):
     return hopper.run(
         first,
         [(some, 1)],
@@ -107,6 +107,7 @@ def run(tmp_path, *some, seconds=60.0, first=PASSES):
         title="test",
         until=time.monotonic() + seconds,
         variables=os.environ,
+        whole=whole,
     )
 
 
@@ -127,6 +128,9 @@ def test_what_the_minutes_left_out_is_named(tmp_path, monkeypatch):
     measures = dataclasses.replace(PASSES, name="benchmark", output="gpu_x_measured.json")
     assert run(tmp_path, measures, first=waits, seconds=2.9) == 0
     assert "benchmark (left out)" in (tmp_path / "summary.txt").read_text()
+    assert (
+        run(tmp_path, measures, first=waits, seconds=2.9, whole=True) == 1
+    )  # a rehearsal leaves out nothing
     assert run(tmp_path, dataclasses.replace(PASSES, name="conformance"), first=waits, seconds=2.9) == 1
 
 
