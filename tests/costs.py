@@ -1,10 +1,13 @@
 """`pytest --costs`: CPU seconds of each folder of tests, held to the budgets of tests/costs.toml.
 
+`--write-costs` makes what a run took the budgets of its folders: for a quiet machine.
+
 A test's seconds are those of its process and of the processes it waited for, on all cores. Machines differ
 and share their cores, so a loop of known cost runs between tests, and budgets grow by what it says.
 """
 
 import collections
+import math
 import resource
 import time
 import tomllib
@@ -15,19 +18,22 @@ import pytest
 from tests.devices import EIGHT
 
 TESTS = Path(__file__).parent
+BUDGETS = TESTS / "costs.toml"
 ALLOWED = 1.3  # of a budget
 COSTS, LOOPS = pytest.StashKey[collections.Counter](), pytest.StashKey[list[float]]()
-LINES = pytest.StashKey[list[str]]()
+LINES, EACH = pytest.StashKey[list[str]](), pytest.StashKey[list[tuple[float, str]]]()
+DEAREST = 25  # tests that are named
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--costs", action="store_true", help="CPU seconds per folder; fail where one costs too much"
-    )
+    parser.addoption("--costs", action="store_true", help="CPU seconds per folder; fail where one is over")
+    parser.addoption("--write-costs", action="store_true", help="make them the budgets of tests/costs.toml")
 
 
 def pytest_configure(config):
-    config.stash[COSTS], config.stash[LOOPS], config.stash[LINES] = collections.Counter(), [], []
+    config.stash[COSTS] = collections.Counter()
+    for key in (LOOPS, LINES, EACH):
+        config.stash[key] = []
 
 
 def seconds() -> float:
@@ -57,7 +63,9 @@ def pytest_runtest_protocol(item):
         loops.append(loop())
     before = seconds()
     result = yield
-    costs[folder(item.path)] += seconds() - before
+    cost = seconds() - before
+    costs[folder(item.path)] += cost
+    item.config.stash[EACH].append((cost, item.nodeid))
     return result
 
 
@@ -66,6 +74,7 @@ def pytest_testnodedown(node):
     told = getattr(node, "workeroutput", {})
     node.config.stash[COSTS].update(told.get("costs", {}))
     node.config.stash[LOOPS].extend(told.get("loops", []))
+    node.config.stash[EACH].extend(map(tuple, told.get("each", [])))
 
 
 def judge(costs: dict[str, float], loops: list[float], budgets: dict) -> tuple[list[str], list[str]]:
@@ -83,19 +92,33 @@ def judge(costs: dict[str, float], loops: list[float], budgets: dict) -> tuple[l
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
     config = session.config
+    costs, loops, each, lines = (config.stash[key] for key in (COSTS, LOOPS, EACH, LINES))
     if hasattr(config, "workeroutput"):
-        config.workeroutput |= {"costs": dict(config.stash[COSTS]), "loops": config.stash[LOOPS]}
-    elif config.option.costs:
-        lines, over = judge(config.stash[COSTS], config.stash[LOOPS], read_budgets())
+        config.workeroutput |= {"costs": dict(costs), "loops": loops, "each": each}
+        return
+    if config.option.write_costs:
+        write_budgets(costs, sum(loops) / len(loops))
+    if config.option.costs or config.option.write_costs:
+        table, over = judge(costs, loops, read_budgets())
+        lines += [f"{cost:8.1f}  {name}" for cost, name in sorted(each, reverse=True)[:DEAREST]] + table
         if over and config.option.markexpr == "not full":  # budgets are the default tier's
             lines.append(f"over budget by more than 30 %: {', '.join(over)} (tests/costs.toml)")
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
-        config.stash[LINES] = lines
 
 
 def read_budgets() -> dict:
     """Return tests/costs.toml."""
-    return tomllib.loads((TESTS / "costs.toml").read_text())
+    return tomllib.loads(BUDGETS.read_text())
+
+
+def write_budgets(costs: dict[str, float], took: float) -> None:
+    """Make costs the budgets of their folders, in seconds of the machine that the others are of."""
+    budgets = read_budgets()
+    slower = took / budgets["loop"]
+    folders = budgets["folders"] | {name: math.ceil(cost / slower) for name, cost in costs.items()}
+    head = BUDGETS.read_text().split("[folders]")[0]
+    lines = [f'"{name}" = {seconds}' for name, seconds in sorted(folders.items())]
+    BUDGETS.write_text("\n".join([f"{head}[folders]", *lines, ""]))
 
 
 def pytest_terminal_summary(terminalreporter, config):
