@@ -40,6 +40,18 @@ PACKAGES = (
 )
 
 
+class Effort(NamedTuple):
+    """How much is measured: timings of each contender, and whom to leave out (by text in their names)."""
+
+    repeats: int
+    without: tuple[str, ...] = ()
+
+    def split(self, contenders: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Return the names that take part, and those left out."""
+        out = [name for name in contenders if any(text in name for text in self.without)]
+        return [name for name in contenders if name not in out], out
+
+
 class Runner(NamedTuple):
     """One contender with its inputs in place. The first two return before the chip is done."""
 
@@ -159,7 +171,7 @@ def measure(
     stand_in: Callable[[Any], Any],
     bound: float,
     least_bytes: Callable[[Any, str], int],
-    repeats: int,
+    effort: Effort,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape, of the forward pass and of both: median times, their share of a copy.
 
@@ -170,15 +182,16 @@ def measure(
       stand_in: a shape small enough for the definition, for which contenders choose the same kernels.
       bound: of rmse over rms of the output and every gradient.
       least_bytes: of a shape and "forward" or "both": what must be read and written.
-      repeats: timings of each, in turns, so that a drifting clock is the same for all.
+      effort: timings of each, in turns, so that a drifting clock is the same for all; and who is left out.
     """
     rate = copy_rate()
+    taking_part, left_out = effort.split(list(contenders))
     gated: dict[Any, dict[str, float | str]] = {}
     for shape in shapes:
         small = stand_in(shape)
         if small not in gated:
             wanted = expected(definition(small), small)
-            gated[small] = {name: gate(make, small, wanted) for name, make in contenders.items()}
+            gated[small] = {name: gate(contenders[name], small, wanted) for name in taking_part}
             print(f"gate {small}: {gated[small]}", flush=True)
         runners = {}
         for name, error in gated[small].items():
@@ -192,7 +205,7 @@ def measure(
                     print(f"{shape} {name}: {type(problem).__name__}: {problem}"[:300], flush=True)
         for passes in ("forward", "both"):
             times: dict[str, list[float]] = {name: [] for name in runners}
-            for _ in range(repeats):
+            for _ in range(effort.repeats):
                 for name, runner in runners.items():
                     times[name].append(milliseconds(getattr(runner, passes), runner.wait))
             least = 1e3 * least_bytes(shape, passes) / rate
@@ -208,6 +221,8 @@ def measure(
                 "copy_gb_a_second": round(rate / 1e9),
                 "errors": gated[small],
             }
+            if left_out:
+                row["left_out"] = left_out
             yield row
 
 
@@ -291,11 +306,21 @@ def is_of(row: dict[str, Any], shape: Any) -> bool:
     return {name: row.get(name) for name in fields} == fields
 
 
+def with_row(rows: list[dict[str, Any]], new: dict[str, Any], shapes: list[Any]) -> list[dict[str, Any]]:
+    """The rows and the new one, in the place of the one of the same shape and passes."""
+    same = [
+        n
+        for n, row in enumerate(rows)
+        if row.get("passes") == new.get("passes") and any(is_of(row, s) and is_of(new, s) for s in shapes)
+    ]
+    return [*rows[: same[0]], new, *rows[same[0] + 1 :]] if same else [*rows, new]
+
+
 def main(
     doc: str | None,
     name: str,
     shapes: list[Any],
-    measure: Callable[[list[Any], int], Iterable[dict[str, Any]]],
+    measure: Callable[[list[Any], Effort], Iterable[dict[str, Any]]],
     deviceless: Callable[[list[Any]], list[dict[str, Any]]],
     tiny: list[Any],
 ) -> None:
@@ -308,6 +333,7 @@ def main(
     parser.add_argument("--rehearse", action="store_true", help="run on CPU, interpreted, on tiny shapes")
     parser.add_argument("--repeats", type=int, default=30, help="timings of each contender, default 30")
     parser.add_argument("--only", default="", help="only shapes whose text has this in it, as H=96 or 'lstm'")
+    parser.add_argument("--without", nargs="+", default=[], help="leave out who has one of these in the name")
     parser.add_argument("--go-on", action="store_true", help="keep the output's rows; measure the others")
     parser.add_argument("--output", type=Path, help="where the JSON goes, default results/")
     options = parser.parse_args()
@@ -319,12 +345,12 @@ def main(
     chip = "H200 (compiled for, not run)" if options.deviceless else jax.devices()[0].device_kind
     about = {"chip": chip, "date": datetime.date.today().isoformat(), "versions": versions()}
     rows = rows_so_far(path, about) if options.go_on else []
+    effort = Effort(1 if options.rehearse else options.repeats, tuple(options.without))
     last = [row for row in rows if row.get("passes", "both") == "both"]  # a shape's last row
-    chosen = [shape for shape in chosen if not any(is_of(row, shape) for row in last)]
-    rows = [row for row in rows if not any(is_of(row, shape) for shape in chosen)]
-    repeats = 1 if options.rehearse else options.repeats
-    for row in deviceless(chosen) if options.deviceless else measure(chosen, repeats):
-        rows.append(row)
+    done = [row for row in last if effort.without or not row.get("left_out")]
+    chosen = [shape for shape in chosen if not any(is_of(row, shape) for row in done)]
+    for row in deviceless(chosen) if options.deviceless else measure(chosen, effort):
+        rows = with_row(rows, json.loads(json.dumps(row)), chosen)
         write_json(path, about | {"rows": rows})
         if not options.deviceless:
             print(json.dumps(row), flush=True)

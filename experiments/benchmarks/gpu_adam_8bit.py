@@ -61,7 +61,7 @@ def step(backend: str | None, donate: bool = True):
     return jax.jit(run, donate_argnums=(0, 1) if donate else ())
 
 
-def measure(shapes: list[Step], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(shapes: list[Step], effort: gpu.Effort) -> Iterator[dict[str, Any]]:
     """Yield median times of the kernel and of plain JAX, and the kernel's share of a copy's rate."""
     rate = gpu.copy_rate()
     for shape in shapes:
@@ -83,7 +83,7 @@ def measure(shapes: list[Step], repeats: int) -> Iterator[dict[str, Any]]:
 
         for name in state:
             jax.block_until_ready(again(name))
-        for _ in range(repeats):
+        for _ in range(effort.repeats):
             for name, mine in times.items():
                 mine.append(gpu.milliseconds(partial(again, name), jax.block_until_ready))
         medians = {name: statistics.median(t) for name, t in times.items()}

@@ -203,8 +203,8 @@ def kernel_bytes(shape: Shape) -> dict[str, int]:
     }
 
 
-def measure(shapes: list[Any], repeats: int) -> Iterator[dict[str, Any]]:
-    options: dict[str, Any] = dict(bound=WORST_ERROR, repeats=repeats)
+def measure(shapes: list[Any], effort: gpu.Effort) -> Iterator[dict[str, Any]]:
+    options: dict[str, Any] = dict(bound=WORST_ERROR, effort=effort)
     yield from gpu.measure(
         [shape for shape in shapes if isinstance(shape, Shape)],
         CONTENDERS,

@@ -125,7 +125,7 @@ def least_bytes(shape: Shape, passes: str) -> int:
     return forward if passes == "forward" else forward + 2 * ((2 * G + 2) * h + 2 * R)
 
 
-def measure(shapes: list[Shape], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(shapes: list[Shape], effort: gpu.Effort) -> Iterator[dict[str, Any]]:
     return gpu.measure(
         shapes,
         CONTENDERS,
@@ -133,7 +133,7 @@ def measure(shapes: list[Shape], repeats: int) -> Iterator[dict[str, Any]]:
         stand_in=lambda shape: dataclasses.replace(shape, T=min(shape.T, 64)),
         bound=WORST_ERROR,
         least_bytes=least_bytes,
-        repeats=repeats,
+        effort=effort,
     )
 
 

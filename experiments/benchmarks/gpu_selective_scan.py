@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import frugax
+from frugax.kernels.common.chips import GPUS
 
 from . import gpu
 
 WORST_ERROR = 2**-7  # rmse over rms: one unit in the last place of bfloat16
-H200_BANDWIDTH = 4.8e12  # bytes a second
-H200_EXP2 = 132 * 16 * 1.98e9  # a second: 16 a clock and multiprocessor (CUDA's table of throughputs for 9.0)
+H200 = GPUS["H200"]
+H200_EXP2 = H200.processors * 16 * H200.clock  # a second: 16 a clock (CUDA's table of throughputs for 9.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +147,7 @@ def kernel_bytes(shape: Shape) -> dict[str, int]:
 EXPONENTIALS = {"forward": 1, "states": 1, "backward": 2}
 
 
-def measure(shapes: list[Shape], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(shapes: list[Shape], effort: gpu.Effort) -> Iterator[dict[str, Any]]:
     return gpu.measure(
         shapes,
         CONTENDERS,
@@ -154,7 +155,7 @@ def measure(shapes: list[Shape], repeats: int) -> Iterator[dict[str, Any]]:
         stand_in=stand_in,
         bound=WORST_ERROR,
         least_bytes=least_bytes,
-        repeats=repeats,
+        effort=effort,
     )
 
 
@@ -181,7 +182,7 @@ def deviceless(shapes: list[Shape]) -> list[dict[str, Any]]:
             exponentials = sum(EXPONENTIALS[name] for name in names) * shape.B * shape.T * shape.D * shape.N
             row[passes] = {
                 "bytes_over_least": round(sum(moved[name] for name in names) / least_bytes(shape, passes), 2),
-                "bytes_ms": round(1e3 * sum(moved[name] for name in names) / H200_BANDWIDTH, 4),
+                "bytes_ms": round(1e3 * sum(moved[name] for name in names) / H200.bandwidth, 4),
                 "exp2_ms": round(1e3 * exponentials / H200_EXP2, 4),
             }
             print(passes, row[passes])

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import plan
 from .jobs import PASSED, Job, read_json, run_all
@@ -78,10 +79,18 @@ def run(
     until: float,
     variables: Mapping[str, str],
     whole: bool = False,
+    before: Mapping[str, Any] | None = None,
 ) -> int:
-    """Run `first`, and where it passes every stage of (jobs, how many at once); return the exit code."""
+    """Run `first`, and where it passes every stage of (jobs, how many at once); return the exit code.
+
+    Args:
+      whole: whether it fails if any job was not reached.
+      before: an earlier record, with whose benchmarks to go on.
+    """
     record = Record(out, title, whole)
     with tempfile.TemporaryDirectory() as scratch:
+        if before:
+            keep(before, Path(scratch))
 
         def stage(jobs: Sequence[Job], at_once: int) -> None:
             run_all(
@@ -119,7 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on CPU, interpreted, tiny shapes")
     parser.add_argument("--only", nargs="+", default=[], help="only jobs whose name has one of these in it")
     parser.add_argument(
-        "--at-once", type=int, help="conformance jobs side by side; default a fourth of the cores"
+        "--at-once", type=int, help="conformance jobs side by side; default half of the cores"
+    )
+    parser.add_argument(
+        "--go-on", type=Path, metavar="FILE", help="an earlier hopper.json, to add benchmarks to"
     )
     parser.add_argument(
         "--keep", type=Path, metavar="FILE", help="write a hopper.json's benchmarks to results/"
@@ -137,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return [job for job in jobs if not options.only or any(text in job.name for text in options.only)]
 
     stages = [
-        (chosen(plan.conformance(options.rehearse)), options.at_once or max(1, (os.cpu_count() or 1) // 4)),
+        (chosen(plan.conformance(options.rehearse)), options.at_once or max(1, (os.cpu_count() or 1) // 2)),
         (chosen(plan.benchmarks(options.rehearse)), 1),
     ]
     if not any(jobs for jobs, _ in stages):
@@ -151,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             title="rehearsal: interpreted on CPU, tiny shapes" if options.rehearse else "on the chip",
             until=start + 60 * (options.minutes or (14 if options.rehearse else 9)),
             whole=options.rehearse,
+            before=read_json(options.go_on) if options.go_on else None,
             variables=environment(import_paths(Path(scratch), options.wheels), options.rehearse),
         )
 

@@ -18,7 +18,8 @@ BENCHMARKS = (
 )
 CONFORMANCE_SECONDS = 75  # of which a kernel's compilation may take most
 REHEARSAL_SECONDS = 300  # for any job: CPUs are shared with who knows whom
-FIRST_SECONDS, REST_SECONDS = 90, 240  # of a benchmark's first shapes, and of the others
+FIRST_SECONDS, REST_SECONDS = 90, 240  # of a benchmark's first shapes in JAX, and of any other
+TORCH = ("flash", "mamba", "cuDNN")  # peers that compile for minutes, or may
 
 
 def conformance(rehearse: bool) -> list[Job]:
@@ -36,18 +37,21 @@ def conformance(rehearse: bool) -> list[Job]:
 
 
 def benchmarks(rehearse: bool) -> list[Job]:
-    """Return the jobs that measure: the first shapes of each benchmark, then all that are left."""
+    """Return the jobs that measure: first shapes among JAX's contenders, then among all, then the rest."""
     if rehearse:
         modules = dict.fromkeys(name for _, name, _ in BENCHMARKS)
         return [_benchmark(f"benchmark: {name}", name, REHEARSAL_SECONDS, "--rehearse") for name in modules]
-    first = [
-        _benchmark(f"benchmark: {what}, first shapes", name, FIRST_SECONDS, "--only", only, "--go-on")
-        for what, name, only in BENCHMARKS
-    ]
     modules = dict.fromkeys(name for _, name, _ in BENCHMARKS)
-    return first + [
-        _benchmark(f"benchmark: {name}, the rest", name, REST_SECONDS, "--go-on") for name in modules
-    ]
+    jobs = []
+    for who, seconds, options in (
+        ("in JAX", FIRST_SECONDS, ("--without", *TORCH)),
+        ("all contenders", REST_SECONDS, ()),
+    ):
+        for what, name, only in BENCHMARKS:
+            title = f"benchmark: {what}, first shapes, {who}"
+            jobs.append(_benchmark(title, name, seconds, "--go-on", "--only", only, *options))
+    rest = [_benchmark(f"benchmark: {name}, the rest", name, REST_SECONDS, "--go-on") for name in modules]
+    return jobs + rest
 
 
 def machine(rehearse: bool) -> Job:

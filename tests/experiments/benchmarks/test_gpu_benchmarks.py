@@ -39,17 +39,20 @@ def test_only_what_agrees_is_timed(monkeypatch):
             "wrong value": partial(contender, lambda x, y: x * y + 0.1),
             "wrong gradient": partial(contender, lambda x, y: x * jnp.round(y * 2**9) / 2**9),
             "missing": missing,
+            "too slow": missing,
         },
         lambda shape: product,
         stand_in=lambda shape: Shape(64),
         bound=2**-6,
         least_bytes=lambda shape, passes: {"forward": 6, "both": 12}[passes] * shape.n,
-        repeats=2,
+        effort=gpu.Effort(repeats=2, without=("slow",)),
     )
     rows = list(measured)
     assert [(row["n"], row["passes"]) for row in rows] == [(1000, "forward"), (1000, "both")]
     for row in rows:
         assert set(row["median_ms"]) == set(row["share_of_copy"]) == {"right"}
+        assert row["left_out"] == ["too slow"]
+        assert "too slow" not in row["errors"]
         assert row["errors"]["missing"] == "ImportError: no such package"
         assert (
             row["errors"]["right"]

@@ -180,11 +180,12 @@ class Shape:
 def test_a_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Rows of this chip and these versions are kept, a shape that has but its first row is measured anew."""
 
-    def measure(shapes, repeats):
-        assert repeats == 1
+    def measure(shapes, effort):
+        assert effort.repeats == 1
         for shape in shapes:
             for passes in ("forward", "both"):
-                yield dataclasses.asdict(shape) | {"passes": passes, "by": len(shapes)}
+                left_out = {"left_out": ["x"]} if effort.without else {}
+                yield dataclasses.asdict(shape) | {"passes": passes, "by": len(shapes)} | left_out
                 if shape.n == 2 and len(shapes) == 3:
                     raise MemoryError
 
@@ -204,10 +205,29 @@ def test_a_benchmark_goes_on_where_it_stopped(tmp_path, monkeypatch):
     main("--go-on")
     assert rows()[:2] == [(1, "forward", 3), (1, "both", 3)]
     assert rows()[2:] == [(n, passes, 2) for n in (2, 3) for passes in ("forward", "both")]
+    main("--go-on", "--without", "x")
+    assert len(rows()) == 6  # nothing to do: those with more contenders are kept
     monkeypatch.setattr(gpu, "versions", lambda: {"jax": "another"})
     with pytest.raises(MemoryError):
         main("--go-on")
     assert len(rows()) == 3  # of another version: measured anew
+    main("--go-on", "--without", "x")
+    main("--go-on", "--without", "x")
+    assert rows()[2:] == [(n, passes, 2) for n in (2, 3) for passes in ("forward", "both")]
+    main("--go-on")
+    assert rows()[2:] == [(n, passes, 2) for n in (2, 3) for passes in ("forward", "both")]
+    written = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert not any("left_out" in row for row in written)  # measured anew with all contenders
+
+
+def test_a_run_goes_on_with_an_earlier_ones_benchmarks(tmp_path):
+    program = "import json, sys; x = json.load(open(sys.argv[1])); json.dump(x + [2], open(sys.argv[1], 'w'))"
+    adds = job("benchmark", program, "{output}", output="gpu_x_measured.json")
+    before = {"results": {"gpu_x_measured.json": [1], "conformance_x.json": [9]}}
+    variables, until = os.environ, time.monotonic() + 60
+    options = dict(out=tmp_path, title="test", until=until, variables=variables, before=before)
+    assert hopper.run(PASSES, [([adds], 1)], **options) == 0
+    assert json.loads((tmp_path / "hopper.json").read_text())["results"] == {"gpu_x_measured.json": [1, 2]}
 
 
 def test_a_peer_without_its_compiled_half_is_imported_all_the_same(tmp_path, monkeypatch):
