@@ -1,8 +1,13 @@
 """What transcriptions of the papers' algorithms share: our optimizer over 50 steps, and Adam in NumPy."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from frugax.optim.common.leafwise import Turn
+from frugax.optim.low_rank.refresh import Refresh, schedule
 
 STEPS, EVERY, RATE = 50, 8, 0.1
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -31,3 +36,9 @@ class Adam:
         self.m = B1 * self.m + (1 - B1) * g
         self.v = B2 * self.v + (1 - B2) * g * g
         return self.m / (1 - B1**self.t) / (np.sqrt(self.v / (1 - B2**self.t)) + self.eps)
+
+
+def key_at(projector, path, step):
+    """The key with which a leaf draws its projection at `step`."""
+    path_hash = np.uint32(zlib.crc32(path.encode()))
+    return schedule(Refresh(EVERY), projector, 0, Turn(0, 1, jnp.asarray(step, jnp.int32), path_hash))[0]

@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from frugax.optim.common import state_bytes
+from frugax.optim import state_bytes
 from frugax.optim.common.matrix_spec import leaf_path
 from tests.devices import run_on_eight_devices
 from tests.errors import assert_close

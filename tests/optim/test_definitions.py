@@ -11,11 +11,9 @@ import pytest
 
 from frugax import optim
 from frugax.formats import quantize
-from frugax.optim.common.leafwise import Turn
-from frugax.optim.low_rank.refresh import Refresh, schedule
 from tests.devices import run_alone
 from tests.errors import assert_close
-from tests.optim.definitions import B1, B2, EPS, EVERY, RATE, STEPS, Adam, ours
+from tests.optim.definitions import B1, B2, EPS, EVERY, RATE, STEPS, Adam, key_at, ours
 from tests.optim.optimizers import gradients
 
 
@@ -45,8 +43,7 @@ def gaussian(m, rank, step, path="kernel"):
     """The random matrix [rank, m] that the optimizer draws at `step`."""
     with jax.enable_x64(True):
         p = optim.Gaussian(rank)
-        key, _ = schedule(Refresh(EVERY), p, 0, path, Turn(0, 1, jnp.asarray(step, jnp.int32)))
-        return np.asarray(p.down(jnp.eye(m), (), key))
+        return np.asarray(p.down(jnp.eye(m), (), key_at(p, path, step)))
 
 
 @pytest.mark.parametrize(("name", "rank", "scale"), [("apollo", 3, 1.0), ("apollo_mini", 1, 128**0.5)])
@@ -102,8 +99,7 @@ def test_fira():
 def drawn(projector, shape, step, path="kernel"):
     """Which entries of a matrix Adam sees at `step`."""
     with jax.enable_x64(True):
-        key, _ = schedule(Refresh(EVERY), projector, 0, path, Turn(0, 1, jnp.asarray(step, jnp.int32)))
-        ones = jnp.ones(shape)
+        key, ones = key_at(projector, path, step), jnp.ones(shape)
         return np.asarray(projector.up(projector.down(ones, (), key), shape, (), key)) > 0
 
 
@@ -133,7 +129,7 @@ def test_frugal_with_a_random_subspace():
             adam = Adam()
             with jax.enable_x64(True):
                 p = optim.RandomBasis(rank=2)
-                key, _ = schedule(Refresh(EVERY), p, 0, "kernel", Turn(0, 1, jnp.asarray(t, jnp.int32)))
+                key = key_at(p, "kernel", t)
                 P = np.asarray(p.refresh(jnp.asarray(G), p.init((5, 7), jnp.float64), key))
             assert_close(P.T @ P, np.eye(2), "float64")
             bases.append(P)

@@ -2,15 +2,17 @@
 
 import functools
 import logging
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
-from .matrix_spec import Decision, MatrixSpec
+from .matrix_spec import Decision, MatrixSpec, View
 from .placement import automatic, placed
 
 _log = logging.getLogger("frugax.optim")
@@ -32,16 +34,20 @@ class LeafwiseState(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Where an update stands: leaf of matrices number `leaf` of `leaves`, at `step`."""
+    """Where an update stands: leaf of matrices number `leaf` of `leaves`, at `step`.
 
-    leaf: int
-    leaves: int
+    All of it is data, so that leaves of one shape share a trace.
+    """
+
+    leaf: Any
+    leaves: Any
     step: Array
+    path_hash: Any  # uint32, of the leaf's path
 
 
 def leafwise(
     init_matrices: Callable[[Decision, Any], Any],
-    update_matrices: Callable[[Decision, Turn, Array, Array | None, Any], tuple[Array, Any]],
+    update_matrices: Callable[[View, Turn, Array, Array | None, Any], tuple[Array, Any]],
     plain: optax.GradientTransformation,
     spec: MatrixSpec | None,
     side: str,
@@ -53,8 +59,8 @@ def leafwise(
 
     Args:
       init_matrices: (decision, dtype) -> the state of a leaf of matrices `decision.view.matrices`.
-      update_matrices: (decision, turn, g, w, state) -> (update, state); g, w and update are [..., m, n], w is
-        None where the caller gives no params.
+      update_matrices: (view, turn, g, w, state) -> (update, state); g, w and update are [..., m, n], w is
+        None where the caller gives no params. It is traced once for all leaves of the same shape and dtype.
       plain: for the other leaves.
       spec: which leaves are matrices; None: `MatrixSpec()`.
       side: which side of them is m.
@@ -67,21 +73,32 @@ def leafwise(
             return plain.init(jnp.zeros_like(leaf, dtype))
         return placed(init_matrices(decision, dtype), leaf, decision.view)
 
-    def update_leaf(decision: Decision, turn: Turn, g: Array, w: Array | None, state: Any):
+    @functools.partial(jax.jit, static_argnums=0)
+    def update_leaf(view: View | None, turn: Turn, g: Array, w: Array | None, state: Any):
         dtype = jnp.promote_types(g.dtype, jnp.float32)
         wide_g, wide_w = (None if x is None else jnp.asarray(x, dtype) for x in (g, w))
-        if decision.view is None:
+        if view is None:
             u, state = plain.update(wide_g, state, wide_w)
             return u.astype(g.dtype), state
-        split, join = decision.view.split, decision.view.join
 
-        def update(g: Array, w: Array | None, state: Any, step: Array) -> tuple[Array, Any]:
-            now = turn._replace(step=step)
-            u, state = update_matrices(decision, now, split(g), w if w is None else split(w), state)
-            return join(u), state
+        def update(g: Array, w: Array | None, state: Any, turn: Turn) -> tuple[Array, Any]:
+            u, state = update_matrices(view, turn, view.split(g), w if w is None else view.split(w), state)
+            return view.join(u), state
 
-        u, state = automatic(update, wide_g, wide_w, state, turn.step)
+        u, state = automatic(update, wide_g, wide_w, state, turn)
         return u.astype(g.dtype), state
+
+    @functools.lru_cache(maxsize=16)
+    def expected(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> list[tuple[Decision, Any]]:
+        """What becomes of each leaf, and the shapes of its state: worked out once for a tree of shapes."""
+        states: dict[Any, Any] = {}
+        found = []
+        for decision, leaf in zip(spec.decisions(tree.unflatten(leaves), side), leaves, strict=True):
+            kind = (decision.view, leaf)
+            if kind not in states:
+                states[kind] = jax.eval_shape(functools.partial(init_leaf, decision), leaf)
+            found.append((decision, states[kind]))
+        return found
 
     def init(params: Any) -> LeafwiseState:
         leaves, tree = _flat(params)
@@ -90,16 +107,18 @@ def leafwise(
         return LeafwiseState(jnp.zeros((), jnp.int32), tree.unflatten(made))
 
     def update(updates: Any, state: LeafwiseState, params: Any = None) -> tuple[Any, LeafwiseState]:
-        decisions = spec.decisions(updates, side)
         gradients, tree = _flat(updates)
+        decided = expected(tree, tuple(jax.ShapeDtypeStruct(g.shape, g.dtype) for g in gradients))
         weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
         states = tree.flatten_up_to(state.leaves)
-        for decision, g, leaf_state in zip(decisions, gradients, states, strict=True):
-            _check_state(decision, jax.eval_shape(lambda d=decision, g=g: init_leaf(d, g)), leaf_state)
-        many = sum(decision.view is not None for decision in decisions)
+        for (decision, shapes), leaf_state in zip(decided, states, strict=True):
+            _check_state(decision, shapes, leaf_state)
+        many = sum(decision.view is not None for decision, _ in decided)
         done, number = [], 0
-        for decision, g, w, leaf_state in zip(decisions, gradients, weights, states, strict=True):
-            done.append(update_leaf(decision, Turn(number, many, state.step), g, w, leaf_state))
+        for (decision, _), g, w, leaf_state in zip(decided, gradients, weights, states, strict=True):
+            path_hash = np.uint32(zlib.crc32(decision.path.encode()))
+            turn = Turn(np.int32(number), np.int32(many), state.step, path_hash)
+            done.append(update_leaf(decision.view, turn, g, w, leaf_state))
             number += decision.view is not None
         after = LeafwiseState(optax.safe_increment(state.step), tree.unflatten([s for _, s in done]))
         return tree.unflatten([u for u, _ in done]), after
@@ -117,6 +136,10 @@ def _say_once(table: str) -> None:
 
 
 def _check_state(decision: Decision, expected: Any, state: Any) -> None:
+    (leaves, tree), (now, its_tree) = _flat(expected), _flat(state)
+    if tree == its_tree and all(a.shape == b.shape for a, b in zip(leaves, now, strict=True)):
+        return
+
     def shapes(tree):
         return {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 

@@ -1,6 +1,7 @@
 """Which leaves of a params tree are matrices, and which of their axes are rows, columns and batch."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -118,6 +119,8 @@ class MatrixSpec:
             pairs = getattr(self, field)
             pairs = pairs.items() if isinstance(pairs, Mapping) else pairs
             object.__setattr__(self, field, tuple((pattern, value) for pattern, value in pairs))
+        rules = [(pattern, axes and Axes(*map(tuple, axes))) for pattern, axes in self._pairs("rules")]
+        object.__setattr__(self, "rules", tuple(rules))  # tuples throughout: a spec is a key of caches
 
     def _pairs(self, field: str) -> tuple[tuple[str, Any], ...]:
         return getattr(self, field)
@@ -130,6 +133,11 @@ class MatrixSpec:
           side: which side of a matrix m is: "short", "long", "rows", "cols", or "unsharded" (the one that
             `partition` doesn't shard, else the short one), so that projecting it needs no collective.
         """
+        leaves, tree = jax.tree.flatten(params)
+        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
+        return list(_decisions(self, side, tree, shapes))
+
+    def _of_shapes(self, params: Any, side: str) -> list[Decision]:
         if side not in SIDES:
             raise ValueError(f"side: got {side!r}; one of {', '.join(SIDES)} fits")
         leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
@@ -187,11 +195,11 @@ class MatrixSpec:
         swapped = {"short": m > n, "long": m < n, "rows": False, "cols": True}[side]
         return View(axes, tuple(shape), swapped)
 
-    def rank(self, rank: int | float, most: int, decision: Decision) -> int:
+    def rank(self, rank: int | float, most: int, view: View, path: str = "a leaf") -> int:
         """`rank`, if at most `most`; `most`, if not and `clamp` is set. A float is a share of `most`."""
         if most == 0:
             raise ValueError(
-                f"projector: {decision.path} of shape {list(decision.view.shape)} is no stack; "
+                f"projector: {path} of shape {list(view.shape)} is no stack; "
                 "a rule of the spec that leaves it out fits"
             )
         if isinstance(rank, float):
@@ -199,9 +207,15 @@ class MatrixSpec:
         if rank <= most or self.clamp:
             return min(rank, most)
         raise ValueError(
-            f"rank: got {rank}; {decision.path} of shape {list(decision.view.shape)} has room for {most}: "
+            f"rank: got {rank}; {path} of shape {list(view.shape)} has room for {most}: "
             f"1 to {most} fits (or MatrixSpec(clamp=True), or a rule that leaves it out)"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _decisions(spec: MatrixSpec, side: str, tree: Any, shapes: tuple) -> list[Decision]:
+    """`MatrixSpec.decisions` of a tree of shapes: asked at each trace, worked out once."""
+    return spec._of_shapes(tree.unflatten(shapes), side)
 
 
 def leaf_path(path: tuple) -> str:

@@ -38,15 +38,15 @@ def placed(state: Any, leaf: Any, view: View) -> Any:
 
 
 def automatic(
-    update: Callable[..., tuple[Array, Any]], g: Array, w: Array | None, state: Any, step: Array
+    update: Callable[..., tuple[Array, Any]], g: Array, w: Array | None, state: Any, turn: Any
 ) -> tuple[Array, Any]:
-    """`update(g, w, state, step)`, with an explicit mesh left to the compiler inside it.
+    """`update(g, w, state, turn)`, with an explicit mesh left to the compiler inside it.
 
     What it returns is typed as g and state are. Numbers that `update` closes over can't be traced there.
     """
     sharding = _sharding(g)
     if sharding is None or not _explicit(sharding):
-        return update(g, w, state, step)
+        return update(g, w, state, turn)
     replicated = NamedSharding(sharding.mesh, PartitionSpec())
 
     def same(x: Array) -> NamedSharding:
@@ -54,7 +54,7 @@ def automatic(
         return replicated if found is None else found
 
     out = (sharding, jax.tree.map(same, state))
-    return jax.sharding.auto_axes(update, axes=sharding.mesh.axis_names, out_sharding=out)(g, w, state, step)
+    return jax.sharding.auto_axes(update, axes=sharding.mesh.axis_names, out_sharding=out)(g, w, state, turn)
 
 
 def _sharding(x: Any) -> NamedSharding | None:

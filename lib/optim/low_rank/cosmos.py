@@ -11,7 +11,7 @@ from jax import Array
 
 from ..common.chains import finish, static_size
 from ..common.leafwise import Turn, leafwise
-from ..common.matrix_spec import Decision, MatrixSpec
+from ..common.matrix_spec import Decision, MatrixSpec, View
 from ..common.newton_schulz import newton_schulz
 from ..common.slicewise import orthonormal
 
@@ -85,13 +85,13 @@ def cosmos(
 
     def init(decision: Decision, dtype: Any) -> CosmosLeaf:
         *batch, m, n = decision.view.matrices
-        r = spec.rank(size, m, decision)
+        r = spec.rank(size, m, decision.view, decision.path)
         key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(decision.path.encode())))
         start = orthonormal(jax.random.normal(key, (m, r), dtype))
         zeros = lambda *shape: jnp.zeros((*batch, *shape), dtype)  # noqa: E731
         return CosmosLeaf(zeros(m, n), zeros(m, r) + start, zeros(r, r), zeros(r, n))
 
-    def update(decision: Decision, turn: Turn, g: Array, w: Array | None, state: CosmosLeaf):
+    def update(view: View, turn: Turn, g: Array, w: Array | None, state: CosmosLeaf):
         m, n = g.shape[-2:]
         t = turn.step + 1
         mu = b1 * state.mu + (1 - b1) * g

@@ -103,7 +103,7 @@ def _with_feedback(
         for decision, g, leaf in zip(spec.decisions(updates, side), gradients, leaves, strict=True):
             if decision.view is not None:
 
-                def add(g: Array, _: None, kept: QuantizedTensor, step: Array, join=decision.view.join):
+                def add(g: Array, _: None, kept: QuantizedTensor, step: Any, join=decision.view.join):
                     return g + join(kept.dequantize(g.dtype)), kept
 
                 wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))  # bfloat16 would drop small errors

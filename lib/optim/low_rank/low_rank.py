@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from ..common.leafwise import Turn, leafwise
-from ..common.matrix_spec import Decision, MatrixSpec
+from ..common.matrix_spec import Decision, MatrixSpec, View
 from .projectors import Gaussian, Projector
 from .refresh import MOMENTS, Refresh, first_waiting, refresh_all, refresh_some, schedule
 from .residuals import Residual
@@ -96,13 +96,13 @@ def low_rank(
             f"that keeps a basis; got {moments!r} and {type(projector).__name__}"
         )
 
-    def fitted(decision: Decision) -> Any:
-        most = projector.most(decision.view.matrices)
+    def fitted(view: View, path: str = "a leaf") -> Any:
+        most = projector.most(view.matrices)
         chosen: Any = projector
-        return dataclasses.replace(chosen, rank=spec.rank(projector.rank, most, decision))
+        return dataclasses.replace(chosen, rank=spec.rank(projector.rank, most, view, path))
 
     def init(decision: Decision, dtype: Any) -> Leaf:
-        p, shape = fitted(decision), decision.view.matrices
+        p, shape = fitted(decision.view, decision.path), decision.view.matrices
         kept = p.init(shape, dtype)
         r = jax.eval_shape(
             p.down, jax.ShapeDtypeStruct(shape, dtype), kept, jax.eval_shape(jax.random.key, 0)
@@ -110,9 +110,9 @@ def low_rank(
         left = () if residual is None else residual.init(shape, dtype)
         return Leaf(kept, inner.init(jnp.zeros(r.shape, r.dtype)), left, first_waiting(refresh, shape))
 
-    def update(decision: Decision, turn: Turn, g: Array, w: Array | None, state: Leaf):
-        p = fitted(decision)
-        key, due = schedule(refresh, p, seed, decision.path, turn)
+    def update(view: View, turn: Turn, g: Array, w: Array | None, state: Leaf):
+        p = fitted(view)
+        key, due = schedule(refresh, p, seed, turn)
         kept, inner_state, waiting = state.projector, state.inner, state.waiting
         if adaptive:
             kept, inner_state, waiting = refresh_some(

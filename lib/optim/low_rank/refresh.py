@@ -1,12 +1,10 @@
 """When projectors are found anew, and what becomes of an inner optimizer's state then."""
 
 import dataclasses
-import zlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -75,13 +73,13 @@ def first_waiting(refresh: Refresh, shape: tuple[int, ...]) -> Waiting | tuple:
     return Waiting(now, now + jnp.asarray(refresh.every, jnp.int32), now)
 
 
-def schedule(refresh: Refresh, projector: Projector, seed: Any, path: str, turn: Turn) -> tuple[Array, Array]:
-    """The key of the leaf at `path`, the same between its refreshes, and whether one is due."""
+def schedule(refresh: Refresh, projector: Projector, seed: Any, turn: Turn) -> tuple[Array, Array]:
+    """The leaf's key, the same between its refreshes, and whether one is due."""
     every = jnp.asarray(refresh.every, jnp.int32)
     shift = turn.leaf * every // turn.leaves if refresh.stagger and not projector.together else 0
     key = jax.random.key(seed)
     if not projector.together:
-        key = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
+        key = jax.random.fold_in(key, turn.path_hash)
     due = ((turn.step + shift) % every == 0) | (turn.step == 0)
     return jax.random.fold_in(key, (turn.step + shift) // every), due
 

@@ -8,7 +8,7 @@ from jax import Array
 
 from ..common.chains import finish, static_size
 from ..common.leafwise import Turn, leafwise
-from ..common.matrix_spec import Decision, MatrixSpec
+from ..common.matrix_spec import Decision, MatrixSpec, View
 from ..common.newton_schulz import newton_schulz
 from .projectors import DCT
 
@@ -73,17 +73,17 @@ def trion(
 
     def init(decision: Decision, dtype: Any) -> TrionLeaf:
         shape = decision.view.matrices
-        spec.rank(size, shape[-2], decision)
+        spec.rank(size, shape[-2], decision.view, decision.path)
         return TrionLeaf(jnp.zeros(shape, dtype))
 
-    def update(decision: Decision, turn: Turn, g: Array, w: Array | None, state: TrionLeaf):
+    def update(view: View, turn: Turn, g: Array, w: Array | None, state: TrionLeaf):
         m, n = g.shape[-2:]
-        p = DCT(spec.rank(size, m, decision))
+        p = DCT(spec.rank(size, m, view))
         total = state.mu + g
         kept = p.choose(total)
         low = p.down(total, kept, None)
         mu = total - (1 - momentum) * p.up(low, g.shape, kept, None)
-        outputs, inputs = (m, n) if decision.view.swapped else (n, m)
+        outputs, inputs = (m, n) if view.swapped else (n, m)
         gain = max(1.0, (outputs / inputs) ** 0.5)
         tall = low.shape[-2] > low.shape[-1]
         low = jnp.swapaxes(low, -1, -2) if tall else low

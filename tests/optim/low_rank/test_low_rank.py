@@ -8,7 +8,7 @@ import pytest
 from jax.extend import core
 
 from frugax import formats, optim
-from frugax.optim.low_rank import low_rank
+from frugax.optim import low_rank
 from tests.errors import assert_close, error
 from tests.optim.optimizers import gradients
 
