@@ -10,6 +10,7 @@ import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from .common.arguments import accumulator, as_shaped, reject
+from .common.documents import documents
 from .common.operation import Choice, record_choice
 
 Method = Literal["fft", "recurrent"]
@@ -145,9 +146,8 @@ def _free_response(m_BDN: Array, T: int, theta: float) -> Array:
 
 def _recurrence(u_BTD: Array, m_BDN: Array, theta: float, segment_ids: Array | None) -> Array:
     A_NN, B_N = (jnp.asarray(x, u_BTD.dtype) for x in _system(m_BDN.shape[-1], theta))
-    starts = jnp.zeros(u_BTD.shape[:2], bool)
-    if segment_ids is not None:
-        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+    packed = documents(segment_ids, *u_BTD.shape[:2])
+    starts = jnp.zeros(u_BTD.shape[:2], bool) if packed is None else packed.starts
 
     def step(m_BDN, token):
         u_BD, start_B = token

@@ -7,6 +7,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from .common.arguments import accumulator, as_shaped, reject
+from .common.documents import documents
 from .common.operation import Backend
 from .linear_attention import linear_attention
 from .linear_attention.inputs import repeat_heads
@@ -85,9 +86,9 @@ def trapezoidal_ssd(
     # The token before enters at t with the weight late_t, and from then on decays as if it had at t - 1.
     late_BTH = (1 - mix) * dt
     entering = late_BTH[:, 0]
-    if segment_ids is not None:
-        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-        late_BTH = jnp.where(jnp.pad(starts, ((0, 0), (1, 0)))[..., None], 0, late_BTH)
+    packed = documents(segment_ids, *x.shape[:2])
+    if packed is not None:
+        late_BTH = jnp.where(packed.starts[..., None], 0, late_BTH)
     ahead_BTH = jnp.pad(late_BTH[:, 1:], ((0, 0), (0, 1), (0, 0)))
     if initial_state is not None:
         memory, B_before, x_before = initial_state

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from .. import kernels
 from ..kernels.causal_conv1d import inputs as conv
 from ..kernels.common.arguments import accumulator
+from ..kernels.common.documents import documents
 from ..kernels.common.operation import Backend
 from ..kernels.common.sharding import vary_like
 from ..kernels.linear_attention import inputs as attention
@@ -233,7 +234,9 @@ def _entering_state(total, left, initial_state, segment_ids, axis_name, *, logs=
     if initial_state is not None:
         state = initial_state.astype(state.dtype).reshape(state.shape)
     if segment_ids is not None:
-        ids = jnp.stack([segment_ids[:, 0], segment_ids[:, -1], _boundaries(segment_ids)], axis=-1)
+        inside = documents(segment_ids, *segment_ids.shape).index[:, -1]  # how many start in this shard
+        ends = segment_ids[:, 0], segment_ids[:, -1]
+        ids = jnp.stack([*(x.astype(jnp.int32) for x in ends), inside], axis=-1)
         first, last, inside = jnp.moveaxis(jax.lax.all_gather(ids, axis_name), -1, 0)  # each [shards, B]
         entry = jnp.concatenate([jnp.zeros_like(first[:1], bool), first[1:] != last[:-1]])
         over = lambda cut: cut.reshape(*cut.shape, *[1] * (state.ndim - 1))  # noqa: E731
@@ -245,10 +248,6 @@ def _entering_state(total, left, initial_state, segment_ids, axis_name, *, logs=
         entering = jnp.where(here == shard, state, entering)
         state = decay[shard] * state + left[shard]
     return entering if logs else entering[..., 0]
-
-
-def _boundaries(segment_ids: Int[Array, "b t"]) -> Array:
-    return jnp.sum(segment_ids[:, 1:] != segment_ids[:, :-1], axis=1, dtype=segment_ids.dtype)
 
 
 def _of_last_shard(x: Array, axis_name: str) -> Array:

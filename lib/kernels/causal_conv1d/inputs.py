@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ..common.arguments import reject
+from ..common.documents import documents
 
 
 class Inputs(NamedTuple):
@@ -45,14 +45,6 @@ def final_state(call: Inputs) -> Array:
     return last
 
 
-def _reach(segment_ids: Array, width: int) -> Array:
-    """How far back each token's document goes, up to W-1; the initial state lies in the first document."""
-    t = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-    start_of = jnp.where(jnp.pad(starts, ((0, 0), (1, 0))), t, 1 - width)
-    return jnp.minimum(t - jax.lax.cummax(start_of, axis=1), width - 1)
-
-
 def check(x, weight, bias, initial_state, segment_ids) -> Inputs:
     """Raise ValueError naming the argument that can't be right, or return the checked `Inputs`."""
     for name, a in dict(x=x, weight=weight, bias=bias, initial_state=initial_state).items():
@@ -70,11 +62,8 @@ def check(x, weight, bias, initial_state, segment_ids) -> Inputs:
         if initial_state.shape != (B, W - 1, D):
             reject("initial_state", initial_state, f"[{B}, {W - 1}, {D}]")
         initial_state = initial_state.astype(x.dtype)
-    reach = None
-    if segment_ids is not None:
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
-        reach = _reach(segment_ids, W)
+    packed = documents(segment_ids, B, T)
+    reach = None if packed is None else jnp.minimum(packed.reach(before=W - 1), W - 1)
     return Inputs(x, weight, bias, initial_state, reach)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..common.arguments import reject
+from ..common.documents import documents
 
 
 class Inputs(NamedTuple):
@@ -64,10 +65,6 @@ def check(q, k, v, log_decay, bonus, initial_state, segment_ids) -> Inputs:
         reject("bonus", bonus, f"[{H}, {K}]")
     if initial_state is not None and initial_state.shape != (B, H, K, V):
         reject("initial_state", initial_state, f"[{B}, {H}, {K}, {V}]")
-    runs = None
-    if segment_ids is not None:
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
-        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-        runs = jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    packed = documents(segment_ids, B, T)
+    runs = None if packed is None else packed.index
     return Inputs(q, k, v, log_decay, bonus, initial_state, runs)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..common.arguments import accumulator, reject
+from ..common.documents import documents
 
 
 class Inputs(NamedTuple):
@@ -33,10 +34,8 @@ def check(a, b, initial_state, segment_ids, reverse: bool) -> Inputs:
         reject("initial_state", initial_state, f"[{B}, {D}]")
     dtype = accumulator(jnp.promote_types(a.dtype, b.dtype))
     h0 = jnp.zeros((B, D), dtype) if initial_state is None else initial_state.astype(dtype)
-    if segment_ids is not None:
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.pad(changes, ((0, 0), (0, 1) if reverse else (1, 0)))
-        a = jnp.where(starts[:, :, None], jnp.zeros_like(a), a)
+    packed = documents(segment_ids, B, T)
+    if packed is not None:
+        fresh = packed.ends if reverse else packed.starts
+        a = jnp.where(fresh[:, :, None], jnp.zeros_like(a), a)
     return Inputs(a, b, h0)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..common.arguments import accumulator, reject
+from ..common.documents import documents
 from .cells import CELLS, Cell, find
 
 
@@ -46,11 +47,8 @@ def check(gates, recurrent, bias, initial_state, segment_ids, *, cell: str) -> I
             reject(name, x, f"gates' dtype {gates.dtype}")
     if initial_state is not None and initial_state.shape != (B, S, H, D):
         reject("initial_state", initial_state, f"[{B}, {S}, {H}, {D}] ({', '.join(find(cell).states)})")
-    starts = None
-    if segment_ids is not None:
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    packed = documents(segment_ids, B, T)
+    starts = None if packed is None else packed.starts
     dtype = accumulator(gates.dtype)
     state = jnp.zeros((B, S, H, D), dtype) if initial_state is None else initial_state.astype(dtype)
     bias = jnp.zeros((H, G, D), gates.dtype) if bias is None else bias

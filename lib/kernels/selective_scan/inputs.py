@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..common.arguments import accumulator, reject
+from ..common.documents import documents
 from ..common.sharding import vary_like
 
 KEPT = 128  # tokens between the states that the TPU's forward pass keeps for its gradient
@@ -72,12 +73,8 @@ def check(x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids) -> Inputs:
     for name, shape in shapes.items():
         if floats[name] is not None and floats[name].shape != shape:
             reject(name, floats[name], str(list(shape)))
-    starts = None
-    if segment_ids is not None:
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (batch, T):
-            reject("segment_ids", segment_ids, f"integers [{batch}, {T}]")
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.pad(changes, ((0, 0), (1, 0))).astype(jnp.int32)
+    packed = documents(segment_ids, batch, T)
+    starts = None if packed is None else packed.starts.astype(jnp.int32)
     dtype = accumulator(jnp.promote_types(x.dtype, dt.dtype))
 
     def wide(array, shape):

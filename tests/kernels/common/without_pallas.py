@@ -1,4 +1,4 @@
-"""Call every operation, forward and backward, and see that Pallas was not imported. `none` or `xla`: the backend."""
+"""Call every operation, forward and backward, with a backend or `none`, and see that Pallas is not imported."""
 
 import sys
 
