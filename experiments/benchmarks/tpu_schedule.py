@@ -23,11 +23,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from frugax.kernels.common.chips import TPUS
+
 RESULTS = Path(__file__).parent / "results"
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
-# GHz. tpu7x's is not published: 2.2 makes its peak (1155 TFLOP/s a core) 524,288 FLOPs a cycle, as 1.75
-# makes v6e's. Its floors in cycles, and so its ratios, rest on that assumption.
-CLOCK = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
+# GHz. tpu7x's is not published: its floors in cycles, and so its ratios, rest on an assumption.
+CLOCK = {chip: TPUS[chip].clock / 1e9 for chip in CHIPS}
 NO_TRAFFIC = {"parameter", "custom-call", "bitcast", "tuple", "get-tuple-element", "constant"}
 SLOTS = ("matmul", "matpush", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
 
@@ -90,7 +91,7 @@ def selective_scan() -> list[Kernel]:
     # same, and C dy, dh; h dy, its sum; dh dt x, its sum; dh B, its sum; a dh; dlog; dlog A, its sum; dlog
     # dt, its sum.
     forward, backward = (n * B * T * D * N for n in (7, 7 + 14))
-    f = partial(pallas_tpu.forward, softplus=True, keep_states=True, interpret=False)
+    f = partial(pallas_tpu.forward, softplus=True, keep=True, interpret=False)
     b = partial(pallas_tpu.backward, softplus=True, interpret=False)
     arrays = (call, jax.ShapeDtypeStruct((B, T // 128, N, D), jnp.float32), (x, state))
     return [Kernel("forward", f, (call,), 0, forward), Kernel("backward", b, arrays, 0, backward)]

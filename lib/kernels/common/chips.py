@@ -26,7 +26,8 @@ class GPU:
 
 
 # VMEM, bandwidth and peak of a core: `jax.experimental.pallas.tpu.get_tpu_info_for_chip`. Clocks: the peak
-# over FLOPs a cycle, 131,072 on v5e and v5p; on v6e and tpu7x, 524,288 is assumed.
+# over FLOPs a cycle, 131,072 on v5e and v5p. v6e is taken to do 524,288; tpu7x's clock is not published,
+# and 2.2 GHz makes its peak as many a cycle.
 TPUS = {
     "v5e": TPU(vmem=128 * MIB, bandwidth=820e9, peak=197e12, clock=1.5e9),
     "v5p": TPU(vmem=64 * MIB, bandwidth=1230e9, peak=229.5e12, clock=1.75e9),

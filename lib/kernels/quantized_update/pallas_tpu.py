@@ -13,9 +13,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.chips import LANES
+from ..common.tpu import iota
 from .blocks import update_blocks
 from .inputs import Inputs, Spec
-from .tiling import LANES, ROWS, for_tpu
+from .tiling import ROWS, for_tpu
 
 
 def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
@@ -61,7 +63,7 @@ def _kernel(hyper_ref, *refs, spec: Spec, groups: int):
     k = len(spec.formats)
     ins, outs = refs[: 1 + 2 * k], refs[1 + 2 * k :]
     hyper = [hyper_ref[0, i] for i in range(hyper_ref.shape[1])]
-    at = lax.broadcasted_iota(jnp.int32, (ROWS, groups), 1)
+    at = iota((ROWS, groups), 1)
 
     def step(i, _):
         row = pl.multiple_of(lax.div(i, groups) * ROWS, ROWS)

@@ -2,9 +2,10 @@
 
 import dataclasses
 
+from ..common.tiling import largest_divisor, round_up
+
 CHUNK = 3 * 2**17  # numbers that the portable form works on at once: fewer, and threads wait to be started
 
-LANES = 128
 ROWS = 32  # of a tile of bytes on TPU
 
 
@@ -19,9 +20,9 @@ class TPUTiling:
 def for_tpu(rows: int, groups: int, group_size: int) -> TPUTiling:
     """Rows as they lie where they are short enough, else equal parts of them; about 2^17 numbers a step."""
     most = max(1, 14336 // group_size)  # 32 rows of a gradient, two moments and their results: 11 MB
-    groups = next(n for n in range(min(groups, most), 0, -1) if groups % n == 0)
+    groups = largest_divisor(groups, most)
     fit = max(ROWS, 2**17 // (groups * group_size) // ROWS * ROWS)
-    return TPUTiling(min(fit, -(-rows // ROWS) * ROWS), groups)
+    return TPUTiling(min(fit, round_up(rows, ROWS)), groups)
 
 
 THREADS = 128  # of a GPU's warpgroup

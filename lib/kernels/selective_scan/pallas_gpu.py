@@ -12,10 +12,11 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.tiling import round_up
 from .inputs import Inputs, no_states, step_size
 from .pallas_gpu_backward import backward_body
 from .pallas_gpu_blocks import CHANNELS, F32, Plan, Walk, step_sizes
-from .tiling import GPU_BACKWARD, GPU_FORWARD, GPU_MOST_STATES, round_up
+from .tiling import GPU_BACKWARD, GPU_FORWARD, GPU_MOST_STATES
 
 LOG2_E = float(np.log2(np.e))
 NO_STEP = -1e30  # softplus of it is zero

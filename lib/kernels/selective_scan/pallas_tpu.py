@@ -5,22 +5,25 @@ the state before a block, which the forward pass keeps for it, it computes the o
 them.
 """
 
-import jax
+from collections.abc import Callable
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from ..common.chips import LANES, SUBLANES, VMEM_LIMIT
+from ..common.tiling import round_up
+from ..common.tpu import F32, TimeGrid
 from .inputs import KEPT, Inputs, step_size
 from .pallas_tpu_backward import backward_kernel
-from .pallas_tpu_blocks import F32, Plan
+from .pallas_tpu_blocks import Spec
 from .pallas_tpu_forward import forward_kernel
-from .tiling import LANES, SUBLANES, TPU_MOST_STATES, TPUTiling, for_tpu, round_up
+from .tiling import TPU_MOST_STATES, for_tpu
 
 LOG2_E = float(np.log2(np.e))
 NO_STEP = -1e30  # softplus of it is zero
-VMEM_LIMIT = 64 << 20
 
 
 def unsupported_reason(call: Inputs) -> str | None:
@@ -38,15 +41,18 @@ def forward(call: Inputs, softplus: bool, keep: bool = False, *, interpret: bool
 
     With `keep` also the states before every KEPT tokens [B, T / KEPT, N, D], in float32.
     """
-    launch = _Launch(call, softplus, interpret, time=KEPT if keep else 512)
-    launch.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "keep")
-    launch.write("y", launch.padded(call.x.shape, call.x.dtype), launch.block)
-    launch.write("final_state", launch.state_shape, launch.state_block)
+    whole = _Call(call, softplus, interpret, "selective_scan_forward", time=KEPT if keep else 512)
+    whole.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "keep")
+    launch = whole.launch
+    launch.write("y", whole.shape, call.x.dtype, whole.block)
+    launch.write("final_state", whole.state_shape, F32, whole.state_block)
     if keep:
-        launch.write("states", launch.states_shape, launch.states_block)
-    scratch = {"state": launch.scratch_state, **launch.tiles(2), **launch.sums(1)}
-    got = launch.run("selective_scan_forward", forward_kernel, scratch)
-    results = launch.trim(got["y"]), launch.trim_state(got["final_state"])
+        launch.write("states", whole.states_shape, F32, whole.states_block)
+    whole.hold_state("state")
+    whole.hold_tiles("dt_tile", "input_tile")
+    whole.hold_sums("sums")
+    got = whole.run(forward_kernel)
+    results = whole.trim(got["y"]), whole.trim_state(got["final_state"])
     N, D = call.A.T.shape
     return (*results, got["states"][:, :, :N, :D]) if keep else results
 
@@ -57,64 +63,68 @@ def backward(
     """The gradient of each input, in its shape and dtype; None where the input is None."""
     batch, T, D = call.x.shape
     N = call.A.shape[1]
-    launch = _Launch(call, softplus, interpret, time=KEPT, backwards=True)
-    launch.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "keep")
-    launch.add("dy", launch.pad(cotangents[0].astype(call.x.dtype)), launch.block)
-    launch.add("d_final", launch.pad_state(cotangents[1]), launch.state_block)
-    launch.add("states", launch.fit(states, launch.states_shape.shape), launch.states_block)
+    whole = _Call(call, softplus, interpret, "selective_scan_backward", time=KEPT, backwards=True)
+    whole.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "keep")
+    launch, tiling = whole.launch, whole.spec.tiling
+    launch.add("dy", whole.pad(cotangents[0].astype(call.x.dtype)), whole.block)
+    launch.add("d_final", whole.pad_state(cotangents[1]), whole.state_block)
+    launch.add("states", _fit(states, whole.states_shape), whole.states_block)
     for name in ("x", "dt", "z"):
-        if name in launch.arrays:
-            launch.write(f"d{name}", launch.arrays[name], launch.block)
-    channel_blocks = launch.grid[1]
-    columns = jax.ShapeDtypeStruct((batch, channel_blocks, *launch.arrays["B"].shape[1:]), F32)
-    for name, block in (("B", columns), ("C", columns)):
-        launch.write(f"d{name}", block, launch.columns_by_channels)
-    rows = jax.ShapeDtypeStruct((batch, SUBLANES, launch.shape[2]), F32)
+        if name in launch.operands:
+            launch.write(f"d{name}", whole.shape, launch.operands[name][0].dtype, whole.block)
+    for name in ("B", "C"):
+        shape = (batch, launch.grid[1], tiling.states, whole.lanes)
+        launch.write(f"d{name}", shape, F32, whole.columns_by_channels)
     for name in ("D", "dt_bias"):
-        launch.write(f"d{name}", rows, launch.rows_block)
+        launch.write(f"d{name}", (batch, SUBLANES, whole.shape[2]), F32, whole.rows_block)
     for name in ("A", "initial_state"):
-        launch.write(f"d{name}", launch.state_shape, launch.state_block)
-    time = launch.tiling.time
-    per_token = pltpu.VMEM((time + 1, launch.tiling.states, launch.tiling.channels), F32)
-    scratch = {
-        "before": per_token,
-        "carry": launch.scratch_state,
-        **{name: pltpu.VMEM((time, launch.tiling.channels), F32) for name in ("step", "dout")},
-        **launch.tiles(3),
-        **launch.sums(2),
-    }
-    got = launch.run("selective_scan_backward", backward_kernel, scratch)
+        launch.write(f"d{name}", whole.state_shape, F32, whole.state_block)
+    launch.hold("before", (tiling.time + 1, tiling.states, tiling.channels))
+    whole.hold_state("carry")
+    for name in ("step", "dout"):
+        launch.hold(name, (tiling.time, tiling.channels))
+    whole.hold_tiles("dt_tile", "input_tile", "dout_tile")
+    whole.hold_sums("sums", "exponent_sums")
+    got = whole.run(backward_kernel)
 
     d_columns = {n: jnp.swapaxes(got[f"d{n}"].sum(1)[:, :N, :T], 1, 2) for n in ("B", "C")}
     return Inputs(
-        x=launch.trim(got["dx"]),
-        dt=launch.trim(got["ddt"]).astype(call.dt.dtype),
+        x=whole.trim(got["dx"]),
+        dt=whole.trim(got["ddt"]).astype(call.dt.dtype),
         A=got["dA"].sum(0)[:N, :D].T,
         D=got["dD"].sum((0, 1))[:D],
-        z=None if call.z is None else launch.trim(got["dz"]),
+        z=None if call.z is None else whole.trim(got["dz"]),
         dt_bias=got["ddt_bias"].sum((0, 1))[:D],
-        initial_state=launch.trim_state(got["dinitial_state"]),
+        initial_state=whole.trim_state(got["dinitial_state"]),
         starts=None,
         **d_columns,
     )
 
 
-class _Launch:
-    """The operands and results of one kernel, padded to whole blocks, by name."""
+class _Call:
+    """A call's arrays, padded to whole blocks, on their way to one kernel."""
 
-    def __init__(self, call: Inputs, softplus: bool, interpret: bool, *, time: int, backwards: bool = False):
-        self.call, self.softplus, self.interpret = call, softplus, interpret
+    def __init__(
+        self,
+        call: Inputs,
+        softplus: bool,
+        interpret: bool,
+        name: str,
+        *,
+        time: int,
+        backwards: bool = False,
+    ):
+        self.call, self.softplus = call, softplus
         batch, T, D = call.x.shape
-        self.tiling: TPUTiling = for_tpu(T, D, call.A.shape[1], time=time)
-        t, ch, n = self.tiling.time, self.tiling.channels, self.tiling.states
-        self.shape = (batch, round_up(T, t), round_up(D, ch))
-        blocks = self.shape[1] // t
-        gated, packed = call.z is not None, call.starts is not None
-        self.plan = Plan(self.tiling, blocks, softplus, gated, packed, interpret)
-        self.grid = (batch, self.shape[2] // ch, blocks)
-        at = (lambda i: blocks - 1 - i) if backwards else (lambda i: i)
-        lanes = round_up(t, LANES)
-        self.lanes = blocks * lanes
+        tiling = for_tpu(T, D, call.A.shape[1], time=time)
+        t, ch, n = tiling.time, tiling.channels, tiling.states
+        channels = round_up(D, ch)
+        self.grid = TimeGrid((batch, channels // ch), T, t, backwards)
+        self.spec = Spec(tiling, self.grid, softplus, interpret)
+        self.launch = self.grid.launch(name, interpret=interpret, vmem_limit=VMEM_LIMIT)
+        self.shape = (batch, self.grid.padded, channels)
+        at, lanes = self.grid.at, round_up(t, LANES)
+        self.lanes = self.grid.steps * lanes
         self.block = pl.BlockSpec((None, t, ch), lambda b, d, i: (b, at(i), d))
         self.columns = pl.BlockSpec((None, n, lanes), lambda b, d, i: (b, 0, at(i)))
         self.keep_columns = pl.BlockSpec((None, SUBLANES, lanes), lambda b, d, i: (b, 0, at(i)))
@@ -124,79 +134,58 @@ class _Launch:
         self.rows_block = pl.BlockSpec((None, SUBLANES, ch), lambda b, d, i: (b, 0, d))
         self.state_block = pl.BlockSpec((None, n, ch), lambda b, d, i: (b, 0, d))
         self.states_block = pl.BlockSpec((None, None, n, ch), lambda b, d, i: (b, at(i), 0, d))
-        self.state_shape = jax.ShapeDtypeStruct((batch, n, self.shape[2]), F32)
-        self.states_shape = jax.ShapeDtypeStruct((batch, blocks, n, self.shape[2]), F32)
-        self.scratch_state = pltpu.VMEM((n, ch), F32)
-        self.arrays, self.specs = {}, {}
-        self.results, self.result_specs = {}, {}
+        self.state_shape = (batch, n, channels)
+        self.states_shape = (batch, self.grid.steps, n, channels)
 
-    def tiles(self, count: int) -> dict:
-        """Scratch for a tile of tokens, named tile0, tile1, ..."""
-        shape = (self.tiling.rows, self.tiling.channels)
-        return {f"tile{i}": pltpu.VMEM(shape, F32) for i in range(count)}
+    def hold_state(self, name: str) -> None:
+        self.launch.hold(name, (self.spec.tiling.states, self.spec.tiling.channels))
 
-    def sums(self, count: int) -> dict:
-        """Scratch for `OverStates`, named sums0, sums1, ..."""
-        shape = (self.tiling.tiles, self.tiling.rows * SUBLANES, LANES)
-        return {f"sums{i}": pltpu.VMEM(shape, F32) for i in range(count)}
+    def hold_tiles(self, *names: str) -> None:
+        """Name scratch for tiles of tokens."""
+        for name in names:
+            self.launch.hold(name, (self.spec.tiling.rows, self.spec.tiling.channels))
 
-    def add(self, name: str, array: Array, spec: pl.BlockSpec) -> None:
-        self.arrays[name], self.specs[name] = array, spec
+    def hold_sums(self, *names: str) -> None:
+        """Name scratch for `OverStates`."""
+        tiling = self.spec.tiling
+        for name in names:
+            self.launch.hold(name, (tiling.tiles, tiling.rows * SUBLANES, LANES))
 
-    def write(self, name: str, like, spec: pl.BlockSpec) -> None:
-        self.results[name] = jax.ShapeDtypeStruct(like.shape, like.dtype)
-        self.result_specs[name] = spec
+    def run(self, kernel: Callable[..., None]) -> dict[str, Array]:
+        return self.launch.run(partial(kernel, self.spec))
 
     def read(self, *names: str) -> None:
         call = self.call
         for name in names:
             if name == "dt":  # without a softplus there is nothing to fuse
                 dt = self.pad(call.dt, NO_STEP) if self.softplus else self.pad(step_size(call, False))
-                self.add(name, dt, self.block)
+                self.launch.add(name, dt, self.block)
             elif name in ("B", "C"):
-                self.add(name, self.pad_columns(getattr(call, name), self.tiling.states), self.columns)
+                self.launch.add(
+                    name, self.pad_columns(getattr(call, name), self.spec.tiling.states), self.columns
+                )
             elif name in ("D", "dt_bias"):
-                self.add(name, self.fit(getattr(call, name)[None], (1, self.shape[2])), self.row)
+                self.launch.add(name, _fit(getattr(call, name)[None], (1, self.shape[2])), self.row)
             elif name == "A":
-                rates = self.fit(call.A.T * LOG2_E, self.state_shape.shape[1:])
-                self.add(name, rates, self.rates)
+                rates = _fit(call.A.T * LOG2_E, self.state_shape[1:])
+                self.launch.add(name, rates, self.rates)
             elif name == "initial_state":
-                self.add(name, self.pad_state(call.initial_state), self.state_block)
+                self.launch.add(name, self.pad_state(call.initial_state), self.state_block)
             elif name == "keep":
                 if call.starts is not None:
                     keep = jnp.repeat(1.0 - call.starts.astype(F32)[..., None], SUBLANES, axis=2)
-                    self.add(name, self.pad_columns(keep, SUBLANES, 1.0), self.keep_columns)
+                    self.launch.add(name, self.pad_columns(keep, SUBLANES, 1.0), self.keep_columns)
             elif getattr(call, name) is not None:
-                self.add(name, self.pad(getattr(call, name)), self.block)
-
-    def run(self, name: str, kernel, scratch: dict) -> dict[str, Array]:
-        names = [*self.arrays, *self.results, *scratch]
-        results = pl.pallas_call(
-            lambda *refs: kernel(self.plan, **{f"{n}_ref": r for n, r in zip(names, refs, strict=True)}),
-            grid=self.grid,
-            in_specs=list(self.specs.values()),
-            out_specs=list(self.result_specs.values()),
-            out_shape=list(self.results.values()),
-            scratch_shapes=list(scratch.values()),
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
-            ),
-            interpret=self.interpret,
-            name=name,
-        )(*self.arrays.values())
-        return dict(zip(self.results, results, strict=True))
-
-    def padded(self, shape, dtype):
-        return jax.ShapeDtypeStruct(self.shape, dtype)
+                self.launch.add(name, self.pad(getattr(call, name)), self.block)
 
     def pad(self, x: Array, value: float = 0.0) -> Array:
-        return self.fit(x, self.shape, value)
+        return _fit(x, self.shape, value)
 
     def pad_columns(self, x: Array, rows: int, value: float = 0.0) -> Array:
-        return self.fit(jnp.swapaxes(x, 1, 2), (x.shape[0], rows, self.lanes), value)
+        return _fit(jnp.swapaxes(x, 1, 2), (x.shape[0], rows, self.lanes), value)
 
     def pad_state(self, state: Array) -> Array:
-        return self.fit(jnp.swapaxes(state, 1, 2).astype(F32), self.state_shape.shape)
+        return _fit(jnp.swapaxes(state, 1, 2).astype(F32), self.state_shape)
 
     def trim(self, x: Array) -> Array:
         _, T, D = self.call.x.shape
@@ -206,11 +195,10 @@ class _Launch:
         D, N = self.call.A.shape
         return jnp.swapaxes(state[:, :N, :D], 1, 2)
 
-    @staticmethod
-    def fit(x: Array, shape, value: float = 0.0) -> Array:
-        widths = [(0, to - n) for n, to in zip(x.shape, shape, strict=True)]
-        return (
-            jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
-            if any(w for _, w in widths)
-            else x
-        )
+
+def _fit(x: Array, shape: tuple[int, ...], value: float = 0.0) -> Array:
+    """Pad to a shape, with a value."""
+    if x.shape == shape:
+        return x
+    widths = [(0, to - n) for n, to in zip(x.shape, shape, strict=True)]
+    return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))

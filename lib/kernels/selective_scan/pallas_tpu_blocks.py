@@ -3,35 +3,27 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from .tiling import LANES, SUBLANES, TPUTiling
-
-F32 = jnp.float32
+from ..common.chips import LANES, SUBLANES
+from ..common.tpu import TimeGrid
+from .tiling import TPUTiling
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Spec:
     """What a kernel is compiled for."""
 
     tiling: TPUTiling
-    blocks: int  # of time
+    grid: TimeGrid
     softplus: bool
-    gated: bool
-    packed: bool
     interpret: bool  # on CPU, where no stride is zero
 
     def each_tile(self, visit, carry, *, backwards: bool = False):
         """Thread `carry = visit(first row, carry)` through the tiles of `rows` tokens of a block."""
-        rows = self.tiling.rows
-        tiles = self.tiling.time // rows
-
-        def step(i, carry):
-            return visit(pl.multiple_of((tiles - 1 - i if backwards else i) * rows, rows), carry)
-
-        return lax.fori_loop(0, tiles, step, carry)
+        return self.grid.each_tile(self.tiling.rows, visit, carry, backwards=backwards)
 
     def columns(self, ref, row) -> Array:
         """Tokens row, row + 1, ... of a [N, time] block in lanes 0, 1, ..."""
@@ -63,9 +55,9 @@ class Plan:
         return sum(x[:, i * LANES : (i + 1) * LANES] for i in range(self.tiling.tiles))
 
 
-def step_sizes(plan: Plan, raw: Array) -> Array:
+def step_sizes(spec: Spec, raw: Array) -> Array:
     """dt, from what came in with its bias added."""
-    if not plan.softplus:
+    if not spec.softplus:
         return raw
     return jnp.maximum(raw, 0) + jnp.log1p(jnp.exp(-jnp.abs(raw)))
 

@@ -2,12 +2,8 @@
 
 import dataclasses
 
-LANES = 128
-SUBLANES = 8
-
-
-def round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
+from ..common.chips import LANES, SUBLANES
+from ..common.tiling import largest, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +31,12 @@ def for_tpu(T: int, D: int, N: int, *, time: int) -> TPUTiling:
     """At most `time` tokens, a power of two from 128; channels such that their states lie in 16 registers."""
     states, lanes = round_up(N, SUBLANES), round_up(D, LANES)
     most = max(LANES, SUBLANES * 16 * LANES // states)
-    channels = next(c for c in (1024, 512, 256, LANES) if c <= most and lanes % c == 0)
+    channels = largest((1024, 512, 256), lambda n: n <= most and lanes % n == 0, otherwise=LANES)
     rows = 16 if T <= 16 else 32
-    blocks = round_up(T, LANES) // LANES
-    times = (t for t in (512, 256, LANES) if t <= time and blocks % (t // LANES) == 0)
-    return TPUTiling(round_up(T, rows) if T <= LANES else next(times), rows, channels, states)
+    whole = round_up(T, LANES)
+    times = (n for n in (512, 256, LANES) if n <= time)
+    longest = round_up(T, rows) if T <= LANES else largest(times, lambda n: whole % n == 0)
+    return TPUTiling(longest, rows, channels, states)
 
 
 # Tokens a tile. Of the gradient's the states stay in shared memory: 8 KB a token with 16 states.
