@@ -1,4 +1,4 @@
-"""Number formats for stored tensors: codes in dense bytes, a scale for each group of them.
+"""Number formats for stored tensors: densely packed codes and one scale for each group of them.
 
 A format is a value of this module (`frugax.formats.int4`) or its name (`"int4"`).
 """
@@ -26,7 +26,7 @@ __all__ = ["Format", "QuantizedTensor", "format_named", "quantize"]
 
 
 def format_named(format: Format | str) -> Format:
-    """The format of a name; a format itself stays as it is.
+    """Look up a format by its name; a format is returned as it is.
 
     Args:
       format: a format, or the name of one of this module's.
@@ -42,7 +42,7 @@ def format_named(format: Format | str) -> Format:
     if isinstance(format, Format):
         return format
     if format not in _BY_NAME:
-        raise ValueError(f"format: got {format!r}; one of {', '.join(_BY_NAME)} fits")
+        raise ValueError(f"format: got {format!r}; expected one of {', '.join(_BY_NAME)}")
     return _BY_NAME[format]
 
 
@@ -57,18 +57,20 @@ def quantize(
     """Store a tensor as codes, with the largest magnitude of each group of them as its scale.
 
     Args:
-      x: floating, at least one axis.
-      format: of the codes, or its name: int2..int8 (symmetric), dynamic8 and udynamic8 (the dynamic map of
-        8-bit optimizers; u: for numbers >= 0), mulaw8 and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
-      axis: along which groups run: of a matrix, the contracted one. Codes below 8 bits are packed along it.
-      group_size: elements of a group; the last may have fewer. None: the whole axis is one.
-      key: rounds stochastically, so that the stored tensor is x on average; None rounds to the nearest code.
+      x: a floating array with at least one axis.
+      format: a format or its name: int2..int8 (symmetric); dynamic8 and udynamic8 (the dynamic map of 8-bit
+        optimizers, udynamic8 for values >= 0); mulaw8 and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
+      axis: the axis that is cut into groups; for a matrix, the contracted one. Codes below 8 bits are packed
+        along it.
+      group_size: elements of a group; the last group may have fewer. None: the whole axis is one group.
+      key: PRNG key for stochastic rounding, by which the stored tensor is x on average. None rounds to the
+        nearest code.
 
     Returns:
       A `QuantizedTensor`, with `.dequantize(dtype)` and `.nbytes`: n * bits / 8 for codes, 4 a group.
 
     Raises:
-      ValueError: naming the argument that can't be right.
+      ValueError: an argument is invalid; the message names it.
 
     Source: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise scales and the dynamic map.
 
@@ -81,11 +83,11 @@ def quantize(
     """
     format = format_named(format)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; a floating dtype fits")
+        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; expected a floating dtype")
     if x.ndim == 0 or 0 in x.shape:
-        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; at least one axis, every size >= 1 fits")
+        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; expected at least one axis and no empty one")
     if not -x.ndim <= axis < x.ndim:
-        raise ValueError(f"axis: got {axis} for x {list(x.shape)}; {-x.ndim}..{x.ndim - 1} fits")
+        raise ValueError(f"axis: got {axis} for x {list(x.shape)}; expected {-x.ndim}..{x.ndim - 1}")
     if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size: got {group_size}; at least 1, or None, fits")
+        raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
     return quantize_array(x, format, axis, group_size, key)

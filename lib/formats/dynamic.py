@@ -1,8 +1,8 @@
-"""Block-wise dynamic 8-bit numbers: seven decades, each with twice the values of the one below.
+"""The dynamic 8-bit formats: seven decades, each with twice the values of the one below.
 
-Decade i of 0..6 is [0.1, 1] * 10^(i-6), cut into 2^i equal cells (2^(i+1) unsigned), and a code stands for a
-cell's middle; zero and one have codes of their own. So a magnitude's rank, counted from the smallest, is
-2^i + cell: the exponent and mantissa of a float say decade and cell, and no table is needed.
+Decade i of 0..6 is [0.1, 1] * 10^(i-6), cut into 2^i equal cells (2^(i+1) in the unsigned format). A code
+stands for the middle of a cell; zero and one have codes of their own. Counted from the smallest magnitude, a
+cell's rank is 2^i + cell. A float32 holds that as exponent i and mantissa cell, so no table is needed.
 
 Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861).
 """
@@ -17,7 +17,7 @@ DECADES = 7
 
 
 class Dynamic(Format):
-    """The dynamic map with 8 bits: 127 values of each sign, zero and 1; or 254 positive ones."""
+    """The dynamic map: zero, 1, and 127 values of each sign or, in the unsigned format, 254 values."""
 
     @property
     def _zero(self) -> int:
@@ -31,7 +31,7 @@ class Dynamic(Format):
 
     def encode(self, x: Array) -> Array:
         magnitude = jnp.abs(x) if self.signed else x
-        # Between two decades the nearer value is that of the lower one up to 0.9 of a cell past its end.
+        # Values up to 0.9 of a cell past the end of a decade still round to that decade's last value.
         cells = jnp.full_like(x, self._cells)
         per_unit = jnp.full_like(x, self._cells / 0.9 * 10.0 ** (DECADES - 1))
         for i in range(DECADES - 1):

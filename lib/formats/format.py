@@ -1,4 +1,4 @@
-"""What a number format is: an ordered set of codes, and the value in [-1, 1] that each stands for."""
+"""The interface of number formats: an ordered set of codes, each of which stands for a value in [-1, 1]."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from jax import Array
 
 
 def floor(x: Array) -> Array:
-    """The floor of numbers >= 0, by what every kernel language has."""
+    """The floor of x >= 0, by casts that every kernel language has."""
     return x.astype(jnp.int32).astype(jnp.float32)
 
 
@@ -18,15 +18,15 @@ def round_half_away(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Codes for numbers in [-1, 1] (a block is divided by its largest magnitude before).
+    """Codes for values in [-1, 1]; `quantize` divides each group by its largest magnitude first.
 
     Codes are consecutive integers, and a larger code is a larger value. `encode` and `decode` are elementwise
-    arithmetic without table look-ups: they run in any kernel.
+    arithmetic without table look-ups, so that they run in any kernel.
 
     Attributes:
-      name: what `frugax.formats.quantize` calls it.
-      bits: of a code.
-      signed: whether negative values have codes; without, they become the code nearest to zero.
+      name: the name that `frugax.formats.quantize` takes.
+      bits: bits of a code.
+      signed: whether negative values have codes; if not, they are encoded as the code nearest to zero.
 
     Example:
         >>> import frugax, jax.numpy as jnp
@@ -63,11 +63,11 @@ class Format:
         raise NotImplementedError
 
     def encode_stochastic(self, x: Array, uniform: Array) -> Array:
-        """The code just below or above x, at random: on average x itself, wherever x lies between two codes.
+        """Round x to the code just below or above it, at random, so that the decoded value is x on average.
 
         Args:
           x: float32 in [-1, 1].
-          uniform: random numbers in [0, 1), of x's shape.
+          uniform: uniform random values in [0, 1), of x's shape.
         """
         nearest = self.encode(x)
         value = self.decode(nearest)

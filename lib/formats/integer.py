@@ -7,7 +7,7 @@ from .format import Format, round_half_away
 
 
 class Integer(Format):
-    """n bits: -h .. h over h = 2^(n-1) - 1, or 0 .. h over h = 2^n - 1 where unsigned."""
+    """n-bit integers divided by h. Signed: -h..h with h = 2^(n-1) - 1; unsigned: 0..h with h = 2^n - 1."""
 
     @property
     def lowest(self) -> int:

@@ -7,7 +7,7 @@ from jax import Array
 
 
 def codes_per_unit(bits: int) -> int:
-    """How many codes fill whole bytes: an axis is packed in multiples of it."""
+    """The number of codes that fill whole bytes: an axis is packed in multiples of it."""
     return 8 // math.gcd(bits, 8)
 
 
@@ -15,12 +15,12 @@ def pack(codes: Array, bits: int) -> Array:
     """Pack codes along the last axis.
 
     Args:
-      codes: integers [..., n] of which the low `bits` count, n a multiple of `codes_per_unit(bits)`.
+      codes: integers [..., n], of which the low `bits` are kept; n is a multiple of `codes_per_unit(bits)`.
       bits: 1..8.
 
     Returns:
-      uint8 [..., n * bits / 8]. Bits are split into planes of 4, 2 and 1 (3 = 2 + 1); each plane is packed by
-      itself, lowest code in the lowest bits, and planes follow each other.
+      uint8 [..., n * bits / 8]. Codes are split into planes of 4, 2 and 1 bits (3 = 2 + 1). Each plane is
+      packed by itself, the first code in the lowest bits, and planes follow each other.
     """
     codes = codes.astype(jnp.uint8)
     planes, low = [], 0
@@ -34,7 +34,7 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, bits: int, *, signed: bool) -> Array:
-    """The int32 codes [..., n] of `pack`'s bytes; two's complement where signed."""
+    """Unpack the bytes of `pack` to int32 codes [..., n]; two's complement if signed."""
     n = packed.shape[-1] * 8 // bits
     codes, low, byte = jnp.zeros((*packed.shape[:-1], n), jnp.int32), 0, 0
     for width in _planes(bits):

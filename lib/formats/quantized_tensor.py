@@ -16,16 +16,17 @@ from .packing import codes_per_unit, pack, unpack
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes in the tensor's own layout, so that its sharding applies, with one scale a group along one axis.
+    """A tensor as integer codes, with one scale for each group of them along one axis.
 
-    A pytree of `codes` and `scales`: it may be stacked, mapped or sharded over every axis but its own.
+    Codes have the tensor's own layout, so that its sharding applies. It is a pytree of `codes` and `scales`,
+    which can be stacked, mapped or sharded over every axis but `axis`.
 
     Attributes:
-      codes: integers of the tensor's shape; formats below 8 bits are packed along `axis`.
+      codes: integers of the tensor's shape; codes below 8 bits are packed along `axis`.
       scales: float32, the largest magnitude of each group: the tensor's shape with n_groups along `axis`.
-      format: of the codes.
-      axis: along which groups run, counted from the end.
-      group_size: elements of a group; the last one may have fewer.
+      format: the format of the codes.
+      axis: the axis that is cut into groups, counted from the end.
+      group_size: elements of a group; the last group may have fewer.
       padding: codes that packing added at the end of `axis`.
 
     Example:
@@ -37,7 +38,7 @@ class QuantizedTensor:
         (2, 2)
     """
 
-    codes: Any  # arrays, or what stands in their place in a tree: specs, shapes
+    codes: Any  # arrays, or their places in a tree of shardings or shapes
     scales: Any
     format: Format = dataclasses.field(metadata=dict(static=True))
     axis: int = dataclasses.field(metadata=dict(static=True))
@@ -77,7 +78,7 @@ class QuantizedTensor:
 
 
 def spread(scales: Array, group_size: int, n: int) -> Array:
-    """Each group's scale [..., groups] for each of its elements [..., n]."""
+    """Repeat each group's scale [..., groups] for its elements [..., n]."""
     return jnp.repeat(scales, group_size, axis=-1)[..., :n]
 
 
@@ -91,7 +92,7 @@ def group_maxima(x: Array, group_size: int) -> Array:
 def quantize_array(
     x: Array, format: Format, axis: int, group_size: int | None, key: Key[Array, ""] | None
 ) -> QuantizedTensor:
-    """`quantize` without its checks."""
+    """Do as `quantize` does, without its checks."""
     axis = axis % x.ndim - x.ndim
     x = jnp.moveaxis(x.astype(jnp.float32), axis, -1)
     n = x.shape[-1]

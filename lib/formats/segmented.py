@@ -1,8 +1,8 @@
-"""8 bits whose steps double from octave to octave, 16 an octave: a float's own upper bits, so no table.
+"""8-bit formats with 16 steps an octave, twice as wide in each next octave: codes are a float's upper bits.
 
-Signed is mu-law by segments, as telephones have it (ITU-T G.711): an offset is added to magnitudes, so that
-the steps nearest to zero stay even. Unsigned has no offset, and its codes start above zero: a second moment
-that was not zero never becomes it.
+The signed format is mu-law by segments, as in telephony (ITU-T G.711): an offset is added to magnitudes, so
+that the steps nearest to zero are even. The unsigned format has no offset, and code 0 stands for a value
+above zero: a second moment that isn't zero never becomes zero.
 """
 
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from jax import Array, lax
 
 from .format import Format
 
-DROPPED = 23 - 4  # bits of a float32's mantissa that codes do not have
-ONE = 127 << 4  # the float 1, without them
+DROPPED = 23 - 4  # bits of a float32's mantissa that codes leave out
+ONE = 127 << 4  # the bits of the float 1, without those
 OFFSET = 2.0**-8
 TOP = 1 - 2.0**-5 - OFFSET  # 127 codes above the offset
 
 
 class Segmented(Format):
-    """Signed: 8 octaves of each sign from the offset on. Unsigned: 16 octaves, the last code 1."""
+    """Signed: 8 octaves of each sign, from the offset on. Unsigned: 16 octaves, and the last code is 1."""
 
     @property
     def lowest(self) -> int:
@@ -29,7 +29,7 @@ class Segmented(Format):
 
     @property
     def _zero(self) -> int:
-        """The upper bits of the float that code 0 stands for: the offset, or 255 codes below 1."""
+        """The upper bits of the float of code 0: the offset if signed, else 255 steps below 1."""
         return ONE - (8 << 4) if self.signed else ONE - 255
 
     def encode(self, x: Array) -> Array:

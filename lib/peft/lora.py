@@ -1,4 +1,4 @@
-"""LoRA: beside each chosen matrix that stays as it is, a product of two thin ones that is trained."""
+"""LoRA: chosen matrices stay as they are, and a product of two thin ones is trained beside each."""
 
 import dataclasses
 import math
@@ -19,15 +19,15 @@ from ..optim.common.matrix_spec import leaf_path
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """What is added to a matrix W [..., m, n]: scale * a @ b. A pytree of `a` and `b`.
+    """A change of a matrix W [..., m, n]: W becomes W + scale * a @ b. A pytree of `a` and `b`.
 
     Attributes:
       a: [..., m, rank].
       b: [..., rank, n].
-      scale: alpha / rank, no parameter.
+      scale: alpha / rank; static, so it isn't trained.
     """
 
-    a: Any  # arrays, or what stands in their place in a tree: specs, shapes, None
+    a: Any  # arrays, or their places in a tree of shardings, shapes or Nones
     b: Any
     scale: float = dataclasses.field(metadata=dict(static=True))
 
@@ -46,15 +46,15 @@ def lora_init(
 ) -> dict[str, LowRank]:
     """Adapters for the targeted leaves of `params`, which change nothing yet.
 
-    W x becomes (W + alpha / rank * a b) x, with `a` normal of variance 1 / m, so that a has unit gain, and
-    b = 0. An optimizer that is given the adapters alone trains them alone.
+    W becomes W + alpha / rank * a @ b. `a` is normal with variance 1 / m (unit gain), `b` is zero. To train
+    the adapters alone, give the optimizer the adapters alone.
 
     Args:
-      key: of the random `a`.
-      params: any tree. Its leaves [..., m, n] (m goes in, n comes out) can be targets; the axes before, which
-        `nn.scan` or experts bring, are batch: each matrix gets a pair of its own.
-      targets: ends of paths, in whole parts: "mixer/out" is the leaf ".../mixer/out", or the kernel of the
-        layer of that name, ".../mixer/out/kernel".
+      key: PRNG key for `a`.
+      params: any tree. Leaves [..., m, n] can be targets (m inputs, n outputs). Axes before the last two, as
+        `nn.scan` and experts add them, are batch axes: each matrix gets a pair of its own.
+      targets: ends of paths, in whole parts: "mixer/out" names the leaf ".../mixer/out" or the kernel
+        ".../mixer/out/kernel".
       rank: columns of `a`, at most the shorter side of every target.
       alpha: None means `rank`, a scale of 1.
 
@@ -62,7 +62,7 @@ def lora_init(
       {path of the leaf: its pair, in the leaf's dtype}. Paths are written "layers/block_0/mixer/out/kernel".
 
     Raises:
-      ValueError: a target that finds nothing, or a leaf that has no room for the rank.
+      ValueError: a target matches no leaf, or the rank exceeds a leaf's shorter side.
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
 
@@ -77,16 +77,17 @@ def lora_init(
         {'dt_B_C/kernel': ((32, 2), (2, 9)), 'in_gate/kernel': ((16, 2), (2, 64))}
     """
     if rank < 1:
-        raise ValueError(f"rank: got {rank}; a number >= 1 fits")
+        raise ValueError(f"rank: got {rank}; expected at least 1")
     found = _find(params, targets)
     adapters = {}
     for one, (path, leaf) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
         if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
             got = f"{path} is {leaf.dtype}{list(leaf.shape)}"
-            raise ValueError(f"targets: {got}; floating [..., in, out] fits")
+            raise ValueError(f"targets: {got}; expected a floating dtype and shape [..., in, out]")
         *batch, m, n = leaf.shape
         if rank > min(m, n):
-            raise ValueError(f"rank: got {rank}; 1 to {min(m, n)} fits {path} of shape {list(leaf.shape)}")
+            expected = f"1 to {min(m, n)} for {path} of shape {list(leaf.shape)}"
+            raise ValueError(f"rank: got {rank}; expected {expected}")
         a = (jax.random.normal(one, (*batch, m, rank)) / math.sqrt(m)).astype(leaf.dtype)
         b = jnp.zeros((*batch, rank, n), leaf.dtype)
         adapters[path] = LowRank(a, b, 1.0 if alpha is None else alpha / rank)
@@ -94,7 +95,7 @@ def lora_init(
 
 
 def lora_count(adapters: Adapters) -> int:
-    """How many numbers are trained: rank * (m + n) for each matrix.
+    """Count the trained parameters: rank * (m + n) for each matrix.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -108,17 +109,17 @@ def lora_count(adapters: Adapters) -> int:
 
 
 def lora_merge(params: Any, adapters: Adapters) -> Any:
-    """`params` with every W + scale * a @ b in W's place, in W's dtype: nothing to pay at inference.
+    """Replace each adapted W by W + scale * a @ b, in W's dtype: inference then costs what it did before.
 
-    Differentiable: with the params fixed it is also how to train adapters of leaves that `lora_apply` can't
-    serve, at the cost of a gradient of W's size.
+    Differentiable, so adapters of leaves that `lora_apply` can't serve can be trained through it. That costs
+    a gradient of W's size.
 
     Args:
       params: the tree that the adapters are for.
-      adapters: of `lora_init`.
+      adapters: from `lora_init`.
 
     Raises:
-      ValueError: an adapter's leaf is not there, or has another shape.
+      ValueError: `params` have no leaf for an adapter, or one of another shape.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -131,11 +132,11 @@ def lora_merge(params: Any, adapters: Adapters) -> Any:
 
 
 def lora_unmerge(params: Any, adapters: Adapters) -> Any:
-    """What `lora_merge` was given, up to the rounding of a sum and a difference in W's dtype.
+    """Undo `lora_merge`, up to the rounding of a sum and a difference in W's dtype.
 
     Args:
-      params: a merged tree.
-      adapters: that are in it.
+      params: the result of `lora_merge`.
+      adapters: those that were merged.
 
     Raises:
       ValueError: as `lora_merge`.
@@ -152,21 +153,23 @@ def lora_unmerge(params: Any, adapters: Adapters) -> Any:
 
 
 def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapters, *args, **kwargs) -> Any:
-    """`module.apply(variables, ...)` in which each adapted layer returns W x + scale * (x a) b.
+    """Run `module.apply(variables, ...)` with scale * (x a) b added to the output of each adapted layer.
 
-    W stays apart: its gradient is never made, and a change that is small beside W isn't rounded with it.
+    W and its adapter are never summed: no gradient of W is computed, and a change that is small beside W
+    isn't lost in rounding.
 
     Args:
       module: a Flax Linen module.
-      variables: {"params": ...} and what else the module has.
-      adapters: of kernels of `nn.Dense`; those that a scan stacks are sliced with its params.
+      variables: {"params": ...} and the module's other collections.
+      adapters: for kernels of `nn.Dense`. Adapters of layers that `nn.scan` stacks are sliced with the
+        params.
       args, kwargs: as for `module.apply`.
 
     Returns:
-      What `module.apply` does.
+      What `module.apply` returns.
 
     Raises:
-      ValueError: an adapter of a leaf that is no kernel of an `nn.Dense` which this call runs.
+      ValueError: an adapter's leaf isn't the kernel of an `nn.Dense` that this call runs.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -202,8 +205,8 @@ def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapte
         out = module.apply({**variables, "params": unflatten_dict(leaves, sep="/")}, *args, **kwargs)
     if unused:
         raise ValueError(
-            f"adapters: {', '.join(unused)} is no kernel of an nn.Dense that this call runs; "
-            "lora_merge serves any leaf"
+            f"adapters: got {', '.join(unused)}; expected kernels of nn.Dense layers that this call runs "
+            "(lora_merge serves any leaf)"
         )
     return out
 
@@ -213,17 +216,19 @@ def _leaves(params: Any) -> dict[str, Any]:
 
 
 def _find(params: Any, targets: Sequence[str]) -> dict[str, Any]:
-    """The leaves that the targets name, in the tree's order; ValueError where one names none."""
+    """Find the leaves that the targets name, in the tree's order; ValueError if a target names none."""
     leaves = _leaves(params)
 
     def names(target: str, path: str) -> bool:
         return any(f"/{p}".endswith(f"/{target}") for p in (path, path.removesuffix("/kernel")))
 
     if isinstance(targets, str) or not targets:
-        raise ValueError(f"targets: got {targets!r}; a tuple of at least one end of a path fits")
+        raise ValueError(f"targets: got {targets!r}; expected a tuple of at least one end of a path")
     for target in targets:
         if not any(names(target, path) for path in leaves):
-            raise ValueError(f"targets: {target!r} matches no leaf; there are {', '.join(leaves)}")
+            raise ValueError(
+                f"targets: {target!r} matches no leaf; expected the end of one of {', '.join(leaves)}"
+            )
     return {path: leaf for path, leaf in leaves.items() if any(names(t, path) for t in targets)}
 
 
@@ -231,12 +236,12 @@ def _check(params: Any, adapters: Adapters) -> None:
     leaves = _leaves(params)
     for path, pair in adapters.items():
         if path not in leaves:
-            raise ValueError(f"adapters: params have no {path!r}; there are {', '.join(leaves)}")
+            raise ValueError(f"adapters: got {path!r}; expected one of {', '.join(leaves)}")
         shape = leaves[path].shape
         if (*pair.a.shape[:-1], pair.b.shape[-1]) != shape or pair.a.shape[-1] != pair.b.shape[-2]:
             got = f"a {list(pair.a.shape)} and b {list(pair.b.shape)}"
-            fits = f"[..., {shape[-2]}, r] and [..., r, {shape[-1]}] fit"
-            raise ValueError(f"adapters: got {got} for {path} of shape {list(shape)}; {fits}")
+            expected = f"[..., {shape[-2]}, r] and [..., r, {shape[-1]}]"
+            raise ValueError(f"adapters: got {got} for {path} of shape {list(shape)}; expected {expected}")
 
 
 def _add(params: Any, adapters: Adapters, sign: int) -> Any:

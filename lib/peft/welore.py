@@ -1,4 +1,4 @@
-"""WeLore: matrices whose singular values fall off fast become pairs of thin ones, and those are trained."""
+"""WeLore: matrices with fast falling singular values become products of two thin ones, and train alone."""
 
 import dataclasses
 import itertools
@@ -19,12 +19,12 @@ Ranks = Mapping[str, tuple[int, ...]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRankPart:
-    """The matrices of one leaf that are kept as factors. A pytree of their `a` and `b`.
+    """The factors of one leaf's low-rank matrices. A pytree of their `a` and `b`.
 
     Attributes:
-      pairs: each of a rank of its own.
-      places: which of the leaf's matrices they are.
-      view: how the leaf is seen as matrices.
+      pairs: the factors of each matrix; each has its own rank.
+      places: the index of each matrix in the leaf.
+      view: how the leaf is reshaped to matrices.
     """
 
     pairs: tuple[LowRank, ...]
@@ -35,13 +35,13 @@ class LowRankPart:
 def welore_ranks(
     params: Any, reduction: float, *, spec: MatrixSpec | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The rank that one threshold leaves each matrix: how many of its singular values s / max(s) reach it.
+    """Choose each matrix's rank: the number of its singular values s / max(s) above one common threshold.
 
-    The threshold is the value below which the share `reduction` of all matrices' values lies, so the ranks'
-    sum falls by that share, to within one; matrices whose values fall off fast lose most of theirs.
+    The share `reduction` of all singular values lies below the threshold, so the sum of the ranks falls by
+    that share (to within one). Matrices with fast falling singular values lose the most.
 
     Args:
-      params: any tree, of concrete arrays: their values decide shapes.
+      params: any tree of concrete arrays (their values decide shapes).
       reduction: in [0, 1): 0.5 halves the ranks' sum.
       spec: which leaves are matrices; None: `frugax.optim.MatrixSpec()`. Each matrix of a stack has its own
         rank.
@@ -50,7 +50,7 @@ def welore_ranks(
       {path of the leaf: its matrices' ranks}.
 
     Raises:
-      ValueError: a reduction that is no share; as `MatrixSpec.decisions`.
+      ValueError: `reduction` isn't in [0, 1), or an error of `MatrixSpec.decisions`.
 
     Source: Jaiswal et al. 2024 (arXiv 2407.11239).
 
@@ -61,7 +61,7 @@ def welore_ranks(
         {'w': (1, 3)}
     """
     if not 0 <= reduction < 1:
-        raise ValueError(f"reduction: got {reduction}; a share from 0 to below 1 fits")
+        raise ValueError(f"reduction: got {reduction}; expected a share in [0, 1)")
     values = {}
     for decision, leaf in _matrices(params, spec):
         matrices = _split(decision.view, leaf)
@@ -75,23 +75,23 @@ def welore_ranks(
 def welore_split(
     params: Any, ranks: Ranks, *, low: float = 0.5, spec: MatrixSpec | None = None
 ) -> tuple[dict[str, LowRankPart], Any]:
-    """(what is trained, what rests): factors of the matrices of low rank, and everything else.
+    """Split params into (factors of the low-rank matrices, everything else). Only the factors are trained.
 
-    A matrix [m, n] whose rank r is below `low` times its shorter side becomes its best approximation of that
-    rank, r (m + n) numbers; the others stay as they are, whatever their rank is.
+    A matrix [m, n] with a rank r below `low` times its shorter side is replaced by its best rank-r
+    approximation, which has r (m + n) parameters. Other matrices stay as they are.
 
     Args:
-      params: any tree, of concrete arrays.
-      ranks: of `welore_ranks`, or your own.
-      low: 0.5 is the paper's, and always saves; 1 makes factors of all that are below full rank.
+      params: any tree of concrete arrays.
+      ranks: from `welore_ranks`, or chosen by hand.
+      low: 0.5, as in the paper, always saves memory; 1 factors every matrix below full rank.
       spec: as for `welore_ranks`.
 
     Returns:
-      {path: `LowRankPart`}, in the leaves' dtypes: an optimizer that is given this alone trains this alone.
-      And the tree of params, whose leaves at those paths hold the other matrices alone, [how many, m, n].
+      {path: `LowRankPart`} in the leaves' dtypes, to give to the optimizer; and the tree of params. At those
+      paths the tree holds the remaining matrices alone, [count, m, n].
 
     Raises:
-      ValueError: ranks that aren't of these params.
+      ValueError: `ranks` don't belong to these params.
 
     Source: Jaiswal et al. 2024 (arXiv 2407.11239).
 
@@ -109,7 +109,7 @@ def welore_split(
     found = {decision.path: decision.view for decision, _ in _matrices(params, spec)}
     wrong = sorted(set(ranks) ^ set(found))
     if wrong:
-        raise ValueError(f"ranks: got {', '.join(ranks)}; {', '.join(found)} fit (welore_ranks has them)")
+        raise ValueError(f"ranks: got {', '.join(ranks)}; expected {', '.join(found)}, as from welore_ranks")
     parts = {}
 
     def split(path, leaf):
@@ -119,7 +119,8 @@ def welore_split(
         view, matrices = found[name], _split(found[name], leaf)
         full = min(matrices.shape[1:])
         if len(ranks[name]) != len(matrices) or not all(1 <= r <= full for r in ranks[name]):
-            raise ValueError(f"ranks: got {ranks[name]} for {name}; {len(matrices)} from 1 to {full} fit")
+            expected = f"{len(matrices)} from 1 to {full}"
+            raise ValueError(f"ranks: got {ranks[name]} for {name}; expected {expected}")
         places = tuple(i for i, r in enumerate(ranks[name]) if r < low * full)
         if not places:
             return leaf
@@ -131,15 +132,15 @@ def welore_split(
 
 
 def welore_merge(trained: Mapping[str, LowRankPart], rest: Any) -> Any:
-    """The params that a model takes, from both halves of `welore_split`. Differentiable.
+    """Rebuild the params that a model takes from the two results of `welore_split`. Differentiable.
 
-    Factors of different ranks can't be stacked, so a program that merges grows with the number of matrices.
+    Factors of different ranks can't be stacked, so the compiled program grows with the number of matrices.
 
     Args:
-      trained, rest: of `welore_split`.
+      trained, rest: from `welore_split`.
 
     Raises:
-      ValueError: the two are of different trees.
+      ValueError: the two come from different trees.
 
     Example: see `welore_split`.
     """
@@ -154,8 +155,8 @@ def welore_merge(trained: Mapping[str, LowRankPart], rest: Any) -> Any:
         *batch, m, n = part.view.matrices
         many = int(np.prod(batch, dtype=int))
         if leaf.shape != (many - len(part.places), m, n):
-            fits = [many - len(part.places), m, n]
-            raise ValueError(f"rest: got {list(leaf.shape)} at {name}; {fits} fits what is trained of it")
+            expected = [many - len(part.places), m, n]
+            raise ValueError(f"rest: got {list(leaf.shape)} at {name}; expected {expected} beside `trained`")
         low = dict(zip(part.places, part.pairs, strict=True))
         dense = itertools.count()
         matrices = [low[i].product.astype(leaf.dtype) if i in low else leaf[next(dense)] for i in range(many)]
@@ -163,7 +164,7 @@ def welore_merge(trained: Mapping[str, LowRankPart], rest: Any) -> Any:
 
     params = jax.tree_util.tree_map_with_path(merge, rest)
     if unused:
-        raise ValueError(f"trained: {', '.join(sorted(unused))} is nowhere in rest")
+        raise ValueError(f"trained: got {', '.join(sorted(unused))}; expected paths of rest")
     return params
 
 
@@ -174,12 +175,12 @@ def _matrices(params: Any, spec: MatrixSpec | None) -> list[tuple[Decision, Arra
 
 
 def _split(view: View | None, leaf: Array) -> Array:
-    """All matrices of a leaf [how many, m, n]."""
-    assert view is not None  # of a leaf that `_matrices` found
+    """All matrices of a leaf [count, m, n]."""
+    assert view is not None  # `_matrices` yields only leaves that have one
     return view.split(leaf).reshape(-1, *view.matrices[-2:])
 
 
 def _factors(w: Array, rank: int) -> LowRank:
     u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
-    root = jnp.sqrt(s[:rank])  # half of each value on either side: steps of one rate suit both
+    root = jnp.sqrt(s[:rank])  # factors of equal norm, so that one learning rate suits both
     return LowRank((u[:, :rank] * root).astype(w.dtype), (root[:, None] * vt[:rank]).astype(w.dtype), 1.0)

@@ -6,8 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from frugax.optim import Axes, MatrixSpec
-from frugax.optim.common import state_bytes
+from frugax.optim import Axes, MatrixSpec, state_bytes
 from frugax.peft import welore_merge, welore_ranks, welore_split
 from tests.errors import assert_close
 from tests.optim.optimizers import language, logits, params
@@ -109,12 +108,12 @@ def test_what_can_not_be_right_is_refused(unchecked_types):
     tree = {"w": spectra(1, 4)}
     with pytest.raises(ValueError, match="reduction: got 1"):
         welore_ranks(tree, 1.0)
-    with pytest.raises(ValueError, match=r"ranks: got v; w fit"):
+    with pytest.raises(ValueError, match=r"ranks: got v; expected w"):
         welore_split(tree, {"v": (1, 1)})
-    with pytest.raises(ValueError, match=r"ranks: got \(3,\) for w; 2 from 1 to 9 fit"):
+    with pytest.raises(ValueError, match=r"ranks: got \(3,\) for w; expected 2 from 1 to 9"):
         welore_split(tree, {"w": (3,)})
     trained, rest = welore_split(tree, {"w": (1, 9)})
-    with pytest.raises(ValueError, match=r"rest: got \[2, 12, 9\] at w; \[1, 12, 9\] fits"):
+    with pytest.raises(ValueError, match=r"rest: got \[2, 12, 9\] at w; expected \[1, 12, 9\]"):
         welore_merge(trained, tree)
-    with pytest.raises(ValueError, match="trained: w is nowhere in rest"):
+    with pytest.raises(ValueError, match="trained: got w; expected paths of rest"):
         welore_merge(trained, {"v": rest["w"]})
