@@ -306,6 +306,11 @@ def is_of(row: dict[str, Any], shape: Any) -> bool:
     return {name: row.get(name) for name in fields} == fields
 
 
+def kernel_was_timed(row: dict[str, Any]) -> bool:
+    """Whether the Mosaic GPU kernel of this library has its time in a row that was measured."""
+    return any("pallas_gpu" in name for name in row["median_ms"])
+
+
 def with_row(rows: list[dict[str, Any]], new: dict[str, Any], shapes: list[Any]) -> list[dict[str, Any]]:
     """The rows and the new one, in the place of the one of the same shape and passes."""
     same = [
@@ -355,3 +360,5 @@ def main(
         if not options.deviceless:
             print(json.dumps(row), flush=True)
     print(f"wrote {path}")
+    if wrong := [] if options.deviceless else [row for row in rows if not kernel_was_timed(row)]:
+        sys.exit("\n".join(["our kernel is wrong or failed, and was not timed:", *map(str, wrong)]))
