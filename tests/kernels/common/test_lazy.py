@@ -49,3 +49,17 @@ def test_what_a_kernel_cannot_serve_is_lowered_to_xla():
     f = jax.jit(lambda q, k, v: frugax.kernels.linear_attention(q, k, v))
     assert "mosaic_gpu" not in f.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     assert "tpu_custom_call" in f.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_cpu_holds_no_array_that_only_a_tpu_reads():
+    """The states that a TPU's forward pass keeps for its gradient, one in 128 tokens: [B, T / 128, N, D]."""
+    B, T, D, N, layers = 2, 1280, 48, 16, 5
+    rows = jnp.ones((B, T, N))
+
+    def layer(x, _):
+        return frugax.kernels.selective_scan(x, x, -jnp.ones((D, N)), rows, rows)[0], None
+
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jax.lax.scan(layer, x, None, length=layers)[0])))
+    text = gradient.lower(jnp.ones((B, T, D))).compile().as_text()
+    assert f"f32[{layers},{B},{T},{D}]" in text  # each layer's input, so that such an array would be found
+    assert f"{B},{T // 128},{N},{D}]" not in text

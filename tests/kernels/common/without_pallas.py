@@ -1,4 +1,4 @@
-"""Call every operation, forward and backward, with a backend or `none`, and see that Pallas is not imported."""
+"""Call every operation, forward and backward, by the backend named or by `none`: Pallas is not loaded."""
 
 import sys
 
