@@ -11,21 +11,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .pallas_gpu_forward import interpreter, log_decay_scratch, parameters
+from ..common.hopper import COLS, F32, ROWS, along_columns, along_rows, launch, swizzled
+from .pallas_gpu_forward import log_decay_scratch
 from .pallas_gpu_tiles import (
     CHUNK,
-    COLS,
-    F32,
     LEVELS,
-    ROWS,
     SQUARE,
-    Tiles,
+    ChunkTiles,
     after,
-    along_columns,
-    along_rows,
     is_query,
     opposite,
-    smem,
     towards_border,
     up_to,
 )
@@ -67,16 +62,16 @@ def gradients(
     per_channel, exclusive = log_decay is not None, bonus is not None
     groups = [H // a.shape[2] for a in (q, k, v)]
     group_rows = H // rows.shape[1]
-    tiles = Tiles(interpret)
+    tiles = ChunkTiles(interpret)
     d_types = [q.dtype if group == 1 else F32 for group in groups[:2]]
     scratch = dict(
-        q_tile=smem(SQUARE, q.dtype),
-        k_tile=smem(SQUARE, q.dtype),
-        v_tile=smem(SQUARE, q.dtype),
-        d_out_tile=smem(SQUARE, q.dtype),
-        state_tile=smem(SQUARE, q.dtype),
-        d_state_tile=smem(SQUARE, q.dtype),
-        d_tiles=[smem(SQUARE, dtype) if dtype == F32 else None for dtype in d_types],
+        q_tile=swizzled(SQUARE, q.dtype),
+        k_tile=swizzled(SQUARE, q.dtype),
+        v_tile=swizzled(SQUARE, q.dtype),
+        d_out_tile=swizzled(SQUARE, q.dtype),
+        state_tile=swizzled(SQUARE, q.dtype),
+        d_state_tile=swizzled(SQUARE, q.dtype),
+        d_tiles=[swizzled(SQUARE, dtype) if dtype == F32 else None for dtype in d_types],
         row_tile=plgpu.SMEM((6, CHUNK), F32),
         sums_tile=plgpu.SMEM((4, CHUNK), F32),
         arrived=plgpu.Barrier(num_arrivals=3 + per_channel + exclusive),
@@ -84,7 +79,7 @@ def gradients(
         **log_decay_scratch(log_decay, (), q.dtype),
     )
     if per_channel:
-        scratch["scaled"] = smem(SQUARE, q.dtype)
+        scratch["scaled"] = swizzled(SQUARE, q.dtype)
         scratch["tokens"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if exclusive:
         scratch["bonus_tile"] = plgpu.SMEM((64,), F32)
@@ -260,9 +255,7 @@ def gradients(
         scratch_types=scratch,
         grid=(B, H, T // CHUNK * (K // 64)),
         grid_names=("b", "h", "block"),
-        compiler_params=parameters(),
-        interpret=interpreter(interpret),
-        kernel_name="linear_attention_gradients",
+        **launch("linear_attention_gradients", interpret=interpret, approx_math=True),
     )(*operands)
 
 

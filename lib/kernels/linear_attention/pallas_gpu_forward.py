@@ -13,34 +13,20 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common import compat
+from ..common.hopper import COLS, F32, ROWS, along_columns, along_rows, launch, swizzled
 from .pallas_gpu_tiles import (
     CHUNK,
-    COLS,
-    F32,
     LEVELS,
-    ROWS,
     SQUARE,
-    Tiles,
+    ChunkTiles,
     after,
-    along_columns,
-    along_rows,
     is_query,
     only,
     opposite,
-    smem,
     towards_border,
     up_to,
 )
 from .tiling_gpu import Tiling
-
-
-def interpreter(interpret: bool):
-    return compat.gpu_interpret_params() if interpret else False
-
-
-def parameters() -> plgpu.CompilerParams:
-    return compat.gpu_params(approx_math=True)
 
 
 def log_decay_scratch(log_decay: Array | None, slots: tuple[int, ...], dtype) -> dict:
@@ -49,8 +35,8 @@ def log_decay_scratch(log_decay: Array | None, slots: tuple[int, ...], dtype) ->
         return {}
     parts = 1 if log_decay.dtype == jnp.bfloat16 else 2
     return dict(
-        decay=smem((*slots, CHUNK, 64), log_decay.dtype),
-        parts=[smem((CHUNK, 64), dtype) for _ in range(parts)],
+        decay=swizzled((*slots, CHUNK, 64), log_decay.dtype),
+        parts=[swizzled((CHUNK, 64), dtype) for _ in range(parts)],
     )
 
 
@@ -89,19 +75,19 @@ def states(
     wide = tiling.state_values
     tile = (64, wide)
     group_x, group_y, group_rows = heads // x.shape[2], heads // y.shape[2], heads // rows.shape[1]
-    tiles = Tiles(interpret)
+    tiles = ChunkTiles(interpret)
     stages = min(steps, tiling.stages)
     scratch = dict(
-        x_tile=smem((stages, CHUNK, 64), x.dtype),
-        y_tile=smem((stages, CHUNK, wide), x.dtype),
+        x_tile=swizzled((stages, CHUNK, 64), x.dtype),
+        y_tile=swizzled((stages, CHUNK, wide), x.dtype),
         row_tile=plgpu.SMEM((stages, 2, CHUNK), F32),
-        weighed=smem((CHUNK, wide if log_decay is None else 64), x.dtype),
-        state_tile=smem(tile, x.dtype),
+        weighed=swizzled((CHUNK, wide if log_decay is None else 64), x.dtype),
+        state_tile=swizzled(tile, x.dtype),
         arrived=plgpu.Barrier(num_arrivals=3 if log_decay is None else 4, num_barriers=stages),
         **log_decay_scratch(log_decay, (stages,), x.dtype),
     )
     if log_decay is not None:
-        scratch["ones"] = smem((CHUNK, 64), x.dtype)
+        scratch["ones"] = swizzled((CHUNK, 64), x.dtype)
     operands = [a for a in (x, y, rows, log_decay, initial) if a is not None]
 
     def body(*refs):
@@ -192,9 +178,9 @@ def states(
         # One after the other, so that the three share their memory.
         state = tiles.full(tile, 0)
         if initial is not None:
-            state = pl.run_scoped(read_edge, smem(tile, F32), plgpu.Barrier())
+            state = pl.run_scoped(read_edge, swizzled(tile, F32), plgpu.Barrier())
         state = pl.run_scoped(partial(walk, state), **scratch)
-        pl.run_scoped(write_edge, smem(tile, F32))
+        pl.run_scoped(write_edge, swizzled(tile, F32))
 
     return plgpu.kernel(
         body,
@@ -204,9 +190,9 @@ def states(
         ),
         grid=(B, heads, K // 64 * (V // wide)),
         grid_names=("b", "h", "block"),
-        compiler_params=parameters(),
-        interpret=interpreter(interpret),
-        kernel_name="linear_attention_states" + ("_reverse" if reverse else ""),
+        **launch(
+            "linear_attention_states" + ("_reverse" if reverse else ""), interpret=interpret, approx_math=True
+        ),
     )(*operands)
 
 
@@ -250,19 +236,19 @@ def outputs(
     diagonal_apart = per_channel or bonus is not None
     groups = [H // a.shape[2] for a in (x, z, y)]
     group_rows = H // rows.shape[1]
-    tiles = Tiles(interpret)
+    tiles = ChunkTiles(interpret)
     scratch = dict(
-        x_tile=smem(SQUARE, x.dtype),
-        z_tile=smem(SQUARE, x.dtype),
-        state_tile=smem(tile, x.dtype),
-        y_tile=smem(tile, x.dtype),
+        x_tile=swizzled(SQUARE, x.dtype),
+        z_tile=swizzled(SQUARE, x.dtype),
+        state_tile=swizzled(tile, x.dtype),
+        y_tile=swizzled(tile, x.dtype),
         row_tile=plgpu.SMEM((4, CHUNK), F32),
         arrived=plgpu.Barrier(num_arrivals=3 + per_channel + (bonus is not None)),
         rest_arrived=plgpu.Barrier(num_arrivals=2),
         **log_decay_scratch(log_decay, (), x.dtype),
     )
     if per_channel:
-        scratch["scaled"] = smem(SQUARE, x.dtype)
+        scratch["scaled"] = swizzled(SQUARE, x.dtype)
         scratch["tokens"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if bonus is not None:
         scratch["bonus_tile"] = plgpu.SMEM((64,), F32)
@@ -368,7 +354,9 @@ def outputs(
         scratch_types=scratch,
         grid=(B, H, T // CHUNK * (V // wide)),
         grid_names=("b", "h", "block"),
-        compiler_params=parameters(),
-        interpret=interpreter(interpret),
-        kernel_name="linear_attention_outputs" + ("_reverse" if reverse else ""),
+        **launch(
+            "linear_attention_outputs" + ("_reverse" if reverse else ""),
+            interpret=interpret,
+            approx_math=True,
+        ),
     )(*operands)

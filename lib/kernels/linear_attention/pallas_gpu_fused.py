@@ -12,8 +12,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .pallas_gpu_forward import interpreter, parameters
-from .pallas_gpu_tiles import CHUNK, COLS, F32, ROWS, SQUARE, Tiles, along_columns, along_rows, smem
+from ..common.hopper import COLS, F32, ROWS, along_columns, along_rows, launch, swizzled
+from .pallas_gpu_tiles import CHUNK, SQUARE, ChunkTiles
 
 WIDE = 64  # channels of y that one program works on
 
@@ -52,14 +52,14 @@ def walk(
     stages = min(2, steps)
     groups = [heads // a.shape[2] for a in (x, z, y)]
     group_rows = heads // rows.shape[1]
-    tiles = Tiles(interpret)
+    tiles = ChunkTiles(interpret)
     scratch = dict(
-        x_tile=smem((stages, CHUNK, K), x.dtype),
-        z_tile=smem((stages, CHUNK, K), x.dtype),
-        y_tile=smem((stages, *tile), x.dtype),
+        x_tile=swizzled((stages, CHUNK, K), x.dtype),
+        z_tile=swizzled((stages, CHUNK, K), x.dtype),
+        y_tile=swizzled((stages, *tile), x.dtype),
         row_tile=plgpu.SMEM((stages, 6, CHUNK), F32),
-        weighed=smem(tile, x.dtype),
-        state_tile=smem(state_shape, x.dtype),
+        weighed=swizzled(tile, x.dtype),
+        state_tile=swizzled(state_shape, x.dtype),
         arrived=plgpu.Barrier(num_arrivals=4, num_barriers=stages),
     )
     operands = [a for a in (x, z, y, rows, initial) if a is not None]
@@ -150,10 +150,10 @@ def walk(
         # One after the other, so that the three share their memory.
         state = tiles.full(state_shape, 0)
         if initial is not None:
-            state = pl.run_scoped(read_edge, smem(state_shape, F32), plgpu.Barrier())
+            state = pl.run_scoped(read_edge, swizzled(state_shape, F32), plgpu.Barrier())
         state = pl.run_scoped(partial(over_chunks, state), **scratch)
         plgpu.wait_smem_to_gmem(0)
-        pl.run_scoped(write_edge, smem(state_shape, F32))
+        pl.run_scoped(write_edge, swizzled(state_shape, F32))
 
     out_type = [
         jax.ShapeDtypeStruct((B, T, heads, V), y.dtype),
@@ -166,8 +166,8 @@ def walk(
         out_type=tuple(out_type),
         grid=(B, heads, V // WIDE),
         grid_names=("b", "h", "block"),
-        compiler_params=parameters(),
-        interpret=interpreter(interpret),
-        kernel_name="linear_attention_walk" + ("_reverse" if reverse else ""),
+        **launch(
+            "linear_attention_walk" + ("_reverse" if reverse else ""), interpret=interpret, approx_math=True
+        ),
     )(*operands)
     return out, last, states[0] if reverse else None

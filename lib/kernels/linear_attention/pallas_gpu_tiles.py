@@ -10,101 +10,22 @@ tensor cores, with the log-decays split into two bfloat16 parts. A sum over a ra
 gates cost no digits.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..common.hopper import F32, ROWS, Tiles, along_rows
 
 CHUNK = 64
 LEVELS = 6  # 2**6 == CHUNK
 SQUARE = (CHUNK, CHUNK)
-F32 = jnp.float32
-TILE = plgpu.Layout.WGMMA
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of a tile
-COLS = plgpu.Layout.WGMMA.reduce(0)  # one value a column
 SMALLEST_LOG = -1e4  # exp of it is 0; keeps log_decay = -inf out of 0 * inf
 
 
-def smem(shape: tuple[int, ...], dtype):
-    """A buffer that both the copy engine and wgmma read: rows of 128 bytes, swizzled."""
-    columns = 128 // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
-    )
-
-
-def along_rows(x: Array, shape: tuple[int, int]) -> Array:
-    """x[i] at every [i, j]; x in layout ROWS."""
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
-def along_columns(x: Array, shape: tuple[int, int]) -> Array:
-    """x[j] at every [i, j]; x in layout COLS."""
-    return lax.broadcast_in_dim(x, shape, [1])
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Registers and products inside one kernel.
-
-    Interpreted, there are no register layouts, and a product is XLA's: the interpreters of jax 0.10 to 0.12
-    miss parts of `wgmma` (operands in registers) and `pl.run_state`.
-    """
-
-    interpret: bool
-
-    def cast(self, x: Array, layout=TILE) -> Array:
-        return x if self.interpret else plgpu.layout_cast(x, layout)
-
-    def load(self, ref, layout=TILE) -> Array:
-        """The values of a shared-memory buffer as float32 registers."""
-        return self.cast(ref[...], layout).astype(F32)
-
-    def transposed(self, ref):
-        return ref[...].T if self.interpret else plgpu.transpose_ref(ref, (1, 0))
-
-    def full(self, shape: tuple[int, int], value: int, dtype=F32) -> Array:
-        return self.cast(jnp.full(shape, value, dtype))
-
-    def multiply(self, shape: tuple[int, int], *pairs) -> Array:
-        """The float32 sum of a @ b over pairs (a, b); a in shared memory or registers, b in shared memory."""
-        if self.interpret:
-            return self._interpreted(pairs)
-
-        def body(accumulator):
-            for a, b in pairs:
-                plgpu.wgmma(accumulator, a, b)
-            return accumulator[...]
-
-        # Reading an accumulator is a wait without a data dependency: the barrier keeps its uses behind it.
-        return lax.optimization_barrier(pl.run_scoped(body, plgpu.ACC(shape, F32)))
-
-    def add_products(self, total: Array, *pairs) -> Array:
-        """`total` plus the products, in total's registers."""
-        return self.add_each((total, *pairs))[0]
-
-    def add_each(self, *sums) -> tuple[Array, ...]:
-        """Several (total, pair, ...) at once: one wait for all."""
-        if self.interpret:
-            return tuple(total + self._interpreted(pairs) for total, *pairs in sums)
-
-        def body(accumulators):
-            for accumulator, (_, *pairs) in zip(accumulators, sums, strict=True):
-                for a, b in pairs:
-                    plgpu.wgmma(accumulator, a, b)
-
-        totals = tuple(plgpu.ACC.init(total) for total, *_ in sums)
-        return tuple(lax.optimization_barrier(pl.run_state(body)(totals)))
-
-    def _interpreted(self, pairs) -> Array:
-        def wide(x):
-            return (x if isinstance(x, Array) else x[...]).astype(F32)
-
-        return sum(jnp.dot(wide(a), wide(b), precision="highest") for a, b in pairs)
+class ChunkTiles(Tiles):
+    """Tiles of a chunk's tokens, and of pairs of them."""
 
     def row_and_column(self) -> tuple[Array, Array]:
         """i and j at every [i, j] of a [CHUNK, CHUNK] tile."""

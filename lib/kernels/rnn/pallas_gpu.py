@@ -13,16 +13,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common import compat
+from ..common import compat, hopper
+from ..common.hopper import F32, Tiles, along_rows, swizzled
 from ..common.tiling import round_up
-from ..linear_attention.pallas_gpu_tiles import ROWS as ALONG_ROWS
-from ..linear_attention.pallas_gpu_tiles import Tiles, along_rows
 from .cells import Cell
 from .inputs import Inputs
 from .tiling import ROWS, GPUTiling, Shape, for_gpu
 from .tokens import matrix_gradients, pre_activations
 
-F32, BF16 = jnp.float32, jnp.bfloat16
+BF16 = jnp.bfloat16
 
 
 def unsupported_reason(call: Inputs) -> str | None:
@@ -125,13 +124,7 @@ class _Walk:
 
     def tile(self, shape: tuple[int, ...], dtype):
         """Shared memory for the copy engine and wgmma, whose operands are swizzled alike."""
-        size = jnp.dtype(dtype).itemsize
-        swizzle = min(128, self.N * size)
-        return plgpu.SMEM(
-            shape,
-            dtype,
-            transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)),
-        )
+        return swizzled(shape, dtype, min(128, self.N * jnp.dtype(dtype).itemsize))
 
     def tokens(self, n: int, dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((self.T * self.H * n * self.D, self.batches * self.N), dtype)
@@ -174,9 +167,7 @@ class _Walk:
         return dict(
             grid=(self.batches, self.H),
             grid_names=("b", "h"),
-            compiler_params=compat.gpu_params(approx_math=True),
-            interpret=compat.gpu_interpret_params() if self.interpret else False,
-            kernel_name=name,
+            **hopper.launch(name, interpret=self.interpret, approx_math=True),
         )
 
     # Inside a kernel.
@@ -258,7 +249,7 @@ def _forward_kernel(
             if walk.packed:
                 fresh = tiles.load(start_tile.at[slot, walk.part(0, d)]) > 0.5
                 r, state = ([jnp.where(fresh, zeros, y) for y in ys] for ys in (r, state))
-            biases = (tiles.load(bias.at[g, pl.ds(d, ROWS)], ALONG_ROWS) for g in range(G))
+            biases = (tiles.load(bias.at[g, pl.ds(d, ROWS)], hopper.ROWS) for g in range(G))
             r = [y + along_rows(b, y.shape) for y, b in zip(r, biases, strict=True)]
             x = [tiles.load(x_tile.at[slot, walk.part(g, d)]) for g in range(G)]
             reads = [state[s] for s in cell.reads]
