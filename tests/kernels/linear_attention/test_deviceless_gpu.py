@@ -44,11 +44,11 @@ def call_of(decay, K, V, *, heads=(4, 4, 4), T=256, rich=False, gate=jnp.float32
 @pytest.mark.parametrize(
     ("decay", "K", "V", "more"),
     [
-        (None, 64, 64, {}),
-        ("h", 128, 64, {"T": 100}),
+        pytest.param(None, 64, 64, {}, marks=pytest.mark.full),
+        pytest.param("h", 128, 64, {"T": 100}, marks=pytest.mark.full),
         ("bth", 256, 256, {"rich": True, "heads": (1, 1, 4)}),
         ("bthk", 64, 64, {"rich": True, "heads": (4, 2, 2), "T": 1}),
-        ("bthk", 256, 256, {"gate": jnp.bfloat16}),
+        pytest.param("bthk", 256, 256, {"gate": jnp.bfloat16}, marks=pytest.mark.full),
         ("bthk", 80, 40, {}),
     ],
     ids=str,

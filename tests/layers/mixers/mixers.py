@@ -36,6 +36,18 @@ MIXERS = {
     "Based": ("Based", {"heads": 2, "key_size": 3, "window": 4}),
 }
 
+# Parameters that another entry of their class stands for in packing and precision, but in the full tier.
+VARIANTS = {
+    "LinearAttention-taylor",
+    "LinearAttention-learned",
+    "LinearAttention-sum",
+    "FlashRNN-gru",
+    "FlashRNN-elman",
+    "Mamba-norms",
+    "Mamba-constant",
+    "SlidingWindowAttention-long",
+}
+
 
 def make(name, *, batch=2, time=13, dtype=jnp.float64, **more):
     """(module, variables, x), with parameters far from zeros and ones, so that each of them matters."""

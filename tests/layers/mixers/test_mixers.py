@@ -10,13 +10,17 @@ import pytest
 import frugax
 from tests.errors import assert_close
 
-from .mixers import MIXERS, WIDTH, make
+from .mixers import MIXERS, VARIANTS, WIDTH, make
 
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+
+
 # A mixer's tests run in one worker, which compiles `whole` once for them.
-together = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"mixer {name}")) for name in MIXERS]
-)
+def together(*, full=()):
+    def marks(name):
+        return [pytest.mark.xdist_group(f"mixer {name}"), *([pytest.mark.full] if name in full else [])]
+
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in MIXERS])
 
 
 def dtype_of(name):
@@ -68,7 +72,7 @@ def whole_call(name):
         return jax.tree.map(np.asarray, value_and_grads(module.apply, variables, x))
 
 
-@together
+@together()
 def test_whole_is_chunked_is_token_by_token(name):
     whole = whole_call(name)
     with jax.enable_x64(True):
@@ -79,7 +83,7 @@ def test_whole_is_chunked_is_token_by_token(name):
         assert_close(tokens, whole, dtype_of(name), name="tokens")
 
 
-@every_mixer
+@together(full=VARIANTS)
 def test_packed_is_separate(name):
     # (row, start) of the documents of each length: row 0 holds 3 + 1 + 9 tokens, row 1 holds 9 + 3 + 1.
     documents = {3: [(0, 0), (1, 9)], 1: [(0, 3), (1, 12)], 9: [(0, 4), (1, 0)]}
@@ -106,7 +110,7 @@ def test_packed_is_separate(name):
         assert_close(chunks, want["out"], dtype_of(name), name="chunks")
 
 
-@together
+@together(full=VARIANTS)
 def test_half_precision_in_half_precision_out(name):
     module, variables, x = make(name, dtype=jnp.float32)
     want, _ = whole_call(name)["out"]
@@ -154,23 +158,23 @@ def test_segment_ids_that_cannot_be_right(name):
     class_name, arguments = MIXERS[name]
     module, x = getattr(frugax.layers, class_name)(**arguments), jnp.ones((2, 3, WIDTH))
     for ids in (jnp.ones((2, 4), jnp.int32), jnp.ones((2, 3))):
-        with pytest.raises(ValueError, match=r"segment_ids: got .* integers \[2, 3\] fit"):
+        with pytest.raises(ValueError, match=r"segment_ids: got .* expected integers \[2, 3\]"):
             module.init(jax.random.key(0), x, segment_ids=ids)
 
 
 @pytest.mark.parametrize("name", sorted({c for c, a in MIXERS.values() if "heads" in a}))
 @pytest.mark.parametrize("heads", [5, 0])
 def test_heads_that_do_not_divide_the_width(name, heads):
-    with pytest.raises(ValueError, match=f"heads: got {heads}; a number >= 1 that divides width"):
+    with pytest.raises(ValueError, match=f"heads: got {heads}; expected a number >= 1 that divides width"):
         getattr(frugax.layers, name)(heads=heads).init(jax.random.key(0), jnp.ones((1, 2, WIDTH)))
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("LinearAttention", {"feature_map": "cosine"}, "feature_map: got 'cosine'; one of elu"),
+        ("LinearAttention", {"feature_map": "cosine"}, "feature_map: got 'cosine'; expected one of elu"),
         ("SlidingWindowAttention", {"window": 0}, "window: got 0"),
-        ("Retention", {"heads": 12}, "heads of 1 channels; an even number fits"),
+        ("Retention", {"heads": 12}, "heads of 1 channels; expected an even number"),
         ("GatedConvolution", {"width": 0}, "width: got 0"),
         ("GatedConvolution", {"expand": 0}, "expand: got 0"),
         ("MLGRU", {"backend": "cuda"}, "backend: got 'cuda'"),
