@@ -33,8 +33,8 @@ from .modules.rotary import positions, rotary
 from .modules.short_conv import ShortConv
 from .modules.spiking import lif, spike
 from .modules.stable_embedding import StableEmbedding
+from .vision.blocks import EVSS, VSS, InvertedResidual, SqueezeExcite
 from .vision.selective_scan_2d import SelectiveScan2D
-from .vision.vision_mamba import EVSS, VSS, InvertedResidual, SqueezeExcite, VisionMamba
 
 __all__ = [
     "EVSS",
@@ -84,8 +84,8 @@ __all__ = [
     "transnormer_block",
 ]
 
-# Models stand on layers, so they are loaded when asked for by these names of theirs.
-_MODELS = ("ConvEmbedding", "Decoder", "DecoderState", "LMUFormer", "pretrained")
+# Models stand on layers, so these names of theirs are loaded only when asked for.
+_MODELS = ("ConvEmbedding", "Decoder", "DecoderState", "LMUFormer", "VisionMamba", "pretrained")
 
 
 def __getattr__(name: str) -> Any:

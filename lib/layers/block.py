@@ -60,7 +60,9 @@ class Block:
         _check_args("norm_args", self.norm_class, self.norm_args)
         _check_args("mixer_args", self.mixer_class, self.mixer_args)
         if self.channel is None and self.channel_args:
-            raise ValueError(f"channel_args: got {dict(self.channel_args)} without a channel mixer; none fit")
+            raise ValueError(
+                f"channel_args: got {dict(self.channel_args)} without a channel mixer; expected none"
+            )
         if self.channel is not None:
             _check_args("channel_args", self.channel_class, self.channel_args)
 
@@ -91,7 +93,9 @@ def _find(field: str, name: str | type, names: tuple[str, ...], base: type) -> t
     if isinstance(name, type) and _is_class(name, base):
         return name
     if name not in names:
-        raise ValueError(f"{field}: got {name!r}; one of {', '.join(names)}, or a {base.__name__} class fits")
+        raise ValueError(
+            f"{field}: got {name!r}; expected one of {', '.join(names)}, or a {base.__name__} class"
+        )
     return getattr(importlib.import_module(__package__), name)
 
 
@@ -99,7 +103,7 @@ def _check_args(field: str, module: type[nn.Module], args: tuple[tuple[str, Any]
     known = [f.name for f in dataclasses.fields(module) if f.name not in _FROM_DECODER]
     for name, _ in args:
         if name not in known:
-            raise ValueError(f"{field}: {module.__name__} takes no {name!r}; {', '.join(known)} fit")
+            raise ValueError(f"{field}: {module.__name__} takes no {name!r}; expected {', '.join(known)}")
 
 
 def _hashable(value: Any) -> Any:
@@ -124,26 +128,26 @@ class BlockLayer(nn.Module):
         segment_ids: Array | None,
         new_document: Array | None,
     ) -> tuple[Array, Any]:
-        numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out_scale = (2 * self.depth) ** -0.5  # two additions to the residual stream a layer
         if new_document is not None:
             state = jax.tree.map(lambda leaf: _zero_rows(leaf, new_document), state)
 
         mixer = self.block.mixer_class(
-            **dict(self.block.mixer_args), **numbers, backend=self.backend, out_scale=out_scale, name="mixer"
+            **dict(self.block.mixer_args), **dtypes, backend=self.backend, out_scale=out_scale, name="mixer"
         )
         y, state = mixer(
-            self._norm("mixer_norm", numbers)(x), state=state, segment_ids=segment_ids, **over_depth
+            self._norm("mixer_norm", dtypes)(x), state=state, segment_ids=segment_ids, **over_depth
         )
         x = x + y
         if self.block.channel is not None:
             args = dict(self.block.channel_args)
-            channel = self.block.channel_class(**args, **numbers, out_scale=out_scale, name="channel")
-            x = x + channel(self._norm("channel_norm", numbers)(x))
+            channel = self.block.channel_class(**args, **dtypes, out_scale=out_scale, name="channel")
+            x = x + channel(self._norm("channel_norm", dtypes)(x))
         return x, state
 
-    def _norm(self, name: str, numbers: dict[str, Any]) -> nn.Module:
-        return self.block.norm_class(**dict(self.block.norm_args), **numbers, name=name)
+    def _norm(self, name: str, dtypes: dict[str, Any]) -> nn.Module:
+        return self.block.norm_class(**dict(self.block.norm_args), **dtypes, name=name)
 
 
 def _zero_rows(leaf: Array, rows: Array) -> Array:

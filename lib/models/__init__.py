@@ -3,5 +3,6 @@
 from . import pretrained as pretrained
 from .decoder import Decoder, DecoderState
 from .lmuformer import ConvEmbedding, LMUFormer
+from .vision_mamba import VisionMamba
 
-__all__ = ["ConvEmbedding", "Decoder", "DecoderState", "LMUFormer", "pretrained"]
+__all__ = ["ConvEmbedding", "Decoder", "DecoderState", "LMUFormer", "VisionMamba", "pretrained"]

@@ -12,11 +12,11 @@ from jax.typing import ArrayLike, DTypeLike
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.operation import Backend, check_backend
 from ..layers.block import Block, BlockLayer
-from ..layers.mixers.mixer import check_segment_ids
+from ..layers.modules.inputs import check_segment_ids
 
 
 class DecoderState(NamedTuple):
-    """What a decoder carries from call to call.
+    """The state that a decoder carries from call to call.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -142,13 +142,15 @@ class Decoder(nn.Module):
     def _check(self, tokens: Array, state: DecoderState | None, segment_ids: Array | None) -> None:
         for name in ("vocab_size", "width", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; a number >= 1 fits")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a number >= 1")
         if not self.blocks or not all(isinstance(block, Block) for block in self.blocks):
-            raise ValueError(f"blocks: got {self.blocks!r}; a tuple of at least one frugax.layers.Block fits")
+            raise ValueError(
+                f"blocks: got {self.blocks!r}; expected a tuple of at least one frugax.layers.Block"
+            )
         check_backend(self.backend)
         if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
-                f"tokens: got {tokens.dtype}{list(tokens.shape)}; integers [batch, time >= 1] fit"
+                f"tokens: got {tokens.dtype}{list(tokens.shape)}; expected integers [batch, time >= 1]"
             )
         check_segment_ids(segment_ids, tokens.shape)
         if state is None:
@@ -160,7 +162,7 @@ class Decoder(nn.Module):
             shapes = sorted({leaf.shape[:2] for leaf in leaves})
             raise ValueError(
                 f"state: got {len(state.layers)} blocks of [repeats, batch] {shapes}; "
-                f"{len(self.blocks)} blocks of ({self.repeats}, {tokens.shape[0]}) fit"
+                f"expected {len(self.blocks)} blocks of ({self.repeats}, {tokens.shape[0]})"
             )
 
 
@@ -187,7 +189,7 @@ class _Layers(nn.Module):
 
 
 def _documents(state: DecoderState | None, segment_ids: Array | None) -> tuple[Array | None, Array | None]:
-    """Which rows start a new document with this call [B] (None: none), and the last token's ids [B]."""
+    """Rows that start a new document with this call [B] (None: none), and the last token's ids [B]."""
     before = None if state is None else state.last_segment
     if segment_ids is None:
         return None, before

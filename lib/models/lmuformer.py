@@ -11,14 +11,16 @@ from jax.typing import DTypeLike
 
 from ..kernels import linear_recurrence
 from ..kernels.common.arguments import accumulator
+from ..kernels.common.documents import documents
 from ..layers.block import Block
-from ..layers.mixers.mixer import check_input, scaled_dense
+from ..layers.modules.inputs import check_input
 from ..layers.modules.norms import RMSNorm
+from ..layers.modules.scaled_dense import scaled_dense
 from ..layers.modules.spiking import lif
 
 
 class LMUFormerState(NamedTuple):
-    """What the embedding and the blocks carry, and the sum and number of the tokens read [B, width + 1]."""
+    """States of the embedding and the blocks, and the sum and number of the tokens read [B, width + 1]."""
 
     embedding: Any
     blocks: Any
@@ -77,12 +79,12 @@ class LMUFormer(nn.Module):
         check_input(x, segment_ids)
         for name in ("classes", "width", "depth"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; a number >= 1 fits")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a number >= 1")
         block = Block(self.mixer, None, self.mixer_args or {})
-        numbers = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
+        dtypes = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
         before = LMUFormerState(None, None, None) if state is None else state
 
-        embed = ConvEmbedding(self.width, self.taps, self.spiking, **numbers, name="embedding")
+        embed = ConvEmbedding(self.width, self.taps, self.spiking, **dtypes, name="embedding")
         x, embedding = embed(x, state=before.embedding, segment_ids=segment_ids)
         blocks = nn.scan(
             _Block,
@@ -90,10 +92,10 @@ class LMUFormer(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
-        )(block, self.expand, self.spiking, self.depth, **numbers, name="blocks")
+        )(block, self.expand, self.spiking, self.depth, **dtypes, name="blocks")
         x, states = blocks(x, before.blocks, segment_ids)
 
-        x = RMSNorm(**numbers, name="norm")(x).astype(accumulator(x.dtype))
+        x = RMSNorm(**dtypes, name="norm")(x).astype(accumulator(x.dtype))
         counted = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         totals, total = linear_recurrence(
             jnp.ones_like(counted), counted, initial_state=before.total, segment_ids=segment_ids
@@ -137,15 +139,15 @@ class ConvEmbedding(nn.Module):
     ) -> tuple[Array, tuple[tuple[Array, ...], tuple[Array, ...]]]:
         check_input(x, segment_ids)
         if self.taps < 1:
-            raise ValueError(f"taps: got {self.taps}; a number >= 1 fits")
-        numbers = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
-        x = x.astype(numbers["dtype"])
+            raise ValueError(f"taps: got {self.taps}; expected a number >= 1")
+        dtypes = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
+        x = x.astype(dtypes["dtype"])
         inputs, potentials = ((None,) * 5, (None,) * 4) if state is None else state
         after, fired = [], []
         for i in range(5):
             last = x
             if i:
-                x = RMSNorm(**numbers, name=f"norm_{i}")(x)
+                x = RMSNorm(**dtypes, name=f"norm_{i}")(x)
                 if self.spiking:
                     x, v = lif(x, initial_state=potentials[i - 1], segment_ids=segment_ids)
                     fired.append(v)
@@ -153,9 +155,7 @@ class ConvEmbedding(nn.Module):
                     x = jax.nn.relu(x)
             x_BTWC, seen = _windows(x, self.taps, inputs[i], segment_ids)
             after.append(seen)
-            x = nn.DenseGeneral(self.width, axis=(-2, -1), use_bias=False, **numbers, name=f"conv_{i}")(
-                x_BTWC
-            )
+            x = nn.DenseGeneral(self.width, axis=(-2, -1), use_bias=False, **dtypes, name=f"conv_{i}")(x_BTWC)
         return last + x, (tuple(after), tuple(fired))
 
 
@@ -165,12 +165,11 @@ def _windows(x_BTC: Array, taps: int, before: Array | None, segment_ids: Array |
     if before is None:
         before = jnp.zeros((B, taps - 1, C), x_BTC.dtype)
     x = jnp.concatenate([before.astype(x_BTC.dtype), x_BTC], axis=1)
-    run = jnp.zeros((B, T), jnp.int32)  # which document of this call a token is in
-    if segment_ids is not None:
-        run = run.at[:, 1:].set(jnp.cumsum(segment_ids[:, 1:] != segment_ids[:, :-1], 1, jnp.int32))
-    run_of_x = jnp.pad(run, ((0, 0), (taps - 1, 0)))
-    windows = [jnp.where((run_of_x[:, i : i + T] == run)[..., None], x[:, i : i + T], 0) for i in range(taps)]
-    last = jnp.where((run_of_x == run[:, -1:])[..., None], x, 0)[:, T:]
+    packed = documents(segment_ids, B, T)
+    index = jnp.zeros((B, T), jnp.int32) if packed is None else packed.index
+    padded = jnp.pad(index, ((0, 0), (taps - 1, 0)))
+    windows = [jnp.where((padded[:, i : i + T] == index)[..., None], x[:, i : i + T], 0) for i in range(taps)]
+    last = jnp.where((padded == index[:, -1:])[..., None], x, 0)[:, T:]
     return jnp.stack(windows, axis=2), last
 
 
@@ -186,24 +185,24 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, state: Any, segment_ids: Array | None) -> tuple[Array, Any]:
-        numbers = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out_scale = (2 * self.depth) ** -0.5
         mixed, potentials = (None, (None, None)) if state is None else state
         mixer = self.block.mixer_class(
-            **dict(self.block.mixer_args), **numbers, out_scale=out_scale, name="mixer"
+            **dict(self.block.mixer_args), **dtypes, out_scale=out_scale, name="mixer"
         )
-        y, mixed = mixer(RMSNorm(**numbers, name="mixer_norm")(x), state=mixed, segment_ids=segment_ids)
+        y, mixed = mixer(RMSNorm(**dtypes, name="mixer_norm")(x), state=mixed, segment_ids=segment_ids)
         x = x + y
 
         hidden, out = round(self.expand * x.shape[-1]), x.shape[-1]
-        y = RMSNorm(**numbers, name="channel_norm")(x)
+        y = RMSNorm(**dtypes, name="channel_norm")(x)
         fired: list[Array] = []
         if self.spiking:
             y, v = lif(y, initial_state=potentials[0], segment_ids=segment_ids)
             fired.append(v)
         y = scaled_dense(hidden, 1.0, self.dtype, self.param_dtype, name="channel_in")(y)
         if self.spiking:
-            y = RMSNorm(**numbers, name="hidden_norm")(y)
+            y = RMSNorm(**dtypes, name="hidden_norm")(y)
             y, v = lif(y, initial_state=potentials[1], segment_ids=segment_ids)
             fired.append(v)
         else:

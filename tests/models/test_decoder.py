@@ -292,14 +292,17 @@ def test_a_mixer_of_ones_own():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mixer": "Attention"}, "mixer: got 'Attention'; one of .*GatedLinearAttention"),
+        ({"mixer": "Attention"}, "mixer: got 'Attention'; expected one of .*GatedLinearAttention"),
         ({"mixer": GLA}, "mixer: got Block"),
-        ({"channel": "MoE"}, "channel: got 'MoE'; one of GLU, MLP"),
-        ({"norm": "BatchNorm"}, "norm: got 'BatchNorm'; one of RMSNorm"),
-        ({"mixer_args": {"head": 4}}, "mixer_args: GatedLinearAttention takes no 'head'; heads, expand_k"),
+        ({"channel": "MoE"}, "channel: got 'MoE'; expected one of GLU, MLP"),
+        ({"norm": "BatchNorm"}, "norm: got 'BatchNorm'; expected one of RMSNorm"),
+        (
+            {"mixer_args": {"head": 4}},
+            "mixer_args: GatedLinearAttention takes no 'head'; expected heads, expand_k",
+        ),
         ({"mixer_args": {"dtype": jnp.bfloat16}}, "takes no 'dtype'"),
-        ({"channel_args": {"width": 4}}, "channel_args: GLU takes no 'width'; expand, activation fit"),
-        ({"norm_args": {"eps": 1e-5}}, "norm_args: RMSNorm takes no 'eps'; epsilon fit"),
+        ({"channel_args": {"width": 4}}, "channel_args: GLU takes no 'width'; expected expand, activation"),
+        ({"norm_args": {"eps": 1e-5}}, "norm_args: RMSNorm takes no 'eps'; expected epsilon"),
         ({"channel": None, "channel_args": {"expand": 4}}, "channel_args: .* without a channel mixer"),
     ],
 )
@@ -317,7 +320,10 @@ def test_blocks_that_cannot_be_right(arguments, message, unchecked_types):
         ({"blocks": ("GatedLinearAttention",)}, "blocks: got .* a tuple of at least one"),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
         ({"blocks": (Block(mixer_args={"heads": 5}),)}, r"heads: got 5; .* width \* expand_k = 8"),
-        ({"blocks": (Block(channel_args={"activation": "tan"}),)}, "activation: got 'tan'; one of 'silu'"),
+        (
+            {"blocks": (Block(channel_args={"activation": "tan"}),)},
+            "activation: got 'tan'; expected one of 'silu'",
+        ),
         ({"blocks": (Block(channel_args={"expand": 0}),)}, "expand: got 0"),
     ],
 )
@@ -331,13 +337,14 @@ def test_decoders_that_cannot_be_right(attributes, message, unchecked_types):
 def test_calls_that_cannot_be_right():
     model, variables, tokens = make(batch=2, time=3)
     for bad in (tokens[0], tokens[:, :0], tokens * 1.0):
-        with pytest.raises(ValueError, match=r"tokens: got .* integers \[batch, time >= 1\] fit"):
+        with pytest.raises(ValueError, match=r"tokens: got .* expected integers \[batch, time >= 1\]"):
             model.apply(variables, bad)
-    with pytest.raises(ValueError, match=r"segment_ids: got int32\[2, 2\]; integers \[2, 3\] fit"):
+    with pytest.raises(ValueError, match=r"segment_ids: got int32\[2, 2\]; expected integers \[2, 3\]"):
         model.apply(variables, tokens, None, tokens[:, :2])
     _, state = model.apply(variables, tokens)
     with pytest.raises(
-        ValueError, match=r"state: got 1 blocks of \[repeats, batch\] \[\(2, 2\)\]; 1 blocks of \(2, 1\)"
+        ValueError,
+        match=r"state: got 1 blocks of \[repeats, batch\] \[\(2, 2\)\]; expected 1 blocks of \(2, 1\)",
     ):
         model.apply(variables, tokens[:1], state)
     with pytest.raises(ValueError, match="state: got 1 blocks"):

@@ -181,7 +181,7 @@ def test_a_spiking_model_sends_spikes_and_learns_through_all_of_it():
         ({"classes": 0}, "classes: got 0"),
         ({"depth": 0}, "depth: got 0"),
         ({"taps": 0}, "taps: got 0"),
-        ({"mixer": "LSTM"}, "mixer: got 'LSTM'; one of"),
+        ({"mixer": "LSTM"}, "mixer: got 'LSTM'; expected one of"),
         ({"mixer_args": {"orders": 3}}, "LMU takes no 'orders'"),
         ({"mixer_args": {"signals": 0}}, "signals: got 0"),
         ({"mixer_args": {"order": 0}}, "order: got 0"),

@@ -122,7 +122,7 @@ def test_wrong_tensors_are_listed_all(folders, tmp_path):
     assert lines[0].split(": ")[0].strip() == "missing"
     assert set(lines[0].split(": ")[1].split(", ")) == {"backbone.norm_f.weight", "backbone.layers.1.mixer.D"}
     assert lines[1] == "  unexpected: backbone.layers.0.mixer.extra, backbone.layers.1.mixer.skip"
-    assert lines[2] == "  misshaped: backbone.layers.2.mixer.x_proj.weight [4, 4] ([12, 40] fits)"
+    assert lines[2] == "  misshaped: backbone.layers.2.mixer.x_proj.weight [4, 4] (expected [12, 40])"
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_wrong_tensors_are_listed_all(folders, tmp_path):
             {"model_type": "llama"},
             "model_type: got 'llama'; one of 'mamba', 'falcon_mamba', 'mamba2'",
         ),
-        ("mamba", {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; 'silu' or 'swish' fits"),
-        ("mamba", {"use_bias": True}, "use_bias: got True; False fits"),
+        ("mamba", {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; expected 'silu' or 'swish'"),
+        ("mamba", {"use_bias": True}, "use_bias: got True; expected False"),
         ("mamba", {"num_hidden_layers": 4}, "missing: backbone.layers.3.norm.weight, "),
         ("mamba", {"num_hidden_layers": 2}, "unexpected: backbone.layers.2.mixer.A_log, "),
         ("mamba", {"tie_word_embeddings": False}, "missing: lm_head.weight$"),
         ("mamba2", {"time_step_limit": [0.001, 0.1]}, r"time_step_limit: got \[0.001, 0.1\]"),
-        ("mamba2", {"head_dim": 12}, "head_dim: got 12; expand . hidden_size / num_heads = 10 fits"),
+        ("mamba2", {"head_dim": 12}, "head_dim: got 12; expected expand . hidden_size / num_heads = 10"),
     ],
 )
 def test_settings_that_do_not_fit(folders, tmp_path, name, config, message):

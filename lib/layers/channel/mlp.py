@@ -6,7 +6,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..mixers.mixer import check_input, scaled_dense
+from ..modules.inputs import check_input
+from ..modules.scaled_dense import scaled_dense
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
 ACTIVATIONS["relu2"] = lambda x: jnp.square(jax.nn.relu(x))
@@ -17,7 +18,9 @@ def activation_fn(name: str | None):
     if name is None:
         return lambda x: x
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation: got {name!r}; one of {', '.join(map(repr, ACTIVATIONS))} or None fits")
+        raise ValueError(
+            f"activation: got {name!r}; expected one of {', '.join(map(repr, ACTIVATIONS))} or None"
+        )
     return ACTIVATIONS[name]
 
 
@@ -85,6 +88,6 @@ class MLP(nn.Module):
 def _prepare(module: GLU | MLP, x: Array):
     check_input(x, None)
     if module.expand <= 0:
-        raise ValueError(f"expand: got {module.expand}; a number above 0 fits")
+        raise ValueError(f"expand: got {module.expand}; expected a number above 0")
     hidden = -8 * (-round(module.expand * x.shape[-1]) // 8)
     return activation_fn(module.activation), module.dtype or x.dtype, hidden

@@ -11,7 +11,7 @@ from .sliding_window import SlidingWindowAttention, WindowState
 
 
 class BasedState(NamedTuple):
-    """What both halves carry; its size sets how much the layer can recall."""
+    """States of both halves; their size sets how much the layer can recall."""
 
     linear: LinearAttentionState
     window: WindowState

@@ -8,8 +8,9 @@ from jax import Array
 
 from ...kernels import rnn
 from ...kernels.rnn.cells import find
+from ..modules.heads import head_size, merge_heads
 from ..modules.norms import HeadLayerNorm
-from .mixer import Mixer, head_size, merge_heads
+from .mixer import Mixer
 
 
 class FlashRNNState(NamedTuple):

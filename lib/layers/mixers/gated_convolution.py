@@ -44,7 +44,7 @@ class GatedConvolution(Mixer):
         x = self.prepare(x, segment_ids)
         D = x.shape[-1]
         if self.expand < 1:
-            raise ValueError(f"expand: got {self.expand}; a whole number >= 1 fits")
+            raise ValueError(f"expand: got {self.expand}; expected a whole number >= 1")
         inner, gate = jnp.split(self.dense(x, 2 * self.expand * D, "in_gate"), 2, axis=-1)
         before = None if state is None else state.conv
         conv = ShortConv(self.width, "silu", self.param_dtype, self.backend, name="conv")

@@ -11,10 +11,11 @@ from jax import Array
 from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
 from ..block import Block
+from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import SimpleRMSNorm
 from ..modules.over_depth import LayerFraction
 from ..modules.rotary import positions
-from .mixer import Mixer, head_size, merge_heads, split_heads
+from .mixer import Mixer
 
 
 class LightningState(NamedTuple):
@@ -41,7 +42,7 @@ def decay_slopes(heads: int) -> np.ndarray:
         ([0.0625, 0.00390625], [0.0625, 0.00390625, 0.25])
     """
     if heads < 1:
-        raise ValueError(f"heads: got {heads}; a number >= 1 fits")
+        raise ValueError(f"heads: got {heads}; expected a number >= 1")
     whole = 2 ** (heads.bit_length() - 1)
     slopes = [2 ** (-8 * h / whole) for h in range(1, whole + 1)]
     slopes += [2 ** (-8 * h / (2 * whole)) for h in range(1, 2 * whole + 1, 2)]

@@ -10,7 +10,8 @@ from jax import Array
 from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
 from ..modules.feature_maps import LearnedMap, elu_plus_one, taylor
-from .mixer import Mixer, head_size, merge_heads, split_heads
+from ..modules.heads import head_size, merge_heads, split_heads
+from .mixer import Mixer
 
 FEATURE_MAPS = ("elu+1", "relu", "taylor", "learned")
 
@@ -88,4 +89,4 @@ class LinearAttention(Mixer):
             return taylor(x * x.shape[-1] ** -0.25)
         if self.feature_map == "learned":
             return LearnedMap(param_dtype=self.param_dtype, name=name)(x)
-        raise ValueError(f"feature_map: got {self.feature_map!r}; one of {', '.join(FEATURE_MAPS)} fits")
+        raise ValueError(f"feature_map: got {self.feature_map!r}; expected one of {', '.join(FEATURE_MAPS)}")

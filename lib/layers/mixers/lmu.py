@@ -61,7 +61,7 @@ class LMU(Mixer):
     ) -> tuple[Array, LMUState]:
         x = self.prepare(x, segment_ids)
         if self.signals < 1:
-            raise ValueError(f"signals: got {self.signals}; a number >= 1 fits")
+            raise ValueError(f"signals: got {self.signals}; expected a number >= 1")
         B, T, D = x.shape
         before = iter([None] * 4 if state is None else state.potentials)
         potentials = []

@@ -68,7 +68,7 @@ class Mamba(Mixer):
         rank = math.ceil(width / 16) if self.dt_rank is None else self.dt_rank
         for name, size in (("state_size", N), ("dt_rank", rank)):
             if size < 1:
-                raise ValueError(f"{name}: got {size}; a number >= 1 fits")
+                raise ValueError(f"{name}: got {size}; expected a number >= 1")
         memory, conv = (None, None) if state is None else state
 
         u, z = jnp.split(self.dense(x, 2 * E, "in_gate"), 2, axis=-1)
@@ -104,7 +104,7 @@ class Mamba(Mixer):
         return nn.Dense(E, False, u.dtype, self.param_dtype, kernel_init=gain, name="dt")(low), B, C
 
     def _constant(self, u: Array) -> tuple[Array, Array, Array]:
-        """What `_selected` returns, the same for all tokens; dt is its bias alone."""
+        """As `_selected`, but the same for all tokens; dt is its bias alone."""
         shape = (*u.shape[:2], self.state_size)
         inits = {"B": nn.initializers.ones, "C": nn.initializers.normal(1.0)}  # S4D's
         rows = [self.param(name, init, shape[2:], self.param_dtype) for name, init in inits.items()]
@@ -116,7 +116,9 @@ def inner_width(width: int, expand: int | float) -> int:
     """expand * width; ValueError naming expand unless that is a whole number >= 1."""
     inner = round(expand * width)
     if inner < 1 or abs(inner - expand * width) > 1e-6 * inner:  # a ratio may be off by its rounding
-        raise ValueError(f"expand: got {expand}; a number that makes a whole one >= 1 of width {width} fits")
+        raise ValueError(
+            f"expand: got {expand}; expected a number that makes a whole one >= 1 of width {width}"
+        )
     return inner
 
 
@@ -126,7 +128,7 @@ def init_rates(key: Array, shape: tuple[int, int], dtype) -> Array:
 
 
 def init_dt_bias(key: Array, shape: tuple[int, ...], dtype) -> Array:
-    """What softplus makes steps of, spread evenly on a log scale from 0.001 to 0.1."""
+    """Inverse softplus of steps that are spread evenly on a log scale from 0.001 to 0.1."""
     log_dt = jax.random.uniform(key, shape, minval=math.log(0.001), maxval=math.log(0.1))
     dt = jnp.exp(log_dt)
     return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)

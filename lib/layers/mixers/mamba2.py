@@ -9,10 +9,11 @@ from jax import Array
 
 from ...kernels import ssd
 from ...kernels.common.arguments import accumulator
+from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import rms_normalize
 from ..modules.short_conv import ShortConv
 from .mamba import init_dt_bias, inner_width
-from .mixer import Mixer, head_size, merge_heads, split_heads
+from .mixer import Mixer
 
 
 class Mamba2State(NamedTuple):
@@ -66,9 +67,9 @@ class Mamba2(Mixer):
         E = inner_width(width, self.expand)
         head_size("width * expand", E, H)
         if N < 1:
-            raise ValueError(f"state_size: got {N}; a number >= 1 fits")
+            raise ValueError(f"state_size: got {N}; expected a number >= 1")
         if G < 1 or H % G:
-            raise ValueError(f"groups: got {G}; a number >= 1 that divides heads = {H} fits")
+            raise ValueError(f"groups: got {G}; expected a number >= 1 that divides heads = {H}")
         memory, conv = (None, None) if state is None else state
 
         edges = (E, 2 * (E + G * N))

@@ -1,4 +1,4 @@
-"""What every sequence mixer shares: numbers, backend, and how it makes its projections."""
+"""The base class of sequence mixers: dtypes, backend, and how they make their projections."""
 
 from typing import ClassVar
 
@@ -8,6 +8,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ...kernels.common.operation import Backend
+from ..modules.inputs import check_input
+from ..modules.scaled_dense import scaled_dense
 
 
 class Mixer(nn.Module):
@@ -55,46 +57,3 @@ class Mixer(nn.Module):
     def output(self, x: Array, features: int) -> Array:
         """The projection back to the residual stream, scaled for the depth at its birth."""
         return scaled_dense(features, self.out_scale, x.dtype, self.param_dtype, name="out")(x)
-
-
-def scaled_dense(
-    features: int, scale: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str
-) -> nn.Dense:
-    """A projection without bias whose initial gain is `scale`."""
-    init = nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
-    return nn.Dense(
-        features, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init, name=name
-    )
-
-
-def check_input(x: Array, segment_ids: Array | None) -> None:
-    """Raise ValueError unless x is floating [B, T, D] and segment_ids None or integers [B, T]."""
-    if x.ndim != 3 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; floating [batch, time >= 1, width] fits")
-    check_segment_ids(segment_ids, x.shape[:2])
-
-
-def check_segment_ids(segment_ids: Array | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless segment_ids is None or integers of `shape`."""
-    if segment_ids is None:
-        return
-    if segment_ids.shape != shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        got = f"{segment_ids.dtype}{list(segment_ids.shape)}"
-        raise ValueError(f"segment_ids: got {got}; integers {list(shape)} fit")
-
-
-def head_size(name: str, total: int | float, heads: int) -> int:
-    """total / heads; ValueError naming both unless the heads divide it."""
-    if heads < 1 or total < 1 or total % heads:
-        raise ValueError(f"heads: got {heads}; a number >= 1 that divides {name} = {total:g} fits")
-    return int(total) // heads
-
-
-def split_heads(x: Array, heads: int) -> Array:
-    """[B, T, H * D] -> [B, T, H, D]."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
-def merge_heads(x: Array) -> Array:
-    """[B, T, H, D] -> [B, T, H * D]."""
-    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

@@ -9,9 +9,10 @@ from jax import Array
 
 from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
+from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import GatedNorm
 from ..modules.rotary import positions, rotary
-from .mixer import Mixer, head_size, merge_heads, split_heads
+from .mixer import Mixer
 
 
 class RetentionState(NamedTuple):

@@ -9,9 +9,11 @@ from jax import Array
 
 from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
+from ...kernels.common.documents import documents
+from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import HeadLayerNorm
 from ..modules.over_depth import LayerFraction
-from .mixer import Mixer, head_size, merge_heads, split_heads
+from .mixer import Mixer
 
 
 class RWKV6State(NamedTuple):
@@ -103,9 +105,9 @@ def token_shift(x: Array, last: Array | None, segment_ids: Array | None) -> Arra
     """The token before each [B, T, D]: zeros before a document's first, `last` [B, D] before the call's."""
     first = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
     before = x[:, :-1]
-    if segment_ids is not None:
-        goes_on = segment_ids[:, 1:] == segment_ids[:, :-1]
-        before = jnp.where(goes_on[..., None], before, 0)
+    packed = documents(segment_ids, *x.shape[:2])
+    if packed is not None:
+        before = jnp.where(packed.starts[:, 1:, None], 0, before)
     return jnp.concatenate([first, before], axis=1)
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.rotary import positions, rotary
-from .mixer import Mixer, head_size, merge_heads, split_heads
+from .mixer import Mixer
 
 
 class WindowState(NamedTuple):
@@ -50,7 +51,7 @@ class SlidingWindowAttention(Mixer):
         H, W = self.heads, self.window
         N = head_size("width", D, H)
         if W < 1:
-            raise ValueError(f"window: got {W}; a number of tokens >= 1 fits")
+            raise ValueError(f"window: got {W}; expected a number of tokens >= 1")
         q, k, v = (split_heads(y, H) for y in jnp.split(self.dense(x, 3 * D, "qkv"), 3, axis=-1))
         before = None if state is None else state.offset
         place, offset = positions(before, segment_ids, (B, T))

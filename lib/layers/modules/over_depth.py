@@ -1,4 +1,4 @@
-"""What differs by layer: made once for a whole decoder, handed to each layer under the scan over depth.
+"""Arguments that differ by layer: made once for a whole decoder, handed to each layer of its scan over depth.
 
 A mixer names one of these as its `over_depth`; called with (depth, width), it gives the keyword arguments of
 the mixer's calls, each with the layers on its leading axis.

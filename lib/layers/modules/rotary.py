@@ -1,10 +1,10 @@
 """Rotary position embedding, and the positions it takes: counted within each document, across calls."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator
+from ...kernels.common.documents import documents
 
 
 def positions(
@@ -28,15 +28,9 @@ def positions(
         ([[7, 8, 0, 1, 2]], [3])
     """
     B, T = shape
-    index = jnp.arange(T, dtype=jnp.int32)
-    first = jnp.zeros(B, jnp.int32) if offset is None else -offset.astype(jnp.int32)
-    if segment_ids is None:
-        place = index[None] - first[:, None]
-    else:
-        starts = segment_ids[:, 1:] != segment_ids[:, :-1]
-        # The index where each token's document starts: below 0 where that was in an earlier call.
-        start = jnp.concatenate([first[:, None], jnp.where(starts, index[1:], first[:, None])], axis=1)
-        place = index[None] - jax.lax.cummax(start, axis=1)
+    before = jnp.zeros(B, jnp.int32) if offset is None else offset.astype(jnp.int32)
+    packed = documents(segment_ids, B, T)
+    place = before[:, None] + jnp.arange(T, dtype=jnp.int32) if packed is None else packed.reach(before)
     return place, place[:, -1] + 1
 
 
@@ -66,7 +60,7 @@ def rotary(
     """
     D = x.shape[-1]
     if D % 2:
-        raise ValueError(f"x: got heads of {D} channels; an even number fits")
+        raise ValueError(f"x: got heads of {D} channels; expected an even number")
     dtype = accumulator(x.dtype)
     frequency = base ** (-jnp.arange(0, D, 2, dtype=dtype) / D)
     angle = positions[:, :, None, None].astype(dtype) * frequency

@@ -39,7 +39,7 @@ class ShortConv(nn.Module):
         self, x: Array, *, state: Array | None = None, segment_ids: Array | None = None
     ) -> tuple[Array, Array]:
         if self.width < 1:
-            raise ValueError(f"width: got {self.width}; a number of taps >= 1 fits")
+            raise ValueError(f"width: got {self.width}; expected a number of taps >= 1")
         init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform", in_axis=0, out_axis=1)
         weight = self.param("weight", init, (self.width, x.shape[-1]), self.param_dtype)
         bias = None

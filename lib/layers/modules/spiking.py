@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator, as_shaped, reject
+from ...kernels.common.documents import documents
 
 _SLOPE = 4.0  # of the sigmoid whose derivative stands in for the step's
 
@@ -79,9 +80,8 @@ def lif(
     dtype = accumulator(x.dtype)
     B, T, D = x.shape
     v = jnp.zeros((B, D), dtype) if initial_state is None else initial_state.astype(dtype)
-    starts_BT = jnp.zeros((B, T), bool)
-    if segment_ids is not None:
-        starts_BT = starts_BT.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+    packed = documents(segment_ids, B, T)
+    starts_BT = jnp.zeros((B, T), bool) if packed is None else packed.starts
 
     def step(v_BD, token):
         x_BD, start_B = token
@@ -100,9 +100,9 @@ def _check(x, tau, threshold, initial_state, segment_ids) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim != 3 or 0 in x.shape:
         reject("x", x, "floating [batch, time, neurons], every size >= 1,")
     if not tau >= 1:
-        raise ValueError(f"tau: got {tau}; a number of tokens >= 1 fits")
+        raise ValueError(f"tau: got {tau}; expected a number of tokens >= 1")
     if not threshold > 0:
-        raise ValueError(f"threshold: got {threshold}; a number above 0 fits")
+        raise ValueError(f"threshold: got {threshold}; expected a number above 0")
     B, T, D = x.shape
     if initial_state is not None and (
         initial_state.shape != (B, D) or not jnp.issubdtype(initial_state.dtype, jnp.floating)

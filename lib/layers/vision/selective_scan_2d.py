@@ -13,8 +13,8 @@ from ...kernels.common.arguments import accumulator
 from ...kernels.common.operation import Backend
 from ...kernels.selective_scan_2d import Scan
 from ..mixers.mamba import init_dt_bias, init_rates, inner_width
-from ..mixers.mixer import scaled_dense
 from ..modules.depthwise_conv import DepthwiseConv
+from ..modules.scaled_dense import scaled_dense
 
 _STAND_STILL = -1e4  # added to dt before its softplus: a step of exactly 0
 
@@ -67,12 +67,12 @@ class SelectiveScan2D(nn.Module):
         R = math.ceil(width / 16) if self.dt_rank is None else self.dt_rank
         for name, size in (("stride", self.stride), ("state_size", N), ("dt_rank", R)):
             if size < 1:
-                raise ValueError(f"{name}: got {size}; a number >= 1 fits")
+                raise ValueError(f"{name}: got {size}; expected a number >= 1")
         x = x if self.dtype is None else x.astype(self.dtype)
-        numbers = {"dtype": x.dtype, "param_dtype": self.param_dtype}
+        dtypes = {"dtype": x.dtype, "param_dtype": self.param_dtype}
 
-        u, z = jnp.split(nn.Dense(2 * E, use_bias=False, **numbers, name="in_gate")(x), 2, axis=-1)
-        u = jax.nn.silu(DepthwiseConv(**numbers, name="conv")(u))
+        u, z = jnp.split(nn.Dense(2 * E, use_bias=False, **dtypes, name="in_gate")(x), 2, axis=-1)
+        u = jax.nn.silu(DepthwiseConv(**dtypes, name="conv")(u))
         which = {"scan": self.scan, "step": self.stride}
         u_KBLE = paths_2d(u, **which)
         K = u_KBLE.shape[0]
@@ -99,14 +99,16 @@ class SelectiveScan2D(nn.Module):
             dt_softplus=True,
             backend=self.backend,
         )
-        y = nn.LayerNorm(**numbers, name="norm")(y) * jax.nn.silu(z)
+        y = nn.LayerNorm(**dtypes, name="norm")(y) * jax.nn.silu(z)
         return scaled_dense(width, self.out_scale, x.dtype, self.param_dtype, name="out")(y)
 
 
 def check_image(x: Array) -> None:
     """Raise ValueError unless x is floating [B, H, W, C]."""
     if x.ndim != 4 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x: got {x.dtype}{list(x.shape)}; floating [batch, height, width, channels] fits")
+        raise ValueError(
+            f"x: got {x.dtype}{list(x.shape)}; expected floating [batch, height, width, channels]"
+        )
 
 
 def _init_rates(key: Array, shape: tuple[int, int, int], dtype) -> Array:

@@ -41,18 +41,18 @@ def load(folder: str | PathLike) -> tuple[Decoder, dict]:
         >>> import frugax
         >>> frugax.layers.pretrained.load("no/such/folder")
         Traceback (most recent call last):
-        ValueError: folder: got 'no/such/folder', without a config.json; a Hugging Face model's folder fits
+        ValueError: folder: got 'no/such/folder', without a config.json; expected a Hugging Face folder
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"folder: got {str(folder)!r}, without a config.json; a Hugging Face model's folder fits"
+            f"folder: got {str(folder)!r}, without a config.json; expected a Hugging Face folder"
         )
     config = json.loads((folder / "config.json").read_text())
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
         names = ", ".join(map(repr, FAMILIES))
-        raise ValueError(f"model_type: got {config.get('model_type')!r}; one of {names} fits")
+        raise ValueError(f"model_type: got {config.get('model_type')!r}; expected one of {names}")
     module = _decoder(config, family)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
     flat = flatten_dict(shapes["params"], sep="/")
@@ -71,7 +71,7 @@ class Tensor(NamedTuple):
 
 
 class Family(NamedTuple):
-    """What `load` has to know of a model_type."""
+    """A model_type: its block, and where its tensors go."""
 
     block: Callable[[dict], Block]
     tied: bool  # whether the head is the embedding where the config does not say
@@ -118,11 +118,11 @@ def _falcon_block(config: dict) -> Block:
 def _mamba2_block(config: dict) -> Block:
     low, high = config.get("time_step_limit", (0.0, math.inf))
     if low != 0 or high not in (math.inf, {"__float__": "Infinity"}):
-        raise ValueError(f"time_step_limit: got {[low, high]}; 0 and Infinity fit")
+        raise ValueError(f"time_step_limit: got {[low, high]}; expected 0 and Infinity")
     width, heads, expand = _get(config, "hidden_size"), _get(config, "num_heads"), config.get("expand", 2)
     if heads * _get(config, "head_dim") != int(expand * width):
-        fits = f"expand * hidden_size / num_heads = {expand * width / heads:g} fits"
-        raise ValueError(f"head_dim: got {config['head_dim']}; {fits}")
+        size = f"expand * hidden_size / num_heads = {expand * width / heads:g}"
+        raise ValueError(f"head_dim: got {config['head_dim']}; expected {size}")
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     args = {
         "heads": heads,
@@ -149,9 +149,9 @@ def _get(config: dict, name: str) -> Any:
 
 
 def _decoder(config: dict, family: Family) -> Decoder:
-    for name, fits in {"hidden_act": ("silu", "swish"), "use_bias": (False,)}.items():
-        if config.get(name, fits[0]) not in fits:
-            raise ValueError(f"{name}: got {config[name]!r}; {' or '.join(map(repr, fits))} fits")
+    for name, known in {"hidden_act": ("silu", "swish"), "use_bias": (False,)}.items():
+        if config.get(name, known[0]) not in known:
+            raise ValueError(f"{name}: got {config[name]!r}; expected {' or '.join(map(repr, known))}")
     return Decoder(
         vocab_size=_get(config, "vocab_size"),
         width=_get(config, "hidden_size"),
@@ -211,7 +211,7 @@ def _read(folder: Path, shapes: dict[str, Any], sources: dict[str, Source]) -> d
         problems = {
             "missing": [name for name in wanted if name not in found],
             "unexpected": sorted(set(found) - set(wanted) - {HEAD}),  # a tied head may be there as well
-            "misshaped": [f"{name} {found[name]} ({wanted[name]} fits)" for name in wrong],
+            "misshaped": [f"{name} {found[name]} (expected {wanted[name]})" for name in wrong],
         }
         if any(problems.values()):
             lines = [f"\n  {what}: {', '.join(names)}" for what, names in problems.items() if names]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import frugax
-from frugax.layers.vision.vision_mamba import merge_patches
+from frugax.models.vision_mamba import merge_patches
 from tests.errors import assert_close
 
 
@@ -168,10 +168,10 @@ def test_half_precision_in_half_precision_out():
         ({"patch": 0}, "patch: got 0"),
         ({"depths": (1, 0)}, r"depths: got \(1, 0\)"),
         ({"depths": (1,)}, r"widths, depths, blocks: got widths \(8, 12\), depths \(1,\)"),
-        ({"blocks": ("EVSS", "ViT")}, "blocks: got 'ViT'; EVSS, VSS, InvertedResidual fit"),
+        ({"blocks": ("EVSS", "ViT")}, "blocks: got 'ViT'; expected one of EVSS, VSS, InvertedResidual"),
         ({"scan_args": {"stride": 0}}, "stride: got 0"),
         ({"scan_args": {"state_size": 0}}, "state_size: got 0"),
-        ({"scan_args": {"scan": "spiral"}}, "scan: got 'spiral'; 'cross' or 'atrous' fits"),
+        ({"scan_args": {"scan": "spiral"}}, "scan: got 'spiral'; expected 'cross' or 'atrous'"),
     ],
 )
 def test_bad_input(arguments, message, unchecked_types):
@@ -184,5 +184,5 @@ def test_bad_input(arguments, message, unchecked_types):
 def test_images_that_cannot_be_right():
     model = frugax.layers.VisionMamba(3, (8,), (1,), ("EVSS",))
     for x in (jnp.ones((8, 8, 1)), jnp.ones((1, 0, 8, 1)), jnp.ones((1, 8, 8, 1), jnp.int32)):
-        with pytest.raises(ValueError, match=r"x: got .* floating .batch, height, width, channels. fits"):
+        with pytest.raises(ValueError, match=r"x: got .* expected floating .batch, height, width, channels."):
             jax.eval_shape(model.init, jax.random.key(0), x)
