@@ -6,7 +6,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from .common.arguments import accumulator, as_shaped, reject
@@ -99,6 +98,8 @@ def _methods(u, segment_ids, method: Method | None) -> dict[str, Method]:
 @functools.lru_cache(maxsize=32)
 def _system(order: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
     """The discrete A [N, N] and B [N], in float64."""
+    import scipy.linalg  # a tenth of a second, which no other operation needs
+
     i, j = np.mgrid[:order, :order]
     a = (2 * i + 1) / theta * np.where(i < j, -1.0, (-1.0) ** (i - j + 1))
     n = np.arange(order)
