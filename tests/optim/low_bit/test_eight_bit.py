@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +12,7 @@ import pytest
 
 import frugax
 from frugax.kernels.quantized_update.tiling import CHUNK
-from frugax.optim import EightBit
-from frugax.optim.common import state_bytes
+from frugax.optim import EightBit, state_bytes
 from tests.devices import run_on_eight_devices
 from tests.errors import assert_close
 from tests.kernels.quantized_update.definition import check_step
@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on_through_a_checkpoint(tmp_path):
         tree, state = restored[name]["tree"], restored[name]["state"]
         for _ in range(3):
             tree, state = compiled(name)[1](tree, state)
-        jax.tree.map(np.testing.assert_array_equal, tree, whole[name])
+        chex.assert_trees_all_equal(tree, whole[name])
 
 
 def test_state_bytes_follow_the_formula():

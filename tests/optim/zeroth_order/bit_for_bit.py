@@ -1,5 +1,6 @@
 """Equal bits, compiled as users compile: `python -m tests.optim.zeroth_order.bit_for_bit`."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +41,7 @@ def offload():
         losses.append(float(info.loss))
         assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(blocks))
     np.testing.assert_array_equal(pending.scalar, scalars[-1])
-    jax.tree.map(np.testing.assert_array_equal, zo.zo2_flush(blocks, pending), memory)
+    chex.assert_trees_all_equal(zo.zo2_flush(blocks, pending), memory)
     assert losses[-1] != losses[0]
 
 

@@ -1,5 +1,6 @@
 """MeZO: what a step is, what it needs, and that its log is the run."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +49,7 @@ def test_parameters_return_to_rounding(dtype):
             loss, p, jax.random.key(0), learning_rate=0.0, estimator=zo.two_point(1e-3, in_place=False)
         )
     )(params)
-    jax.tree.map(np.testing.assert_array_equal, exact, params)
+    chex.assert_trees_all_equal(exact, params)
 
 
 def test_the_log_replays_the_run():
