@@ -1,6 +1,7 @@
-"""The parts of Mosaic GPU kernels for Hopper: tiles of registers, their products, shared memory."""
+"""The parts of Mosaic GPU kernels for Hopper: tiles, their products, and the pipeline that fetches them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -101,3 +102,69 @@ class Tiles:
 
         first, *rest = (jnp.dot(wide(a), wide(b), precision="highest") for a, b in pairs)
         return sum(rest, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A walk over tiles that come by TMA: the next ones travel, each to its slot, while one is at work.
+
+    Attributes:
+      steps: tiles of the walk.
+      slots: tiles that shared memory holds of each array.
+      ahead: tiles that are asked for before step 0, and then as many steps before their own.
+      backwards: whether the walk begins at the last tile.
+    """
+
+    steps: int
+    slots: int
+    ahead: int
+    backwards: bool = False
+
+    def at(self, step: Any) -> Any:
+        """The tile that a step visits."""
+        return self.steps - 1 - step if self.backwards else step
+
+    def slot(self, step: Any) -> Any:
+        return lax.rem(step, self.slots)
+
+    def start(self, fetch: Callable[[Any, Any], None]) -> None:
+        """Call `fetch(tile, slot)`, which copies to shared memory, for the first tiles."""
+        for step in range(min(self.ahead, self.steps)):
+            fetch(self.at(step), step)
+
+    def refill(self, step: Any, fetch: Callable[[Any, Any], None]) -> None:
+        """Fetch the tile `ahead` of a step's, to a slot that every thread has read."""
+
+        @pl.when(step + self.ahead < self.steps)
+        def _() -> None:
+            fetch(self.at(step + self.ahead), self.slot(step + self.ahead))
+
+    def walk(
+        self,
+        fetch: Callable[[Any, Any], None],
+        visit: Callable[[Any, Any, Any], Any],
+        store: Callable[[Any, Any], None],
+        carry: Any,
+        *,
+        arrived: Any,
+        stores: int,
+    ) -> Any:
+        """Thread `carry = visit(step, slot, carry)` through the tiles, after `start`; `ahead` is `slots`.
+
+        Args:
+          store: `store(tile, slot)` copies to global memory what `visit` left in the slot.
+          arrived: the barriers that `fetch` arrives at, one a slot.
+          stores: how many copies `store` starts.
+        """
+
+        def one(step: Any, carry: Any) -> Any:
+            slot = self.slot(step)
+            plgpu.barrier_wait(arrived.at[slot])
+            plgpu.wait_smem_to_gmem((self.slots - 1) * stores)  # of the step that used this slot before
+            carry = visit(step, slot, carry)
+            plgpu.commit_smem()  # every thread is past this slot: it may be filled anew
+            store(self.at(step), slot)
+            self.refill(step, fetch)
+            return carry
+
+        return lax.fori_loop(0, self.steps, one, carry)

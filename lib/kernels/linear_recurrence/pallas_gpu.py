@@ -13,10 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.hopper import F32, Pipeline, launch
 from ..common.tiling import round_up
 from .inputs import Inputs
 
-F32 = jnp.float32
 TOKENS = 32
 CHANNELS = 128  # the threads of a warpgroup
 SLOTS = 2
@@ -34,35 +34,32 @@ def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Arr
     """h [B, T, D] in b's dtype and the last state [B, D] in float32."""
     a, b, s = _pad(call.a, reverse, 1.0), _pad(call.b, reverse), _pad_channels(call.initial_state)
     B, T, D = b.shape
-    steps = T // TOKENS
+    pipeline = Pipeline(T // TOKENS, SLOTS, ahead=SLOTS, backwards=reverse)
 
     def body(a_ref, b_ref, s_ref, h_ref, last_ref, *, a_tile, b_tile, h_tile, row, arrived, row_arrived):
         batch, channels = lax.axis_index("b"), _channels()
 
-        def fetch(step):
-            slot, tokens = lax.rem(step, SLOTS), _tokens(step, steps, reverse)
-            for ref, tile in ((a_ref, a_tile), (b_ref, b_tile)):
-                plgpu.copy_gmem_to_smem(ref.at[batch, tokens, channels], tile.at[slot], arrived.at[slot])
+        def fetch(tile, slot):
+            for ref, smem in ((a_ref, a_tile), (b_ref, b_tile)):
+                place = ref.at[batch, _tokens(tile), channels]
+                plgpu.copy_gmem_to_smem(place, smem.at[slot], arrived.at[slot])
 
-        _start(fetch, steps)
+        pipeline.start(fetch)
         plgpu.copy_gmem_to_smem(s_ref.at[batch, channels], row, row_arrived)
         plgpu.barrier_wait(row_arrived)
 
-        def step(i, h):
-            slot = lax.rem(i, SLOTS)
-            plgpu.barrier_wait(arrived.at[slot])
-            plgpu.wait_smem_to_gmem(SLOTS - 1)
+        def visit(_, slot, h):
             for rows in _groups(reverse):
                 reads = [(a_tile[slot, r].astype(F32), b_tile[slot, r].astype(F32)) for r in rows]
                 for r, (a, b) in zip(rows, reads, strict=True):
                     h = a * h + b
                     h_tile[slot, r] = h.astype(h_tile.dtype)
-            plgpu.commit_smem()  # every thread is past this slot: it may be filled anew
-            plgpu.copy_smem_to_gmem(h_tile.at[slot], h_ref.at[batch, _tokens(i, steps, reverse), channels])
-            _next(fetch, i, steps)
             return h
 
-        row[...] = lax.fori_loop(0, steps, step, row[...])
+        def store(tile, slot):
+            plgpu.copy_smem_to_gmem(h_tile.at[slot], h_ref.at[batch, _tokens(tile), channels])
+
+        row[...] = pipeline.walk(fetch, visit, store, row[...], arrived=arrived, stores=1)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(row, last_ref.at[batch, channels])
         plgpu.wait_smem_to_gmem(0)
@@ -80,9 +77,7 @@ def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Arr
         ),
         grid=(B, D // CHANNELS),
         grid_names=("b", "d"),
-        interpret=compat.gpu_interpret_params() if interpret else False,
-        kernel_name="linear_recurrence",
-        compiler_params=compat.gpu_params(),
+        **launch("linear_recurrence", interpret=interpret),
     )(a, b, s)
     return _trim(h, call.b.shape, reverse), state[:, : call.b.shape[2]]
 
@@ -95,8 +90,8 @@ def backward(
     a, h, dh = _pad(call.a, reverse, 1.0), _pad(h, reverse), _pad(cotangents[0], reverse)
     s, dlast = _pad_channels(call.initial_state), _pad_channels(cotangents[1])
     B, T, D = h.shape
-    steps = T // TOKENS
     backwards = not reverse
+    pipeline = Pipeline(T // TOKENS, SLOTS, ahead=SLOTS, backwards=backwards)
 
     def body(
         a_ref, h_ref, dh_ref, s_ref, dlast_ref,
@@ -105,30 +100,27 @@ def backward(
     ):  # fmt: skip
         batch, channels = lax.axis_index("b"), _channels()
 
-        def fetch(step):
-            slot, tokens = lax.rem(step, SLOTS), _tokens(step, steps, backwards)
-            for ref, tile in ((a_ref, a_tile), (h_ref, h_tile), (dh_ref, dh_tile)):
-                plgpu.copy_gmem_to_smem(ref.at[batch, tokens, channels], tile.at[slot], arrived.at[slot])
-            start = _tokens(step, steps, backwards).start
+        def fetch(tile, slot):
+            tokens = _tokens(tile)
+            for ref, smem in ((a_ref, a_tile), (h_ref, h_tile), (dh_ref, dh_tile)):
+                plgpu.copy_gmem_to_smem(ref.at[batch, tokens, channels], smem.at[slot], arrived.at[slot])
+            start = tokens.start
             token = lax.max(start - 1, 0) if backwards else lax.min(start + TOKENS, T - 1)
             plgpu.copy_gmem_to_smem(h_ref.at[batch, token, channels], edge.at[slot], arrived.at[slot])
 
-        _start(fetch, steps)
+        pipeline.start(fetch)
         plgpu.copy_gmem_to_smem(s_ref.at[batch, channels], s_row, row_arrived)
         plgpu.copy_gmem_to_smem(dlast_ref.at[batch, channels], row, row_arrived)
         plgpu.barrier_wait(row_arrived)
 
-        def step(i, carry):
+        def visit(step, slot, carry):
             """carry = a_{t+1} g_{t+1}, what the token just visited sends to the one before it."""
-            slot = lax.rem(i, SLOTS)
-            plgpu.barrier_wait(arrived.at[slot])
-            plgpu.wait_smem_to_gmem(2 * (SLOTS - 1))
 
-            @pl.when(i < steps - 1)
+            @pl.when(step < pipeline.steps - 1)
             def _():
                 before[...] = edge[slot].astype(F32)
 
-            @pl.when(i == steps - 1)
+            @pl.when(step == pipeline.steps - 1)
             def _():
                 before[...] = s_row[...]
 
@@ -142,13 +134,13 @@ def backward(
                     carry = a * g
                     da_tile[slot, r] = (g * h).astype(da_tile.dtype)
                     db_tile[slot, r] = g.astype(db_tile.dtype)
-            plgpu.commit_smem()
-            for tile, ref in ((da_tile, da_ref), (db_tile, db_ref)):
-                plgpu.copy_smem_to_gmem(tile.at[slot], ref.at[batch, _tokens(i, steps, backwards), channels])
-            _next(fetch, i, steps)
             return carry
 
-        row[...] = lax.fori_loop(0, steps, step, row[...])
+        def store(tile, slot):
+            for smem, ref in ((da_tile, da_ref), (db_tile, db_ref)):
+                plgpu.copy_smem_to_gmem(smem.at[slot], ref.at[batch, _tokens(tile), channels])
+
+        row[...] = pipeline.walk(fetch, visit, store, row[...], arrived=arrived, stores=2)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(row, ds_ref.at[batch, channels])
         plgpu.wait_smem_to_gmem(0)
@@ -175,9 +167,7 @@ def backward(
         ),
         grid=(B, D // CHANNELS),
         grid_names=("b", "d"),
-        interpret=compat.gpu_interpret_params() if interpret else False,
-        kernel_name="linear_recurrence_backward",
-        compiler_params=compat.gpu_params(),
+        **launch("linear_recurrence_backward", interpret=interpret),
     )(a, h, dh, s, dlast)
     return Inputs(_trim(da, shape, reverse), _trim(db, shape, reverse), ds[:, : shape[2]])
 
@@ -190,9 +180,8 @@ def _channels():
     return pl.ds(lax.axis_index("d") * CHANNELS, CHANNELS)
 
 
-def _tokens(step, steps: int, backwards: bool):
-    """The tokens that a step of the walk visits."""
-    return pl.ds((steps - 1 - step if backwards else step) * TOKENS, TOKENS)
+def _tokens(tile):
+    return pl.ds(tile * TOKENS, TOKENS)
 
 
 def _groups(backwards: bool) -> list[range]:
@@ -201,19 +190,6 @@ def _groups(backwards: bool) -> list[range]:
         range(i + 7, i - 1, -1) if backwards else range(i, i + 8)
         for i in sorted(range(0, TOKENS, 8), reverse=backwards)
     ]
-
-
-def _start(fetch, steps: int) -> None:
-    for i in range(min(SLOTS, steps)):
-        fetch(i)
-
-
-def _next(fetch, i, steps: int) -> None:
-    """Refill the slot that step i has read."""
-
-    @pl.when(i + SLOTS < steps)
-    def _():
-        fetch(i + SLOTS)
 
 
 def _pad(x: Array, reverse: bool, with_value: float = 0.0) -> Array:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat, hopper
-from ..common.hopper import F32, Tiles, along_rows, swizzled
+from ..common.hopper import F32, Pipeline, Tiles, along_rows, swizzled
 from ..common.tiling import round_up
 from .cells import Cell
 from .inputs import Inputs
@@ -114,9 +114,10 @@ class _Walk:
     def __init__(self, call: Inputs, interpret: bool, *, backward: bool):
         tiling, _ = _tiling(call, backward)
         assert tiling is not None  # unsupported_reason
-        self.call, self.interpret, self.backward = call, interpret, backward
+        self.call, self.interpret = call, interpret
         self.B, self.T, self.H, _, size = call.gates.shape
         self.N, self.stages = tiling.batch, min(tiling.stages, self.T)
+        self.pipeline = Pipeline(self.T, self.stages, ahead=self.stages, backwards=backward)
         self.D = round_up(size, ROWS)
         self.batches = pl.cdiv(self.B, self.N)
         self.packed = call.starts is not None
@@ -190,22 +191,11 @@ class _Walk:
 
     def each_token(self, fetch, visit, carry):
         """Walk with `stages` tokens on their way: `visit(t, slot, i, what fetches the next token, carry)`."""
-
-        def at(i):
-            return self.T - 1 - i if self.backward else i
-
-        for i in range(self.stages):
-            fetch(at(i), i)
+        pipeline = self.pipeline
+        pipeline.start(fetch)
 
         def step(i, carry):
-            slot = lax.rem(i, self.stages)
-
-            def fetch_next():
-                @pl.when(i + self.stages < self.T)
-                def _():
-                    fetch(at(i + self.stages), slot)
-
-            return visit(at(i), slot, i, fetch_next, carry)
+            return visit(pipeline.at(i), pipeline.slot(i), i, lambda: pipeline.refill(i, fetch), carry)
 
         return lax.fori_loop(0, self.T, step, carry)
 

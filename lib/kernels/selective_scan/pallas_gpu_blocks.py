@@ -7,7 +7,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-F32 = jnp.float32
+from ..common.hopper import F32, Pipeline
+
 CHANNELS = 128  # the threads of a warpgroup
 SLOTS = 2
 TILED = ("x", "dt", "z", "dy", "y", "dx", "ddt", "dz")  # [B, T, D]
@@ -83,37 +84,22 @@ class Walk:
 
     def each_step(self, visit, carry, *, backwards: bool = False):
         """Thread `carry = visit(step, slot, carry)` through the tiles; the next one travels meanwhile."""
-        steps = self.plan.steps
+        pipeline = Pipeline(self.plan.steps, SLOTS, ahead=SLOTS, backwards=backwards)
+        arrived = self.smem["arrived"]
 
-        def at(i):
-            return steps - 1 - i if backwards else i
-
-        def fetch(i):
-            slot = lax.rem(i, SLOTS)
+        def fetch(tile, slot):
             for name in self.fetched:
-                plgpu.copy_gmem_to_smem(
-                    self.place(name, at(i)), self.smem[name].at[slot], self.smem["arrived"].at[slot]
-                )
+                plgpu.copy_gmem_to_smem(self.place(name, tile), self.smem[name].at[slot], arrived.at[slot])
 
-        for i in range(min(SLOTS, steps)):
-            fetch(i)
-
-        def body(i, carry):
-            slot = lax.rem(i, SLOTS)
-            plgpu.barrier_wait(self.smem["arrived"].at[slot])
-            plgpu.wait_smem_to_gmem((SLOTS - 1) * len(self.stored))
-            carry = visit(at(i), slot, carry)
-            plgpu.commit_smem()  # every thread is past this slot: it may be filled anew
+        def store(tile, slot):
             for name in self.stored:
-                plgpu.copy_smem_to_gmem(self.smem[name].at[slot], self.place(name, at(i)))
+                plgpu.copy_smem_to_gmem(self.smem[name].at[slot], self.place(name, tile))
 
-            @pl.when(i + SLOTS < steps)
-            def _():
-                fetch(i + SLOTS)
+        def one(step, slot, carry):
+            return visit(pipeline.at(step), slot, carry)
 
-            return carry
-
-        carry = lax.fori_loop(0, steps, body, carry)
+        pipeline.start(fetch)
+        carry = pipeline.walk(fetch, one, store, carry, arrived=arrived, stores=len(self.stored))
         plgpu.wait_smem_to_gmem(0)
         return carry
 
