@@ -155,7 +155,7 @@ def classify(config: ConfigDict, folder: Path) -> dict[str, Any]:
 
 
 def finished(config: ConfigDict, folder: Path) -> dict[str, Any]:
-    """What a former run of the same config left in `folder`; ValueError where it was another's."""
+    """Results that a former run of the same config left in `folder`; ValueError where it was another's."""
     path = folder / "results.json"
     if not path.exists():
         return {}

@@ -56,8 +56,8 @@ def train(config: ConfigDict) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(config.data.tokenizer or None)
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
-        fits = f"{tokenizer.vocab_size}, the tokenizer's, or more fits"
-        raise ValueError(f"model.vocab_size: got {config.model.vocab_size}; {fits}")
+        least = f"{tokenizer.vocab_size}, the tokenizer's, or more"
+        raise ValueError(f"model.vocab_size: got {config.model.vocab_size}; expected {least}")
     corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
     layout = make_layout(config)
     batches = make_loader(
@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is no flag; fields of the config are given as --config.a.b=value")
     if CONFIG.value is None:
-        raise app.UsageError("--config is missing; --config=experiments/configs/lm/quickstart.py fits")
+        raise app.UsageError("--config is missing; expected --config=experiments/configs/lm/quickstart.py")
     config = CONFIG.value
     config.run_dir = run_dir()
     if not flags.FLAGS["verbosity"].present:

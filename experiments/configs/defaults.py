@@ -77,7 +77,7 @@ def block(**fields) -> ConfigDict:
 def check_variant(variant: str) -> None:
     """Raise ValueError unless `variant`, what follows the colon of --config, is empty or "smoke"."""
     if variant not in ("", "smoke"):
-        raise ValueError(f"config variant: got {variant!r}; nothing or 'smoke' fits")
+        raise ValueError(f"config variant: got {variant!r}; expected nothing or 'smoke'")
 
 
 def shrink(config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""What compressors reach on the held-out files: bits per byte to read a model's beside."""
+"""Compressors on the held-out files: bits per byte to read a model's beside."""
 
 import gzip
 from collections.abc import Iterable, Iterator, Sequence

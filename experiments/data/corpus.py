@@ -1,4 +1,4 @@
-"""Which text there is, and which of it is held out."""
+"""Lists of the text there is, and of the share that is held out."""
 
 import dataclasses
 import glob

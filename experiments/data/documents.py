@@ -22,7 +22,7 @@ class Documents(Protocol):
         ...
 
     def count_bytes(self, document: int, start: int, stop: int) -> int:
-        """How many bytes of text the ids of [start, stop) stand for."""
+        """Count the bytes of text that the ids of [start, stop) stand for."""
         ...
 
 

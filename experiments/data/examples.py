@@ -20,7 +20,7 @@ class Examples(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What to train on, what to test on, how many classes there are, and tests of other lengths by name."""
+    """Examples to train on and to test on, the number of classes, and tests of other lengths by name."""
 
     train: Examples
     held_out: Examples

@@ -1,4 +1,4 @@
-"""How fast a recurrence forgets or blows up a disturbance: Lyapunov exponents by Jacobian-vector products."""
+"""Lyapunov exponents of a recurrence, which forgets or amplifies a disturbance, by Jacobian products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Step = Callable[[Any, Any], Any]  # (state, what one token brings) -> next state
 
 
 def log_growth(step: Step, state: Any, inputs: Any, key: Array) -> Array:
-    """How much each token stretches a disturbance of the state that has gone through all tokens before it.
+    """Log of how much each token stretches a disturbance that has gone through all tokens before it.
 
     v_t = J_t v_{t-1} / |v_{t-1}|, where J_t is the Jacobian of `step` at token t, as a Jacobian-vector
     product: no matrix is made. The mean of log |v_t| tends to the maximal Lyapunov exponent.
@@ -38,7 +38,7 @@ def log_growth(step: Step, state: Any, inputs: Any, key: Array) -> Array:
     leaves, tree = jax.tree.flatten(state)
     if not leaves or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves)
-        raise ValueError(f"state: got {got}; a tree of floating arrays fits")
+        raise ValueError(f"state: got {got}; expected a tree of floating arrays")
     keys = jax.random.split(key, len(leaves))
     v = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
     v, _ = _normalize(jax.tree.unflatten(tree, v))
@@ -79,12 +79,12 @@ def max_lyapunov_exponent(step: Step, state: Any, inputs: Any, key: Array, *, bu
     """
     T = jax.tree.leaves(inputs)[0].shape[0]
     if not 0 <= burn_in < T:
-        raise ValueError(f"burn_in: got {burn_in}; 0 to {T - 1} fits {T} tokens")
+        raise ValueError(f"burn_in: got {burn_in}; expected 0 to {T - 1} for {T} tokens")
     return jnp.mean(log_growth(step, state, inputs, key)[burn_in:])
 
 
 def precision_gap(step: Step, state: Any, inputs: Any, dtype: DTypeLike) -> Array:
-    """How far a trajectory whose states are kept in `dtype` is from the one that isn't rounded.
+    """Distance of a trajectory whose states are kept in `dtype` from the one that isn't rounded.
 
     Args:
       step, state, inputs: as in `log_growth`; `step` computes in whatever it computes in.

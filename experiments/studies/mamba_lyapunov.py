@@ -53,7 +53,7 @@ CONTROL_GROWTH = 0.01  # a token, of the unstable control
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of models, batches and measurements."""
+    """Sizes of models, batches and measurements."""
 
     width: int = 128
     mamba_layers: int = 4  # half as many of the Transformer, whose layers have a channel mixer too
@@ -78,7 +78,7 @@ SMOKE = Sizes(
 
 
 class Recurrence(NamedTuple):
-    """What a Mamba layer's scan reads: h = exp(dt A) h + dt B u."""
+    """Inputs of a Mamba layer's scan, h = exp(dt A) h + dt B u."""
 
     dt: Array  # [R, T, E], positive
     u: Array  # [R, T, E]
@@ -106,7 +106,7 @@ def models(sizes: Sizes) -> dict[str, frugax.layers.Decoder]:
 
 
 def parameters(module) -> int:
-    """How many numbers a module learns."""
+    """Count a module's parameters."""
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     return sum(x.size for x in jax.tree.leaves(shapes))
 
@@ -206,7 +206,7 @@ def exponents(module, params, tokens_RT, key, burn_in: int) -> list[dict[str, An
 
 
 def memory_gaps(recurrence: Recurrence) -> dict[str, np.ndarray]:
-    """How far states kept in bfloat16 are from float32's [T]: a layer's on one row, and a control's.
+    """Distances [T] of states kept in bfloat16 from float32's: a layer's on one row, and a control's.
 
     Both read the first row's dt, B and u. The control's rates are the layer's with the other sign, scaled so
     that the fastest coordinate grows by CONTROL_GROWTH a token: it is unstable.

@@ -217,13 +217,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.run:
         _, module, variables, tokenizer, step = load_run(args.run)
         if tokenizer:
-            parser.error(f"--run: {args.run} has a tokenizer; a model of bytes fits")
+            parser.error(f"--run: {args.run} has a tokenizer; expected a model of bytes")
         params = variables["params"]
     elif args.smoke:
         step, module = 0, untrained()
         params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     else:
-        parser.error("--run: a run of experiments.train fits")
+        parser.error("--run: got none; expected a run of experiments.train")
     train, test = snippets(20_000, False, 0), snippets(HELD_OUT, True, 1)
     module = module.clone(backend="xla")  # the forward gradient needs forward-mode differentiation
     out = args.out or (None if args.smoke else RESULTS)

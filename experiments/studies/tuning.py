@@ -68,11 +68,11 @@ def compare_tuning(module, params, targets, batches, held_out, tokens_RT, rank: 
     for method in ("full", "lora"):
         for dtype in ("float32", "bfloat16"):
             start, name = time.monotonic(), f"{method} {dtype}"
-            numbers = module.clone(dtype=jnp.dtype(dtype))
+            cast = module.clone(dtype=jnp.dtype(dtype))
             if method == "full":
-                learner, first = numbers, params
+                learner, first = cast, params
             else:
-                learner = Adapted(numbers, params)
+                learner = Adapted(cast, params)
                 first = lora_init(jax.random.key(1), params, targets=targets, rank=rank)
             tuned, losses = tune(learner, first, batches, rates[method])
             bits = bits_per_byte(learner, tuned, held_out)

@@ -1,4 +1,4 @@
-"""What a run shows and leaves: a progress bar, metrics.jsonl, TensorBoard events, the loss curve."""
+"""Records of a run: a progress bar, metrics.jsonl, TensorBoard events, the loss curve."""
 
 import json
 import os

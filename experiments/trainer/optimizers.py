@@ -21,7 +21,7 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     """
     if not 0 <= config.warmup_steps < steps:
         raise ValueError(
-            f"optimizer.warmup_steps: got {config.warmup_steps}; 0 to {steps - 1} fits {steps} steps"
+            f"optimizer.warmup_steps: got {config.warmup_steps}; expected 0 to {steps - 1} for {steps} steps"
         )
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / max(config.warmup_steps, 1),  # the first step counts
@@ -69,7 +69,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     unknown = sorted(set(options) - set(takes))
     if unknown:
         raise ValueError(
-            f"optimizer.options: {config.name} takes no {', '.join(unknown)}; {', '.join(takes)} fit"
+            f"optimizer.options: {config.name} takes no {', '.join(unknown)}; expected {', '.join(takes)}"
         )
     if config.name == "muon":
         # Muon's orthogonal update is scaled to AdamW's usual size: one learning rate can serve both halves.
@@ -79,7 +79,7 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             options["adam_learning_rate"] = lambda step: ratio * rate(step)
     if config.weight_decay:
         if "weight_decay" not in takes:
-            raise ValueError(f"optimizer.weight_decay: {config.name} takes none; 0 fits")
+            raise ValueError(f"optimizer.weight_decay: {config.name} takes none; expected 0")
         options["weight_decay"] = config.weight_decay
     for name in ("mask", "weight_decay_mask"):
         if name in takes:
@@ -94,5 +94,5 @@ def _find(name: str):
         if callable(build) and "learning_rate" in inspect.signature(build).parameters:
             return build
     raise ValueError(
-        f"optimizer.name: got {name!r}; 'adamw', 'muon' or another optimizer of frugax.optim or optax fits"
+        f"optimizer.name: got {name!r}; expected 'adamw', 'muon' or another of frugax.optim or optax"
     )

@@ -1,4 +1,4 @@
-"""How one training step spreads over devices: `jit` over a mesh, or `pmap`. Both give the same losses."""
+"""Layouts of a training step over devices: `jit` over a mesh, or `pmap`. Both give the same losses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ def make_layout(config: ConfigDict) -> Layout:
         )
     if config.batch_size % (wanted * config.accumulate):
         raise ValueError(
-            f"batch_size: got {config.batch_size}; a multiple of {wanted * config.accumulate} fits "
+            f"batch_size: got {config.batch_size}; expected a multiple of {wanted * config.accumulate} for "
             f"({wanted} devices times accumulate={config.accumulate})"
         )
     if config.parallel == "jit":
@@ -47,7 +47,7 @@ def make_layout(config: ConfigDict) -> Layout:
         if jax.process_count() > 1:
             raise ValueError("parallel: 'pmap' serves one process; 'jit' serves several")
         return _pmap(devices[:wanted])
-    raise ValueError(f"parallel: got {config.parallel!r}; 'jit' or 'pmap' fits")
+    raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' or 'pmap'")
 
 
 def _jit_over_mesh(devices) -> Layout:

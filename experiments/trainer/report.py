@@ -1,4 +1,4 @@
-"""What a finished run reached: held-out bits per byte beside compressors, sizes, times, and a sample."""
+"""The report on a finished run: held-out bits per byte beside compressors, sizes, times, and a sample."""
 
 import json
 import time

@@ -54,7 +54,7 @@ def build_model(config: ConfigDict) -> Any:
     if unknown or not model.pattern:
         there_are = ", ".join(model.blocks) or "there are none"
         raise ValueError(
-            f"model.pattern: got {tuple(model.pattern)}; names of model.blocks fit ({there_are})"
+            f"model.pattern: got {tuple(model.pattern)}; expected names of model.blocks ({there_are})"
         )
     return frugax.layers.Decoder(
         vocab_size=model.vocab_size,

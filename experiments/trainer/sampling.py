@@ -125,7 +125,7 @@ def _step(module, variables, state, token, key, temperature, top_p):
 
 
 def _chunks(prompt: np.ndarray) -> Iterator[np.ndarray]:
-    """What is left over first, then whole chunks: two lengths, so two programs to compile."""
+    """The remainder first, then whole chunks: two lengths, so two programs to compile."""
     first = (len(prompt) - 1) % _PREFILL + 1
     yield prompt[:first]
     yield from prompt[first:].reshape(-1, _PREFILL)

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and the step."""
+"""The state that training carries from step to step, and the step."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -43,7 +43,7 @@ def test_a_config_says_what_it_is_for_and_builds(name):
         module = build_model(config)
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         jax.eval_shape(make_optimizer(config.optimizer, config.steps).init, shapes)
-    with pytest.raises(ValueError, match="'large'; nothing or 'smoke' fits"):
+    with pytest.raises(ValueError, match="'large'; expected nothing or 'smoke'"):
         get_config("large")
 
 
@@ -67,7 +67,7 @@ def test_a_smoke_variant_runs(name, tmp_path):
     [
         ([], "--config is missing"),
         (["--config=experiments/configs/lm/quickstart.py", "--config.no_such=1"], "no_such"),
-        (["--config=experiments/configs/lm/quickstart.py:large"], "'large'; nothing or 'smoke' fits"),
+        (["--config=experiments/configs/lm/quickstart.py:large"], "'large'; expected nothing or 'smoke'"),
         (["--config=experiments/configs/lm/quickstart.py", "lonely"], "'lonely' is no flag"),
         (["--help"], "--config=experiments/configs/lm/quickstart.py:smoke"),
     ],

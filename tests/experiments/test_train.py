@@ -169,13 +169,13 @@ def test_two_devices_by_jit_and_by_pmap_have_the_losses_of_one(corpus, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(batch_size=3, accumulate=2), "batch_size: got 3; a multiple of 2"),
+        (dict(batch_size=3, accumulate=2), "batch_size: got 3; expected a multiple of 2"),
         (dict(parallel="threads"), "parallel: got 'threads'"),
         (dict(mesh__data=64), "mesh.data: got 64"),
         (dict(optimizer__name="no_such"), "optimizer.name: got 'no_such'"),
-        (dict(optimizer__warmup_steps=12), "optimizer.warmup_steps: got 12; 0 to 11"),
-        (dict(model__pattern=("gru", "mlp")), "model.pattern: .*names of model.blocks fit"),
-        (dict(model__vocab_size=7), "model.vocab_size: got 7; 256"),
+        (dict(optimizer__warmup_steps=12), "optimizer.warmup_steps: got 12; expected 0 to 11"),
+        (dict(model__pattern=("gru", "mlp")), "model.pattern: .*expected names of model.blocks"),
+        (dict(model__vocab_size=7), "model.vocab_size: got 7; expected 256"),
         (dict(data__path="/nowhere"), "/nowhere"),
     ],
 )

@@ -45,7 +45,7 @@ def get_config(variant: str = "adamw") -> ConfigDict:
     name, _, smoke = variant.partition(",")
     if name not in OPTIMIZERS or smoke not in ("", "smoke"):
         raise ValueError(
-            f"config variant: got {variant!r}; one of {', '.join(OPTIMIZERS)} fits, alone or before ',smoke'"
+            f"config variant: got {variant!r}; expected one of {', '.join(OPTIMIZERS)}, bare or with ',smoke'"
         )
     config = defaults()
     config.run_dir = f"runs/llama_1m_{name}"

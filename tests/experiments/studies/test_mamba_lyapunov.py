@@ -65,9 +65,9 @@ def test_what_forgets_has_no_exponent_above_minus_infinity():
 
 
 def test_bad_calls_say_what_fits():
-    with pytest.raises(ValueError, match=r"burn_in: got 4; 0 to 3 fits 4 tokens"):
+    with pytest.raises(ValueError, match=r"burn_in: got 4; expected 0 to 3 for 4 tokens"):
         max_lyapunov_exponent(lambda x, _: x, jnp.ones(3), jnp.zeros(4), KEY, burn_in=4)
-    with pytest.raises(ValueError, match=r"state: got int32\[3\]; a tree of floating"):
+    with pytest.raises(ValueError, match=r"state: got int32\[3\]; expected a tree of floating"):
         log_growth(lambda x, _: x, jnp.ones(3, jnp.int32), jnp.zeros(4), KEY)
 
 
