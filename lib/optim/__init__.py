@@ -1,13 +1,13 @@
 """Optax gradient transformations that keep little state.
 
-`low_rank` is the composition: a projector (`projectors.py`), an inner transformation in the subspace, a
-residual rule for the rest (`residuals.py`), a refresh schedule (`refresh.py`), and a `MatrixSpec` that says
-which leaves are matrices. `galore`, `apollo` and their kin are points of it.
+`low_rank` composes the low-rank family from a projector (`projectors.py`), an inner transformation in the
+subspace, a residual rule for the rest (`residuals.py`), a refresh schedule (`refresh.py`), and a `MatrixSpec`
+that says which leaves are matrices. `galore`, `apollo` and others are compositions of these.
 """
 
 from . import zeroth_order
 from .common.leafwise import LeafwiseState
-from .common.matrix_spec import STACKED, Axes, MatrixSpec
+from .common.matrix_spec import STACKED, MatrixAxes, MatrixSpec
 from .common.state_bytes import state_bytes
 from .layerwise.badam import badam
 from .layerwise.lisa import lisa
@@ -53,6 +53,8 @@ from .sign import kappas
 from .sign.lion_k import lion, lion_k, scale_by_lion_k
 from .zeroth_order import mezo_step
 
+Axes = MatrixAxes  # its name in earlier versions
+
 __all__ = [
     "DCT",
     "SGD",
@@ -64,6 +66,7 @@ __all__ = [
     "Gaussian",
     "Gram",
     "LeafwiseState",
+    "MatrixAxes",
     "MatrixSpec",
     "PowerIteration",
     "RandomBasis",

@@ -70,7 +70,7 @@ def test_the_nearest_code_is_chosen(name):
 
 @pytest.mark.parametrize("name", ["int8", "dynamic8", "udynamic8", "mulaw8", "ufp8_e4m4"])
 def test_tables_are_the_arithmetic(name):
-    """What is looked up is what is computed, on both sides of every middle and for zeros and tiny numbers."""
+    """Tables do as arithmetic does, on both sides of every middle and for zeros and tiny numbers."""
     format, values = frugax.formats.format_named(name), table(name)
     tables = jax.tree.map(jnp.asarray, lookup(format))
     tiny = np.float32([0, -0.0, 1e-9, 1e-30, 1e-45] if values[0] >= 0 else [0, -0.0, 1e-9, -1e-9, -1e-45])
@@ -102,7 +102,7 @@ class _Dense(Integer):
 
 
 def test_relative_error_over_seven_decades():
-    """What the dynamic map is for: small numbers beside large ones keep their digits, as int8's do not."""
+    """The purpose of the dynamic map: small numbers beside large ones keep their digits, as int8's do not."""
     x = 10.0 ** np.random.default_rng(1).uniform(-6, 0, 5000)
     error = {}
     for name in ("dynamic8", "udynamic8", "int8"):

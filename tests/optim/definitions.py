@@ -1,4 +1,4 @@
-"""What transcriptions of the papers' algorithms share: our optimizer over 50 steps, and Adam in NumPy."""
+"""Shared parts of the papers' algorithms in NumPy: our optimizer over 50 steps, and Adam."""
 
 import zlib
 

@@ -53,7 +53,7 @@ def quantized(shape, is_matrix):
 
 
 R = RANK
-IN_LAYERS = optim.MatrixSpec(rules={"(^|/)layers/": optim.Axes()}, names="none")
+IN_LAYERS = optim.MatrixSpec(rules={"(^|/)layers/": optim.MatrixAxes()}, names="none")
 CASES = {
     "apollo": Case(
         lambda rate: optim.apollo(rate, rank=R, update_interval=7),

@@ -97,7 +97,7 @@ def test_fira():
 
 
 def drawn(projector, shape, step, path="kernel"):
-    """Which entries of a matrix Adam sees at `step`."""
+    """The entries of a matrix that Adam sees at `step`."""
     with jax.enable_x64(True):
         key, ones = key_at(projector, path, step), jnp.ones(shape)
         return np.asarray(projector.up(projector.down(ones, (), key), shape, (), key)) > 0
@@ -176,7 +176,7 @@ def test_dct_adamw(rank):
 
 
 def rounded(codes, x, format, axis):
-    """Whether codes are x, rounded as well as the format can; near a tie, either way is as well."""
+    """True if codes are x, rounded as well as the format can; near a tie, either way is as well."""
     stored = quantize(jnp.asarray(x, jnp.float32), format, axis=axis, group_size=256).dequantize()
     return (np.abs(codes - x) <= np.abs(np.asarray(stored) - x) + 1e-5 * np.abs(x).max()).all()
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from frugax.optim import Axes, MatrixSpec, state_bytes
+from frugax.optim import MatrixAxes, MatrixSpec, state_bytes
 from frugax.peft import welore_merge, welore_ranks, welore_split
 from tests.errors import assert_close
 from tests.optim.optimizers import language, logits, params
@@ -61,7 +61,7 @@ def test_what_is_low_is_its_best_approximation_and_the_rest_is_itself():
 
 def test_any_axes_and_dtypes():
     w = jnp.moveaxis(spectra(1, 2), 0, -1).reshape(12, 3, 3, 2).astype(jnp.bfloat16)
-    spec = MatrixSpec(rules={"w": Axes(rows=(0,), cols=(1, 2))})
+    spec = MatrixSpec(rules={"w": MatrixAxes(rows=(0,), cols=(1, 2))})
     trained, rest = welore_split({"w": w}, {"w": (4, 4)}, spec=spec)
     assert {x.dtype for x in jax.tree.leaves((trained, rest))} == {jnp.dtype(jnp.bfloat16)}
     assert rest["w"].shape == (0, 12, 9)

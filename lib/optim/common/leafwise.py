@@ -1,4 +1,4 @@
-"""The frame of every optimizer here: matrices go one way, as [..., m, n], and all other leaves another."""
+"""The frame of the optimizers here: matrices take one rule, as [..., m, n], and all other leaves another."""
 
 import functools
 import logging
@@ -19,7 +19,7 @@ _log = logging.getLogger("frugax.optim")
 
 
 class LeafwiseState(NamedTuple):
-    """Steps so far, and the params' tree with each leaf's own state in its place.
+    """The steps so far, and the tree of params with each leaf replaced by its own state.
 
     Example:
         >>> import frugax, jax.numpy as jnp
@@ -34,9 +34,9 @@ class LeafwiseState(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """Where an update stands: leaf of matrices number `leaf` of `leaves`, at `step`.
+    """The place of an update: number `leaf` of the `leaves` leaves of matrices, at `step`.
 
-    All of it is data, so that leaves of one shape share a trace.
+    All fields are data, not static, so that leaves of one shape share a trace.
     """
 
     leaf: Any
@@ -52,10 +52,10 @@ def leafwise(
     spec: MatrixSpec | None,
     side: str,
 ) -> optax.GradientTransformation:
-    """A transformation from what becomes of a leaf of matrices, and of another leaf.
+    """Make a transformation from a rule for leaves of matrices and one for the other leaves.
 
     Everything is kept and computed in float32 (float64 for float64 gradients); updates come back in the
-    gradients' dtype. `init` logs what becomes of each leaf, once (level INFO of the logger "frugax.optim").
+    gradients' dtype. `init` logs the decision for each leaf, once (level INFO of the logger "frugax.optim").
 
     Args:
       init_matrices: (decision, dtype) -> the state of a leaf of matrices `decision.view.matrices`.
@@ -90,7 +90,7 @@ def leafwise(
 
     @functools.lru_cache(maxsize=16)
     def expected(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> list[tuple[Decision, Any]]:
-        """What becomes of each leaf, and the shapes of its state: worked out once for a tree of shapes."""
+        """Decide for each leaf, with the shapes of its state; worked out once for a tree of shapes."""
         states: dict[Any, Any] = {}
         found = []
         for decision, leaf in zip(spec.decisions(tree.unflatten(leaves), side), leaves, strict=True):
@@ -143,11 +143,11 @@ def _check_state(decision: Decision, expected: Any, state: Any) -> None:
     def shapes(tree):
         return {jax.tree_util.keystr(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
-    fits, got = shapes(expected), shapes(state)
-    wrong = sorted(name for name in {*fits, *got} if fits.get(name) != got.get(name))
+    want, got = shapes(expected), shapes(state)
+    wrong = sorted(name for name in {*want, *got} if want.get(name) != got.get(name))
     if wrong:
-        made, now = (of.get(wrong[0], "nothing") for of in (got, fits))
+        made, wanted = (found.get(wrong[0], "nothing") for found in (got, want))
         raise ValueError(
-            f"state: for {decision.path} it has {made} at {wrong[0]}, where this optimizer has {now}; "
-            "a state made with the same rank, projector, spec and side fits"
+            f"state: got {made} at {wrong[0]} for {decision.path}; expected {wanted}, as in a state made "
+            "with the same rank, projector, spec and side"
         )

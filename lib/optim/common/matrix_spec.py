@@ -1,4 +1,4 @@
-"""Which leaves of a params tree are matrices, and which of their axes are rows, columns and batch."""
+"""Rules by which leaves of a params tree are matrices, and their axes rows, columns or batch."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ from jax.sharding import PartitionSpec
 SIDES = ("short", "long", "rows", "cols", "unsharded")
 
 
-class Axes(NamedTuple):
+class MatrixAxes(NamedTuple):
     """A leaf's row and column axes; the others are batch: every slice along them is a matrix of its own.
 
     Example:
-        >>> from frugax.optim import Axes
-        >>> Axes(rows=(0,), cols=(1, 2))  # a projection [width, heads, head size]
-        Axes(rows=(0,), cols=(1, 2))
+        >>> from frugax.optim import MatrixAxes
+        >>> MatrixAxes(rows=(0,), cols=(1, 2))  # a projection [width, heads, head size]
+        MatrixAxes(rows=(0,), cols=(1, 2))
     """
 
     rows: tuple[int, ...] = (-2,)
@@ -29,13 +29,13 @@ class Axes(NamedTuple):
 
 
 # A rule's value for leaves [layers, ...] of any rank: each layer is a matrix, or is treated as one.
-STACKED = Axes((), ())
+STACKED = MatrixAxes((), ())
 
 
 class View(NamedTuple):
-    """How one leaf is seen: as matrices [..., m, n], where m is the side that projectors shorten."""
+    """A leaf's layout as matrices [..., m, n], where m is the side that projectors shorten."""
 
-    axes: Axes  # of the leaf, all non-negative
+    axes: MatrixAxes  # of the leaf, all non-negative
     shape: tuple[int, ...]  # of the leaf
     swapped: bool  # columns are the projected side
 
@@ -68,7 +68,7 @@ class View(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What a spec says of one leaf."""
+    """A spec's decision for one leaf."""
 
     path: str
     view: View | None  # None: no matrix
@@ -77,7 +77,7 @@ class Decision(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSpec:
-    r"""Which leaves are matrices: by rules of yours first, then by name, shape and size.
+    r"""Rules for which leaves are matrices: your own first, then by name, shape and size.
 
     Without rules, a leaf is a matrix where its own name is in `names`, no part of its path is in `plain`, it
     has two axes or more, and its shorter side is at least `min_side`. Its last two axes are rows and columns;
@@ -86,8 +86,8 @@ class MatrixSpec:
     should be.
 
     Args:
-      rules: regexes of the path, each with `Axes` or None for no matrix; the first that is found in "a/b/c"
-        decides. Each must match something.
+      rules: regexes of the path, each with `MatrixAxes` or None for no matrix; the first that is found in
+        "a/b/c" decides. Each must match something.
       names: regex that the last part of the path must match in full.
       plain: regex that no part of the path may match in full: embeddings, heads, norms, convolutions.
       min_side: matrices with a shorter side below it are no matrices.
@@ -107,7 +107,7 @@ class MatrixSpec:
         layers/out/kernel  [2, 6, 4]  2 of 4 x 6 (T)  its name and shape
     """
 
-    rules: Mapping[str, Axes | None] | tuple = ()
+    rules: Mapping[str, MatrixAxes | None] | tuple = ()
     names: str = r"kernel|weight|w"
     plain: str = r".*(embed|norm|conv).*|((lm|output)_)?head|logits|router"
     min_side: int = 2
@@ -119,14 +119,14 @@ class MatrixSpec:
             pairs = getattr(self, field)
             pairs = pairs.items() if isinstance(pairs, Mapping) else pairs
             object.__setattr__(self, field, tuple((pattern, value) for pattern, value in pairs))
-        rules = [(pattern, axes and Axes(*map(tuple, axes))) for pattern, axes in self._pairs("rules")]
+        rules = [(pattern, axes and MatrixAxes(*map(tuple, axes))) for pattern, axes in self._pairs("rules")]
         object.__setattr__(self, "rules", tuple(rules))  # tuples throughout: a spec is a key of caches
 
     def _pairs(self, field: str) -> tuple[tuple[str, Any], ...]:
         return getattr(self, field)
 
     def decisions(self, params: Any, side: str = "short") -> list[Decision]:
-        """What becomes of each leaf of `params`, in the tree's order.
+        """Decide for each leaf of `params`, in the tree's order.
 
         Args:
           params: any tree of arrays or shapes.
@@ -139,24 +139,25 @@ class MatrixSpec:
 
     def _of_shapes(self, params: Any, side: str) -> list[Decision]:
         if side not in SIDES:
-            raise ValueError(f"side: got {side!r}; one of {', '.join(SIDES)} fits")
+            raise ValueError(f"side: got {side!r}; expected one of {', '.join(SIDES)}")
         leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
         for path, leaf in leaves:
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise ValueError(f"params: {path} is {leaf.dtype}{list(leaf.shape)}; floats fit")
+                raise ValueError(f"params: got {leaf.dtype}{list(leaf.shape)} at {path}; expected floats")
         for field in ("rules", "partition"):
             for pattern, _ in self._pairs(field):
                 if not any(re.search(pattern, path) for path, _ in leaves):
                     paths = ", ".join(path for path, _ in leaves)
-                    raise ValueError(f"{field}: {pattern!r} matches no leaf; there are {paths}")
+                    raise ValueError(f"{field}: {pattern!r} matches no leaf; expected one of {paths}")
         found = [self._decide(path, leaf.shape, side) for path, leaf in leaves]
         if leaves and all(decision.view is None for decision in found):
-            raise ValueError(f"spec: no leaf is a matrix; name some in rules:\n{_table(found, leaves)}")
+            raise ValueError(
+                f"spec: no leaf is a matrix; expected rules that name some:\n{_table(found, leaves)}"
+            )
         return found
 
     def table(self, params: Any, side: str = "short") -> str:
-        """What becomes of each leaf, as text: its matrices ("(T)": transposed, so that m comes first) and
-        why."""
+        """Make a table of each leaf's matrices and the reason. "(T)": transposed, so that m comes first."""
         leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
         return _table(self.decisions(params, side), leaves)
 
@@ -172,21 +173,21 @@ class MatrixSpec:
             return Decision(path, None, "its shape")
         if min(shape[-2:]) < self.min_side:
             return Decision(path, None, f"a side below {self.min_side}")
-        return Decision(path, self._view(path, shape, Axes(), side), "its name and shape")
+        return Decision(path, self._view(path, shape, MatrixAxes(), side), "its name and shape")
 
-    def _view(self, path: str, shape: tuple[int, ...], axes: Axes, side: str) -> View:
+    def _view(self, path: str, shape: tuple[int, ...], axes: MatrixAxes, side: str) -> View:
         if axes == STACKED and shape:
-            axes = Axes(tuple(range(1, min(2, len(shape)))), tuple(range(2, len(shape))))
+            axes = MatrixAxes(tuple(range(1, min(2, len(shape)))), tuple(range(2, len(shape))))
             return View(axes, tuple(shape), False)
         flat = axes.rows + axes.cols
-        fits = all(-len(shape) <= axis < len(shape) for axis in flat)
-        whole = tuple(axis % len(shape) for axis in flat) if fits and shape else ()
+        inside = all(-len(shape) <= axis < len(shape) for axis in flat)
+        whole = tuple(axis % len(shape) for axis in flat) if inside and shape else ()
         if len(set(whole)) < len(flat) or not flat:
             raise ValueError(
-                f"rules: {path} of shape {list(shape)} has no rows {axes.rows} and columns {axes.cols}; "
-                "distinct axes of the leaf fit, and a leaf named as a matrix has at least two"
+                f"rules: got rows {axes.rows} and columns {axes.cols} for {path} of shape {list(shape)}; "
+                "expected distinct axes of the leaf (a leaf named as a matrix has at least two)"
             )
-        axes = Axes(whole[: len(axes.rows)], whole[len(axes.rows) :])
+        axes = MatrixAxes(whole[: len(axes.rows)], whole[len(axes.rows) :])
         m, n = (math.prod(shape[axis] for axis in part) for part in axes)
         if side == "unsharded":
             spec = next((tuple(p) for pattern, p in self._pairs("partition") if re.search(pattern, path)), ())
@@ -200,15 +201,15 @@ class MatrixSpec:
         if most == 0:
             raise ValueError(
                 f"projector: {path} of shape {list(view.shape)} is no stack; "
-                "a rule of the spec that leaves it out fits"
+                "expected a rule of the spec that leaves it out"
             )
         if isinstance(rank, float):
             return round(rank * most)
         if rank <= most or self.clamp:
             return min(rank, most)
         raise ValueError(
-            f"rank: got {rank}; {path} of shape {list(view.shape)} has room for {most}: "
-            f"1 to {most} fits (or MatrixSpec(clamp=True), or a rule that leaves it out)"
+            f"rank: got {rank}; expected 1 to {most} for {path} of shape {list(view.shape)} "
+            "(or MatrixSpec(clamp=True), or a rule that leaves the leaf out)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a leaf's state lives on a mesh: sharded as the leaf is, as far as it has the leaf's axes."""
+"""Placement of a leaf's state on a mesh: sharded as the leaf is, over the axes that both have."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from .matrix_spec import View
 
 
 def placed(state: Any, leaf: Any, view: View) -> Any:
-    """The arrays of a leaf's state [..., m or else, n or else], sharded over those of its axes they have.
+    """Shard the arrays of a leaf's state as the leaf is, over the axes that they share with it.
 
     Nothing happens where the leaf's sharding can't be seen: inside `jit` over a mesh of automatic axes the
     compiler decides, or the caller's `out_shardings`.
@@ -40,7 +40,7 @@ def placed(state: Any, leaf: Any, view: View) -> Any:
 def automatic(
     update: Callable[..., tuple[Array, Any]], g: Array, w: Array | None, state: Any, turn: Any
 ) -> tuple[Array, Any]:
-    """`update(g, w, state, turn)`, with an explicit mesh left to the compiler inside it.
+    """Call `update(g, w, state, turn)` with an explicit mesh's axes automatic inside it.
 
     What it returns is typed as g and state are. Numbers that `update` closes over can't be traced there.
     """
@@ -58,7 +58,7 @@ def automatic(
 
 
 def _sharding(x: Any) -> NamedSharding | None:
-    """How x is sharded over several devices, where that is known."""
+    """The sharding of x over several devices, if it is known."""
     if not isinstance(x, Array):
         return None
     sharding = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding

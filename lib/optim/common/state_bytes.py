@@ -1,4 +1,4 @@
-"""How much memory an optimizer's state takes."""
+"""The memory that an optimizer's state takes."""
 
 import math
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of all arrays of a tree, as they lie in memory; 4-bit integers count half a byte.
+    """Count the bytes of all arrays of a tree in memory; 4-bit integers count half a byte.
 
     Args:
       state: any tree of arrays or `jax.ShapeDtypeStruct`: `jax.eval_shape(optimizer.init, params)` tells

@@ -28,8 +28,8 @@ def lisa(
     """LISA: AdamW on `active` of the stacked layers, drawn every `update_interval` steps, and on all else.
 
     Layers are the slices of axis 0 of the leaves that `layers` finds, as `nn.scan` stacks them; the same are
-    active in all leaves. The others don't move, nor decay. Moments live in `active` slots, which change
-    hands at each draw. Gradients are taken of all layers: XLA can't know which ones will not be used.
+    active in all leaves. The others don't move, nor decay. Moments live in `active` slots, which pass to
+    other layers at each draw. Gradients are taken of all layers: XLA can't know which ones will not be used.
 
     State, for a stacked leaf of size d a layer: 4 * (2 * active * d + 1) bytes; for another leaf of size d:
     4 * (2 d + 1); and 8 for two counts.

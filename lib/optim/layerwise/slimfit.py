@@ -1,4 +1,4 @@
-"""SlimFit's schedule: of stacked layers, only those train whose last update moved them most."""
+"""SlimFit's schedule: of stacked layers, only those that the last updates moved most are trained."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ class SlimFitState(NamedTuple):
 def slimfit(
     inner: optax.GradientTransformation, freeze_rate: Any, *, layers: str = r"(^|/)layers/"
 ) -> optax.GradientTransformation:
-    """Freeze the share of layers whose weights last moved least, |update| / |W|; others go through `inner`.
+    """Freeze the share of layers with the smallest last |update| / |W|; the others go through `inner`.
 
     A layer is a slice of axis 0 of a leaf that `layers` finds. Frozen ones keep weights and moments, bit for
     bit, and the distance they had: as the others slow down, their turn comes. All start at an infinite
@@ -71,7 +71,7 @@ def slimfit(
 
     def update(updates: Any, state: SlimFitState, params: Any = None) -> tuple[Any, SlimFitState]:
         if params is None:
-            raise ValueError("params: got None; the params fit, for layers move relative to their weights")
+            raise ValueError("params: got None; expected the params: layers move relative to them")
         stacked, rest, structure, is_stacked = split(updates)
         weights, rest_weights, _, _ = split(params)
         new_rest, rest_state = inner.update(rest, state.rest, rest_weights)

@@ -1,4 +1,4 @@
-"""Optimizers whose moments are kept in 8 bits a number: drop-ins for optax's own.
+"""Optimizers with moments in 8 bits: drop-ins for optax's own.
 
 A leaf of n numbers in rows of C keeps, for each moment, n bytes of codes in its own shape (so that its
 sharding applies) and 4 bytes for each of the ceil(C / group_size) groups of a row: 2.03 bytes a parameter for
@@ -26,10 +26,10 @@ Scalar = float | Array  # an array where `optax.inject_hyperparams` traces it
 
 @dataclasses.dataclass(frozen=True)
 class EightBit:
-    """How moments are stored. One value, because `optax.inject_hyperparams` would trace bare numbers.
+    """The storage of moments. One value, because `optax.inject_hyperparams` would trace bare numbers.
 
     Args:
-      group_size: numbers that share a scale (a row, where it is shorter). The paper has 2048; smaller costs
+      group_size: elements that share a scale (a row, if that is shorter). The paper has 2048; smaller costs
         little and is more exact. None: 256, or 128 in a leaf whose rows are whole groups only of 128, since
         the kernels serve whole ones.
       min_size: leaves with fewer numbers stay in float32, as published.
@@ -55,13 +55,13 @@ class EightBit:
 
     def __post_init__(self):
         if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size: got {self.group_size}; at least 1 fits")
+            raise ValueError(f"group_size: got {self.group_size}; expected at least 1")
         for name in ("signed", "unsigned"):
             if format_named(getattr(self, name)).bits != 8:
-                raise ValueError(f"{name}: got {getattr(self, name)}; a format of 8 bits fits")
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a format of 8 bits")
 
     def group_size_of(self, row: int) -> int:
-        """Numbers that share a scale, in a row of so many."""
+        """The number of elements that share a scale, in a row of `row` elements."""
         size = self.group_size
         if size is None:
             size = 128 if row % 256 and row % 128 == 0 else 256
@@ -69,7 +69,7 @@ class EightBit:
 
 
 def is_embedding(path: str) -> bool:
-    """Whether a path ends in "embedding", as Flax's and frugax's embedding tables do.
+    """Test if a path ends in "embedding", as Flax's and frugax's embedding tables do.
 
     Args:
       path: names joined by "/".
@@ -256,7 +256,7 @@ def adafactor_8bit(
     *,
     moments: EightBit = EightBit(),
 ) -> optax.GradientTransformation:
-    """Adafactor, whose second moment is rows and columns already, with its momentum in 8 bits.
+    """Adafactor with its momentum in 8 bits (its second moment is factored already).
 
     Args:
       learning_rate: a number or a schedule, in units of each leaf's rms.
@@ -297,7 +297,7 @@ def _scale_by(
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
         for name, (_, p) in zip(names, leaves, strict=True):
             if not jnp.issubdtype(p.dtype, jnp.floating):
-                raise ValueError(f"params: got {p.dtype}{list(p.shape)} at {name}; a floating dtype fits")
+                raise ValueError(f"params: got {p.dtype}{list(p.shape)} at {name}; expected a floating dtype")
         whole = [how.full_precision is not None and how.full_precision(name) for name in names]
         if leaves and how.full_precision is not None and not any(whole):
             raise ValueError(f"full_precision: matches none of {', '.join(names)}")

@@ -30,8 +30,8 @@ def quantized_state(
         are faster.
       format: of every moment; or a mapping from the name of a field of the state to a format, such as
         {"mu": "dynamic8", "nu": "udynamic8"}: fields without a name in it stay as they are.
-      group_size: numbers that share a scale, along the last axis.
-      min_size: arrays with fewer numbers stay as they are, as do integers and scalars.
+      group_size: elements that share a scale, along the last axis.
+      min_size: arrays with fewer elements stay as they are, as do integers and scalars.
       chunks: above 1 for an `inner` that is elementwise (what becomes of a number depends on that number's
         gradient, state and parameter, and on scalars): leaves are then worked through in that many parts
         along the longest axis but the last, so that a step needs float32 copies of one part, where otherwise
@@ -74,7 +74,8 @@ def quantized_state(
 
         stored = jax.tree_util.tree_map_with_path(store, state)
         if isinstance(format, Mapping) and set(format) - used:
-            raise ValueError(f"format: {', '.join(sorted(set(format) - used))} match no field of the state")
+            names = ", ".join(sorted(set(format) - used))
+            raise ValueError(f"format: got {names}; expected names of fields of the state")
         return stored
 
     def update(updates, state, params=None, **extra_args):
@@ -123,7 +124,7 @@ def _axis(x: Any) -> int:
 
 
 def _rows(x: Any, parts: int) -> int:
-    """How many rows of that axis a part has. A vector is left for the end."""
+    """The number of rows of that axis in a part. A vector is left for the end."""
     return x.shape[_axis(x)] // parts if x.ndim > 1 else 0
 
 
@@ -174,7 +175,7 @@ def _check_elementwise(updates: Any, state: Any) -> None:
             name = jax.tree_util.keystr(path)
             raise ValueError(
                 f"chunks: inner's state has {list(x.shape)} at {name}, which is no leaf's shape; "
-                "an elementwise transformation fits, or chunks=1"
+                "expected an elementwise transformation, or chunks=1"
             )
 
 

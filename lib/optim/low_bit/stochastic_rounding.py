@@ -1,4 +1,4 @@
-"""Weights in bfloat16 or 8 bits without a float32 copy: updates are rounded at random, right on average."""
+"""Stochastic rounding: weights in bfloat16 or 8 bits need no float32 copy to be right on average."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def apply_updates_stochastic(params: Any, updates: Any, key: Key[Array, ""]) -> 
       New params, each leaf in its old format.
 
     Raises:
-      ValueError: an update whose shape is not its parameter's.
+      ValueError: an update has another shape than its parameter.
 
     Source: Zhang et al. 2024, Q-GaLore (arXiv 2407.08296): INT8 weights with stochastic rounding.
 
@@ -40,7 +40,7 @@ def apply_updates_stochastic(params: Any, updates: Any, key: Key[Array, ""]) -> 
     for i, (p, u) in enumerate(zip(leaves, tree.flatten_up_to(updates), strict=True)):
         if u.shape != p.shape:
             raise ValueError(
-                f"updates: got {list(u.shape)} for a parameter {list(p.shape)}; the same shape fits"
+                f"updates: got {list(u.shape)} for a parameter {list(p.shape)}; expected the same shape"
             )
         new.append(_apply(p, u, jax.random.fold_in(key, i)))
     return tree.unflatten(new)
@@ -55,12 +55,12 @@ def _apply(p, u: Array, key):
 
 
 def round_stochastic(x: Float[Array, "*s"], dtype, key: Key[Array, ""]) -> Float[Array, "*s"]:
-    """x in a narrower floating dtype: one of its two neighbours there, at random, so that the mean is x.
+    """Round x to one of its two neighbours in a narrower dtype, at random, so that the mean is x.
 
     Args:
       x: float32, finite.
       dtype: bfloat16 or float16.
-      key: of the random numbers.
+      key: PRNG key.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp

@@ -75,9 +75,9 @@ def frugal(
         True
     """
     if residual not in RESIDUALS:
-        raise ValueError(f"residual: got {residual!r}; one of {', '.join(RESIDUALS)} fits")
+        raise ValueError(f"residual: got {residual!r}; expected one of {', '.join(RESIDUALS)}")
     if not isinstance(density, int | float) or not 0 <= density <= 1:
-        raise ValueError(f"density: got {density!r}; a number from 0 to 1 fits, and no traced one")
+        raise ValueError(f"density: got {density!r}; expected a number from 0 to 1, not a traced one")
     rule = low_rank(
         make_projector(
             projector, float(density) if rank is None else static_size("rank", rank), orthonormal=True

@@ -1,4 +1,4 @@
-"""The composition that GaLore, APOLLO, FRUGAL and their kin are points of: project, update, project back."""
+"""The composition of GaLore, APOLLO, FRUGAL and others: project, update in the subspace, project back."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -83,17 +83,17 @@ def low_rank(
     refresh = refresh if isinstance(refresh, Refresh) else Refresh(refresh)
     inner = optax.with_extra_args_support(inner)
     if moments not in MOMENTS:
-        raise ValueError(f"moments: got {moments!r}; one of {', '.join(MOMENTS)} fits")
+        raise ValueError(f"moments: got {moments!r}; expected one of {', '.join(MOMENTS)}")
     if isinstance(projector, Gaussian) and residual is not None and not residual.whole:
         raise ValueError(
-            f"projector: got Gaussian, of which {type(residual).__name__} would get mostly noise: "
-            "up(down(G)) is no part of G; RandomBasis fits, or a residual with whole=True"
+            f"projector: got Gaussian, of which {type(residual).__name__} would get mostly noise "
+            "(up(down(G)) is no part of G); expected RandomBasis, or a residual with whole=True"
         )
     adaptive = refresh.threshold is not None
     if adaptive and (moments == "reset" or not hasattr(projector, "find")):
         raise ValueError(
-            f"refresh: threshold={refresh.threshold} goes with moments 'keep' or 'transport' and a projector "
-            f"that keeps a basis; got {moments!r} and {type(projector).__name__}"
+            f"refresh: got threshold={refresh.threshold} with {moments!r} and {type(projector).__name__}; "
+            "expected moments 'keep' or 'transport' and a projector that keeps a basis"
         )
 
     def fitted(view: View, path: str = "a leaf") -> Any:

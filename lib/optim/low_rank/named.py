@@ -22,6 +22,6 @@ PROJECTORS = {
 def make_projector(name: str, rank: int | float, *, orthonormal: bool = False, **options: Any) -> Projector:
     """The projector that an optimizer's argument names; orthonormal for those that use what it leaves out."""
     if name not in PROJECTORS:
-        raise ValueError(f"projector: got {name!r}; one of {', '.join(PROJECTORS)} fits")
+        raise ValueError(f"projector: got {name!r}; expected one of {', '.join(PROJECTORS)}")
     make = RandomBasis if orthonormal and name == "random" else PROJECTORS[name]
     return make(rank=rank, **options)

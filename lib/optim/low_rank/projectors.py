@@ -1,7 +1,7 @@
 """Projectors: gradients G [..., m, n] to fewer rows R [..., r, n] and back, and what that takes to remember.
 
 A projector is a frozen value with
-  most(shape)             the largest rank that fits
+  most(shape)             the largest possible rank
   init(shape)             what the state keeps, before the first refresh
   refresh(G, kept, key)   what it keeps from now on; called on refresh steps only, first of all on step 0
   down(G, kept, key)      R
@@ -27,7 +27,7 @@ from ..common.slicewise import eigenvectors, left_singular_vectors, orthonormal
 
 @runtime_checkable
 class Projector(Protocol):
-    """What `low_rank` needs of a projector."""
+    """The interface of projectors that `low_rank` uses."""
 
     rank: Any
     together: Any
@@ -86,13 +86,13 @@ class _Basis(_Rowwise):
         raise NotImplementedError
 
     def pack(self, p: Array) -> Any:
-        """What is kept of a basis."""
+        """Encode a basis for the state."""
         if self.format is None:
             return p
         return quantize(p, self.format, axis=-2, group_size=self.group_size)
 
     def unpack(self, kept: Any) -> Array:
-        """The basis that is kept."""
+        """Decode the basis in the state."""
         return kept if self.format is None else kept.dequantize()
 
     def init(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -223,7 +223,7 @@ class _Forgetful(_Rowwise):
         return ()
 
     def change(self, old: tuple, new: tuple) -> Array:
-        raise ValueError(f"moments: {type(self).__name__} can't transport them; 'keep' or 'reset' fits")
+        raise ValueError(f"moments: {type(self).__name__} can't transport them; expected 'keep' or 'reset'")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""When projectors are found anew, and what becomes of an inner optimizer's state then."""
+"""Schedules by which projectors are found anew, and the inner optimizer's state at a refresh."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ MOMENTS = ("keep", "reset", "transport")
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """When projectors are found anew.
+    """The schedule by which projectors are found anew.
 
     Attributes:
       every: steps from one refresh to the next, at least 1; may be traced.
@@ -29,7 +29,7 @@ class Refresh:
       patience: see threshold.
 
     Raises:
-      ValueError: naming the attribute that can't be right.
+      ValueError: an attribute is invalid; the message names it.
 
     Source: the adaptive rule is Q-GaLore's, Zhang et al. 2024 (arXiv 2407.08296).
 
@@ -46,14 +46,14 @@ class Refresh:
 
     def __post_init__(self):
         if isinstance(self.every, int) and self.every < 1:
-            raise ValueError(f"refresh: got {self.every} steps (update_interval); a number >= 1 fits")
+            raise ValueError(f"refresh: got {self.every} steps (update_interval); expected at least 1")
         if self.threshold is None:
             return
         if self.stagger:
-            raise ValueError("stagger: got True with a threshold; one of the two fits")
+            raise ValueError("stagger: got True with a threshold; expected one of the two")
         if not 0 < self.threshold <= 1 or self.patience < 1:
             got = f"{self.threshold} and {self.patience}"
-            raise ValueError(f"threshold, patience: got {got}; a cosine in (0, 1] and a count >= 1 fit")
+            raise ValueError(f"threshold, patience: got {got}; expected a cosine in (0, 1] and a count >= 1")
 
 
 class Waiting(NamedTuple):
@@ -66,7 +66,7 @@ class Waiting(NamedTuple):
 
 
 def first_waiting(refresh: Refresh, shape: tuple[int, ...]) -> Waiting | tuple:
-    """What adaptive refreshes keep of the matrices `shape` [..., m, n] at first; () for the others."""
+    """Make the first state of adaptive refreshes for matrices of `shape` [..., m, n]; () if not adaptive."""
     if refresh.threshold is None:
         return ()
     now = jnp.zeros(shape[:-2], jnp.int32)
@@ -93,7 +93,7 @@ def refresh_all(
     state: Any,
     key: Array,
 ) -> tuple[Any, Any]:
-    """What the projector keeps, and inner's state, after a refresh of all matrices of a leaf."""
+    """Refresh all matrices of a leaf: the projector's new state, and inner's."""
     new = projector.refresh(g, kept, key)
     if moments == "reset":
         state = _like(inner.init(jnp.zeros_like(projector.down(g, new, key))), state)
@@ -113,8 +113,7 @@ def refresh_some(
     key: Array,
     step: Array,
 ) -> tuple[Any, Any, Waiting]:
-    """Adaptive refreshes: those matrices of a leaf whose turn it is, one after the other; and when they are
-    next."""
+    """Refresh the matrices of a leaf that are due, one after the other, and set when they are due next."""
     due = step >= waiting.next
     key = jax.random.fold_in(key, step)
     batch = g.shape[:-2]

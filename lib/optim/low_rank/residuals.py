@@ -1,4 +1,4 @@
-"""What becomes of the part of a gradient that a projector leaves out.
+"""Residual rules: updates from the part of a gradient that a projector leaves out.
 
 A residual rule is a frozen value with
   whole                       True: it gets the whole gradient, and nothing is projected back
@@ -16,7 +16,7 @@ from jax import Array
 
 @runtime_checkable
 class Residual(Protocol):
-    """What `low_rank` needs of a residual rule."""
+    """The interface of residual rules that `low_rank` uses."""
 
     whole: Any
 
@@ -88,7 +88,7 @@ class Scaled:
 
     def __post_init__(self):
         if self.per not in ("column", "matrix"):
-            raise ValueError(f"per: got {self.per!r}; 'column' or 'matrix' fits")
+            raise ValueError(f"per: got {self.per!r}; expected 'column' or 'matrix'")
 
     def init(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return () if self.limit is None else jnp.zeros(shape[:-2], dtype)

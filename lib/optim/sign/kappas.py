@@ -7,23 +7,23 @@ from jax import Array
 
 
 def l1(u: Array) -> Array:
-    """Of the sum of magnitudes: the sign. Bounds every |W| by 1 / weight_decay."""
+    """The gradient of the sum of magnitudes: the sign. Bounds every |W| by 1 / weight_decay."""
     return jnp.sign(u)
 
 
 def l2(u: Array) -> Array:
-    """Of the leaf's Euclidean norm: the direction. Bounds |W|_2."""
+    """The gradient of the leaf's Euclidean norm: its direction. Bounds |W|_2."""
     return u / _nonzero(jnp.sqrt(jnp.sum(u * u)))
 
 
 def group(u: Array) -> Array:
-    """Of the sum of the norms of columns (the last axis indexes them): each column's direction."""
+    """The gradient of the sum of column norms (columns along the last axis): each column's direction."""
     axes = tuple(range(u.ndim - 1)) if u.ndim < 3 else (-2,)
     return u / _nonzero(jnp.sqrt(jnp.sum(u * u, axis=axes, keepdims=True)))
 
 
 def lp(p: float) -> Callable[[Array], Array]:
-    """Of the leaf's p-norm, p > 1."""
+    """Make the gradient of the leaf's p-norm, p > 1."""
 
     def gradient(u: Array) -> Array:
         size = jnp.abs(u) / _nonzero(jnp.max(jnp.abs(u)))  # in [0, 1]: its powers neither over- nor underflow
@@ -33,7 +33,7 @@ def lp(p: float) -> Callable[[Array], Array]:
 
 
 def huber(delta: float) -> Callable[[Array], Array]:
-    """Of the Huber function: u / delta where it is small, the sign elsewhere."""
+    """Make the gradient of the Huber function: u / delta where |u| < delta, the sign elsewhere."""
     return lambda u: jnp.clip(u / delta, -1, 1)
 
 

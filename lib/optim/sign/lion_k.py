@@ -40,7 +40,8 @@ def scale_by_lion_k(
         Array([ 1., -1.,  0.], dtype=float32)
     """
     if isinstance(kappa, str) and kappa not in KAPPAS:
-        raise ValueError(f"kappa: got {kappa!r}; one of {', '.join(KAPPAS)}, or a function of a leaf, fits")
+        expected = f"one of {', '.join(KAPPAS)}, or a function of a leaf"
+        raise ValueError(f"kappa: got {kappa!r}; expected {expected}")
     gradient_of = KAPPAS[kappa] if isinstance(kappa, str) else kappa
 
     def init(params: Any) -> LionKState:

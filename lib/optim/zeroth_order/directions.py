@@ -1,4 +1,4 @@
-"""Along which direction parameters are moved: a tree of numbers that is computed where it is added."""
+"""Directions to move parameters along: trees of numbers that are computed where they are added."""
 
 from collections.abc import Callable
 from typing import Any

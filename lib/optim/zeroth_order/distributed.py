@@ -56,7 +56,7 @@ def distzo2_step(
         1.0
     """
     if pert_axis is not None and mesh.shape[pert_axis] != 2:
-        raise ValueError(f"pert_axis: got {pert_axis!r} of size {mesh.shape[pert_axis]}; size 2 fits")
+        raise ValueError(f"pert_axis: got {pert_axis!r} of size {mesh.shape[pert_axis]}; expected size 2")
     estimator = two_point(epsilon, in_place=False)
 
     def mean(x):
@@ -141,7 +141,7 @@ def replay_bytes(
     learning_rate: float | Array,
     limit: float,
 ) -> Any:
-    """What a worker that joins late does: the parameters after a logged run of `one_byte_step`.
+    """Rebuild the parameters after a logged run of `one_byte_step`, as a worker that joins late does.
 
     Args:
       params: those that the run began with.

@@ -1,4 +1,4 @@
-"""How the slope of the loss along a direction is found, by forward passes alone."""
+"""Estimators of the loss's slope along a direction, by forward passes alone."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from .directions import Direction, displace, displaced_copy
 
 
 class Estimate(NamedTuple):
-    """Where an estimator leaves off."""
+    """The result of an estimator."""
 
     params: Any  # params + offset * direction, so that going back and the update are one addition
     offset: float
@@ -45,7 +45,7 @@ def two_point(epsilon: float, *, in_place: bool = True) -> Estimator:
         (-0.01, 3.0)
     """
     if not epsilon > 0:
-        raise ValueError(f"epsilon: got {epsilon}; a positive number fits")
+        raise ValueError(f"epsilon: got {epsilon}; expected a positive number")
 
     def estimate(loss_fn, params, key, direction):
         # A loop of two turns, not two calls: parameters stay in their place. Each turn makes its own noise.

@@ -47,7 +47,7 @@ def _plus_index(word: Array, shape: tuple[int, ...]) -> Array:
     be computed before it and kept.
     """
     if math.prod(shape) >= 2**32:
-        raise ValueError(f"params: got a leaf {list(shape)}; fewer than 2^32 numbers fit")
+        raise ValueError(f"params: got a leaf {list(shape)}; expected fewer than 2^32 numbers")
     stride = 1
     for axis in range(len(shape) - 1, -1, -1):
         along = jnp.arange(shape[axis], dtype=jnp.uint32) * jnp.uint32(stride)

@@ -1,4 +1,4 @@
-"""ZO2: a model whose blocks live in host memory, and visit the device one after another, once a step.
+"""ZO2: a model's blocks stay in host memory and visit the device one after another, once a step.
 
 The update of a step is known only after its last block. It is applied when the block comes by the next time,
 right before it is moved for that step's two passes: one upload and one download a block and step.
@@ -65,7 +65,7 @@ def zo2_step(
         ()
     """
     if len(functions) != len(blocks) or not blocks:
-        raise ValueError(f"blocks: got {len(blocks)} for {len(functions)} functions; one each fits")
+        raise ValueError(f"blocks: got {len(blocks)}; expected one for each of {len(functions)} functions")
     before = Pending(key, jnp.zeros(())) if pending is None else pending
     up = down = batch
     new: list[Any] = []

@@ -46,7 +46,7 @@ def qzo_step(
     """
     is_leaf = lambda x: isinstance(x, QuantizedTensor)  # noqa: E731
     if not any(map(is_leaf, jax.tree.leaves(params, is_leaf=is_leaf))):
-        raise ValueError("params: got no QuantizedTensor; at least one fits")
+        raise ValueError("params: got no QuantizedTensor; expected at least one")
     scales = only(lambda path: path.split("/")[-1] == "scales")
     estimator = two_point(epsilon)
     return zo_step(

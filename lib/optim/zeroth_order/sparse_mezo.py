@@ -13,7 +13,7 @@ from .step import StepInfo, zo_step
 
 
 def magnitude_thresholds(params: Any, density: float) -> Any:
-    """For each leaf the magnitude that `density` of its weights lie below.
+    """Find for each leaf the magnitude that the share `density` of its weights lies below.
 
     Args:
       params: a tree of arrays.
@@ -25,7 +25,7 @@ def magnitude_thresholds(params: Any, density: float) -> Any:
         2.0
     """
     if not 0 < density <= 1:
-        raise ValueError(f"density: got {density}; (0, 1] fits")
+        raise ValueError(f"density: got {density}; expected a share in (0, 1]")
     return jax.tree.map(lambda x: jnp.quantile(jnp.abs(x.astype(jnp.float32)), density), params)
 
 

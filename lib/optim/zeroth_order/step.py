@@ -13,7 +13,7 @@ from .estimators import Estimator, opaque_copies, two_point
 
 
 class StepInfo(NamedTuple):
-    """What a step was. Its key and `scalar` are all that a replay needs."""
+    """The record of a step. Its key and `scalar` are all that a replay needs."""
 
     loss: Float[Array, ""]  # before the step
     slope: Float[Array, ""]  # of the loss along the direction, clipped if asked for
@@ -175,7 +175,7 @@ def zo_gradient(
         (True, 3.0)
     """
     if samples < 1:
-        raise ValueError(f"samples: got {samples}; at least 1 fits")
+        raise ValueError(f"samples: got {samples}; expected at least 1")
 
     def add(total, key):
         gradient, loss = total
@@ -219,8 +219,8 @@ def conservative_step(
         (3.0, 0.0)
     """
     found = estimator(loss_fn, params, key, direction)
-    reach = -learning_rate * found.slope
-    scalars = jnp.stack([jnp.zeros_like(reach), reach, -reach])
+    distance = -learning_rate * found.slope
+    scalars = jnp.stack([jnp.zeros_like(distance), distance, -distance])
     turns = (scalars, opaque_copies(key, 3))
     losses = jax.lax.map(lambda turn: loss_fn(displaced_copy(params, turn[1], turn[0], direction)), turns)
     scalar = scalars[jnp.argmin(losses)]

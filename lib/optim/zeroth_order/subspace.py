@@ -1,4 +1,4 @@
-"""ZOODiP's subspace gradient: how the parameters moved says which parts of an estimate are noise."""
+"""ZOODiP's subspace gradient: parameters' past moves tell which parts of an estimate are noise."""
 
 from typing import Any, NamedTuple
 
@@ -48,9 +48,9 @@ def history_subspace(window: int, variance: float) -> optax.GradientTransformati
         [1.0, 0.0, 1.0]
     """
     if window < 2:
-        raise ValueError(f"window: got {window}; at least 2 fits")
+        raise ValueError(f"window: got {window}; expected at least 2")
     if not 0 < variance <= 1:
-        raise ValueError(f"variance: got {variance}; (0, 1] fits")
+        raise ValueError(f"variance: got {variance}; expected a share in (0, 1]")
 
     def init(params):
         blank = lambda x: jnp.zeros((window, x.size), jnp.float32)  # noqa: E731
@@ -60,7 +60,7 @@ def history_subspace(window: int, variance: float) -> optax.GradientTransformati
 
     def update(updates, state, params=None):
         if params is None:
-            raise ValueError("params: got None; the values whose history is kept fit")
+            raise ValueError("params: got None; expected the params, to keep a history of them")
         history = jax.tree.map(
             lambda h, x: h.at[state.count % window].set(x.ravel().astype(jnp.float32)), state.history, params
         )

@@ -1,4 +1,4 @@
-"""How often a transformation is traced, and what it may close over."""
+"""A transformation is traced once for leaves of a shape, and may close over traced values."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Which leaves are matrices, how they are seen, and what is said of mistakes."""
+"""A spec's decisions for leaves, their views as matrices, and the errors for mistakes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import frugax
-from frugax.optim import Axes, MatrixSpec
+from frugax.optim import MatrixAxes, MatrixSpec
 
 
 def seen(spec, params, side="short"):
@@ -31,7 +31,9 @@ def test_a_decoder_of_this_library():
 
 def test_axes_and_sides():
     x = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
-    spec = MatrixSpec(rules={"qkv": Axes(rows=(1,), cols=(2, 3)), "t": Axes(rows=(3,), cols=(0,))})
+    spec = MatrixSpec(
+        rules={"qkv": MatrixAxes(rows=(1,), cols=(2, 3)), "t": MatrixAxes(rows=(3,), cols=(0,))}
+    )
     params = {"qkv": x, "t": x}
     assert seen(spec, params) == {"qkv": (2, 3, 20), "t": (3, 4, 2, 5)}
     assert seen(spec, params, "long") == {"qkv": (2, 20, 3), "t": (3, 4, 5, 2)}
@@ -60,14 +62,14 @@ def test_the_unsharded_side():
             ["rules", "'qvk'", "matches no leaf", "w"],
         ),
         (MatrixSpec(partition={"b": P()}), {"w": jnp.ones((2, 3))}, ["partition", "'b'"]),
-        (MatrixSpec(rules={"w": Axes()}), {"w": jnp.ones(3)}, ["w of shape [3]", "two"]),
-        (MatrixSpec(rules={"w": Axes()}), {"w": jnp.ones(())}, ["w of shape []"]),
+        (MatrixSpec(rules={"w": MatrixAxes()}), {"w": jnp.ones(3)}, ["w of shape [3]", "two"]),
+        (MatrixSpec(rules={"w": MatrixAxes()}), {"w": jnp.ones(())}, ["w of shape []"]),
         (
-            MatrixSpec(rules={"w": Axes((0,), (0,))}),
+            MatrixSpec(rules={"w": MatrixAxes((0,), (0,))}),
             {"w": jnp.ones((2, 3))},
             ["w of shape [2, 3]", "distinct"],
         ),
-        (MatrixSpec(), {"w": jnp.ones((2, 3), int)}, ["w is int32[2, 3]", "floats"]),
+        (MatrixSpec(), {"w": jnp.ones((2, 3), int)}, ["int32[2, 3] at w", "expected floats"]),
         (MatrixSpec(), {"bias": jnp.ones(3)}, ["no leaf is a matrix", "bias"]),
     ],
 )

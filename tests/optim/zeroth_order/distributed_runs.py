@@ -80,7 +80,7 @@ def distzo2():
         assert moved, "nothing was exchanged"
         assert set(moved) == {"f32[]"}, moved
     args = (loss, params, x, jax.random.key(0))
-    with pytest.raises(ValueError, match="size 2 fits"):
+    with pytest.raises(ValueError, match="expected size 2"):
         zo.distzo2_step(*args, learning_rate=0.1, epsilon=1e-2, mesh=mesh_of(p=8), pert_axis="p")
 
 
