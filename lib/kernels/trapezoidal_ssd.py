@@ -15,7 +15,7 @@ from .ssd import check
 
 
 class TrapezoidalState(NamedTuple):
-    """What the next token needs: the state, and the last token's B and x."""
+    """All that the next token needs: the state, and the last token's B and x."""
 
     memory: Array  # [B, H, N, P], float32
     B: Array  # [B, G, N]

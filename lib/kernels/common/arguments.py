@@ -1,4 +1,4 @@
-"""What the argument checks of every operation share."""
+"""Argument checks that every operation shares."""
 
 from typing import NoReturn
 

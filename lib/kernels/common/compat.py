@@ -7,7 +7,7 @@ import jax
 
 
 def gpu_interpret_params() -> Any:
-    """What `plgpu.kernel(..., interpret=...)` takes to run a Mosaic GPU kernel on CPU."""
+    """The value of `plgpu.kernel(..., interpret=...)` that runs a Mosaic GPU kernel on CPU."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # private until jax exports it
 
     return InterpretGPUParams()
@@ -33,7 +33,7 @@ def gpu_load(ref: Any, layout: Any) -> jax.Array:
 
 
 def local_gpu_lacks_mosaic() -> str | None:
-    """Why the GPU of this process can't run Mosaic GPU kernels; None if it can, or if there is none.
+    """The reason why this process' GPU can't run Mosaic GPU kernels; None if it can, or if there is none.
 
     A program lowered where no GPU is present (export, deviceless compilation) is taken to be for Hopper.
     """
@@ -64,7 +64,7 @@ def untyped_manual_axes() -> Any:
 
 
 def partition_spec(sharding: Any, mesh: Any) -> Any:
-    """How the partitioner's `sharding` splits dimensions over `mesh`; not at all where that has no name."""
+    """The PartitionSpec of the partitioner's `sharding` over `mesh`; an empty one where it has no name."""
     from jax._src import sharding_impls  # private: the public decoding raises on what a mesh can't name
 
     try:

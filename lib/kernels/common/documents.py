@@ -1,4 +1,4 @@
-"""Where documents start and end in packed rows, in each form that operations ask for."""
+"""The documents in packed rows: where they start and end, in each form that operations ask for."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""How an operation picks a backend, by the platform lowered for or by name; runs and differentiates it."""
+"""An operation: it picks a backend by the platform lowered for or by name, runs it, and differentiates."""
 
 import functools
 import importlib
@@ -23,7 +23,7 @@ _log = logging.getLogger("frugax")
 
 
 class Choice(NamedTuple):
-    """Which backend would serve a call on each platform, and why a kernel would not."""
+    """The backend that would serve a call on each platform, and why a kernel would not."""
 
     operation: str
     backends: dict[str, str]  # "cpu", "tpu", "cuda" -> the backend's name

@@ -1,4 +1,4 @@
-"""Which mesh axes split which array axes, from names such as "b t h k" and how arrays already lie."""
+"""Mesh axes chosen to split array axes, from names such as "b t h k" and how arrays already lie."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def choose(names, arrays, specs, sizes, mesh_shape) -> dict[str, MeshAxes]:
 
 
 def divides(axes: MeshAxes, sizes: set[int], mesh_shape) -> bool:
-    """Whether `axes` split the largest size evenly, and the first few of them every smaller one down to 1."""
+    """Say whether `axes` split the largest size evenly, and the first of them each smaller one down to 1."""
     parts, largest = _parts(axes, mesh_shape), max(sizes, default=0)
     if largest == 0 or largest % parts:
         return False

@@ -1,4 +1,4 @@
-"""What a call of `linear_attention` is, once checked: the form that every backend takes."""
+"""The checked call of `linear_attention` is, once checked: the form that every backend takes."""
 
 from typing import NamedTuple
 

@@ -11,7 +11,7 @@ from .inputs import Inputs
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a call is cut for the matrix unit and for VMEM."""
+    """Block sizes of a call, for the matrix unit and for VMEM."""
 
     chunk: int  # tokens whose scores form one [chunk, chunk] matrix: a power of two from 16 to 128
     block: int  # tokens a grid step reads, a multiple of chunk
@@ -62,5 +62,5 @@ def choose(call: Inputs, *, backward: bool, interpret: bool = False) -> Tiling:
 
 
 def itemsize_fits(dtype: jnp.dtype) -> bool:
-    """Whether the matrix unit takes the dtype."""
+    """Say whether the matrix unit takes the dtype."""
     return jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))

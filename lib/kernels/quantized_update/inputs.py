@@ -1,4 +1,4 @@
-"""What a call of `quantized_update` is, once checked: the form that every backend takes."""
+"""The checked call of `quantized_update` is, once checked: the form that every backend takes."""
 
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ class Inputs(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """What does not change from step to step."""
+    """Everything that does not change from step to step."""
 
     rule: str
     formats: tuple[Format | Lookup, ...]  # tables of a format, where those are faster

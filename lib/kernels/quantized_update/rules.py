@@ -10,7 +10,7 @@ Moments = tuple[Array, ...]
 
 
 def scalars(hyper: Sequence[float | Array]) -> Array:
-    """What rules are given: the hyperparameters, then 1 - each, as exact as the caller has them.
+    """The numbers that rules are given: hyperparameters, then 1 - each, as exact as the caller has them.
 
     Of 0.999 in float32, 1 - 0.999 would have four digits.
     """

@@ -1,4 +1,4 @@
-"""How much each backend works on at once."""
+"""The number of elements that each backend works on at once."""
 
 import dataclasses
 

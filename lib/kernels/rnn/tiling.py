@@ -21,7 +21,7 @@ class TPUTiling:
 
 
 class Shape(NamedTuple):
-    """What a tiling depends on."""
+    """The sizes that a tiling depends on."""
 
     batch: int
     time: int

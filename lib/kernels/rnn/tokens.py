@@ -1,4 +1,4 @@
-"""What the kernels leave to XLA: one product over all tokens instead of one a step."""
+"""Work that the kernels leave to XLA: one product over all tokens instead of one a step."""
 
 import jax.numpy as jnp
 from jax import Array

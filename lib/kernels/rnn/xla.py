@@ -68,7 +68,7 @@ def _time_first(call: Inputs) -> Inputs:
 
 
 def _as_given(walk: Inputs, call: Inputs) -> Inputs:
-    """What `_time_first` did, undone; `call` has the shapes."""
+    """Undo `_time_first`; `call` has the shapes."""
     H, G, D, _ = call.recurrent.shape
     B, T = call.gates.shape[:2]
     return Inputs(
@@ -133,7 +133,7 @@ def _run_jvp(cell, primals, tangents):
 
 @partial(jax.checkpoint, static_argnums=(0,))
 def _tangent(cell: Cell, walk: Inputs, h: Array, reads: Array, dwalk: Inputs) -> tuple[Array, Array]:
-    """How h and the last state move: linear in `dwalk`."""
+    """The tangents of h and the last state: linear in `dwalk`."""
     dtype = walk.initial_state.dtype
     before = jnp.concatenate([walk.initial_state[0].astype(h.dtype)[None], h[:-1]])
     if walk.starts is not None:

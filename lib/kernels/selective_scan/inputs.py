@@ -1,4 +1,4 @@
-"""What a call of `selective_scan` is, once checked: the form that every backend takes."""
+"""The checked call of `selective_scan` is, once checked: the form that every backend takes."""
 
 from typing import NamedTuple
 

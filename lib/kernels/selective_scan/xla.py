@@ -20,7 +20,7 @@ _einsum = partial(jnp.einsum, precision="highest")
 
 
 class _Tokens(NamedTuple):
-    """What each token brings: time first."""
+    """The terms that each token brings: time first."""
 
     dt: Array  # [B, D]
     source: Array  # [B, D], dt * x
@@ -103,7 +103,7 @@ def _recompute(A_ND, h_BND, this):
 
 
 def _reverse(A_ND, carry, this):
-    """What a token's state sends back: to the state before it, to A, and to what the token brought."""
+    """The gradients that a token's state sends back: to the state before, to A, and to its terms."""
     from_next_BND, dA_BND = carry
     token, dy_BD, before_BND = this
     dh_BND = from_next_BND + token.C[..., None] * dy_BD[:, None]
