@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
 from ..common.chips import LANES
+from ..common.hopper import launch
 from ..common.tiling import round_up
 from .inputs import Inputs
 from .tiling import GPU_WIDEST, GPUTiling, for_gpu
@@ -44,7 +45,7 @@ def forward(call: Inputs, activation: str | None, *, interpret: bool) -> Array:
             plgpu.SMEM((tiling.time,), jnp.int32),
             plgpu.Barrier(num_arrivals=1 + (W > 1) + (call.reach is not None)),
         ],
-        **_launch(x_BTD, tiling, interpret),
+        **_launch("causal_conv1d", x_BTD, tiling, interpret),
     )(*operands)
     return y_BTD[:, :T, :D]
 
@@ -79,7 +80,7 @@ def backward(call: Inputs, dy: Array, activation: str | None, *, interpret: bool
             plgpu.SMEM((tiling.time + round_up(after, WORDS),), jnp.int32),
             plgpu.Barrier(num_arrivals=(W > 1) + (2 + masked) * (1 + (after > 0))),
         ],
-        **_launch(x_BTD, tiling, interpret),
+        **_launch("causal_conv1d_backward", x_BTD, tiling, interpret),
     )(*operands, _pad(dy, x_BTD.shape))
     dweight_WD = dweight_BNWD.sum((0, 1))[:, :D]  # its last row is the bias's
     return Inputs(
@@ -245,13 +246,10 @@ def _zeros(tiling: GPUTiling, interpret: bool) -> Array:
     return plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((tiling.channels,), tiling.channels // LANES))
 
 
-def _launch(x_BTD: Array, tiling: GPUTiling, interpret: bool) -> dict:
+def _launch(name: str, x_BTD: Array, tiling: GPUTiling, interpret: bool) -> dict:
     B, T, D = x_BTD.shape
-    where = dict(interpret=compat.gpu_interpret_params()) if interpret else {}
     grid = dict(batch=B, tile=T // tiling.time, channel=D // tiling.channels)
-    return dict(
-        grid=tuple(grid.values()), grid_names=tuple(grid), compiler_params=compat.gpu_params(), **where
-    )
+    return dict(grid=tuple(grid.values()), grid_names=tuple(grid), **launch(name, interpret=interpret))
 
 
 def _pad(a: Array, shape: tuple[int, ...]) -> Array:

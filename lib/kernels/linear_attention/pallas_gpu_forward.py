@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.hopper import COLS, F32, ROWS, along_columns, along_rows, launch, swizzled
+from ..common.hopper import COLS, F32, ROWS, Pipeline, along_columns, along_rows, launch, swizzled
 from .pallas_gpu_tiles import (
     CHUNK,
     LEVELS,
@@ -77,6 +77,7 @@ def states(
     group_x, group_y, group_rows = heads // x.shape[2], heads // y.shape[2], heads // rows.shape[1]
     tiles = ChunkTiles(interpret)
     stages = min(steps, tiling.stages)
+    pipeline = Pipeline(steps, stages, ahead=stages - 1, backwards=reverse)
     scratch = dict(
         x_tile=swizzled((stages, CHUNK, 64), x.dtype),
         y_tile=swizzled((stages, CHUNK, wide), x.dtype),
@@ -108,11 +109,7 @@ def states(
             return state
 
         def walk(state, x_tile, y_tile, row_tile, weighed, state_tile, arrived, **decays):
-            def chunk_of(step):
-                return steps - 1 - step if reverse else step
-
-            def fetch(step):
-                slot, chunk = lax.rem(step, stages), chunk_of(step)
+            def fetch(chunk, slot):
                 when, barrier = pl.ds(chunk * CHUNK, CHUNK), arrived.at[slot]
                 plgpu.copy_gmem_to_smem(
                     x_ref.at[b, when, lax.div(h, group_x), keys], x_tile.at[slot], barrier
@@ -126,23 +123,18 @@ def states(
                 if decay_ref is not None:
                     plgpu.copy_gmem_to_smem(decay_ref.at[b, when, h, keys], decays["decay"].at[slot], barrier)
 
-            for step in range(stages - 1):
-                fetch(jnp.int32(step))
+            pipeline.start(fetch)
             if decay_ref is not None:
                 decays["ones"][...] = tiles.full((CHUNK, 64), 1, x.dtype)
                 plgpu.commit_smem()
 
             def one(step, state):
-                slot = lax.rem(step, stages)
+                slot = pipeline.slot(step)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 state_tile[...] = state.astype(x.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(state_tile, states_ref.at[b, h, chunk_of(step), keys, values])
-
-                @pl.when(step + stages - 1 < steps)
-                def _():
-                    fetch(step + stages - 1)
-
+                plgpu.copy_smem_to_gmem(state_tile, states_ref.at[b, h, pipeline.at(step), keys, values])
+                pipeline.refill(step, fetch)
                 plgpu.barrier_wait(arrived.at[slot])
                 weight = tiles.load(row_tile.at[slot, 0], ROWS)
                 keep = tiles.load(row_tile.at[slot, 1], ROWS)

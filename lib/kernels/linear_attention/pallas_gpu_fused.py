@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ..common.hopper import COLS, F32, ROWS, along_columns, along_rows, launch, swizzled
+from ..common.hopper import COLS, F32, ROWS, Pipeline, along_columns, along_rows, launch, swizzled
 from .pallas_gpu_tiles import CHUNK, SQUARE, ChunkTiles
 
 WIDE = 64  # channels of y that one program works on
@@ -50,6 +50,7 @@ def walk(
     V, steps = y.shape[-1], T // CHUNK
     tile, state_shape = (CHUNK, WIDE), (K, WIDE)
     stages = min(2, steps)
+    pipeline = Pipeline(steps, stages, ahead=1, backwards=reverse)
     groups = [heads // a.shape[2] for a in (x, z, y)]
     group_rows = heads // rows.shape[1]
     tiles = ChunkTiles(interpret)
@@ -73,9 +74,6 @@ def walk(
         values = pl.ds(block * WIDE, WIDE)
         head_x, head_z, head_y = (lax.div(h, group) for group in groups)
 
-        def chunk_of(step):
-            return steps - 1 - step if reverse else step
-
         def read_edge(edge, arrived):
             plgpu.copy_gmem_to_smem(initial_ref.at[b, h, :, values], edge, arrived)
             plgpu.barrier_wait(arrived)
@@ -84,8 +82,7 @@ def walk(
             return state
 
         def over_chunks(state, x_tile, z_tile, y_tile, row_tile, weighed, state_tile, arrived):
-            def fetch(step):
-                slot, chunk = lax.rem(step, stages), chunk_of(step)
+            def fetch(chunk, slot):
                 when, barrier = pl.ds(chunk * CHUNK, CHUNK), arrived.at[slot]
                 plgpu.copy_gmem_to_smem(x_ref.at[b, when, head_x], x_tile.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(z_ref.at[b, when, head_z], z_tile.at[slot], barrier)
@@ -94,17 +91,13 @@ def walk(
                     row_ref.at[b, lax.div(h, group_rows), chunk], row_tile.at[slot], barrier
                 )
 
-            fetch(jnp.int32(0))
+            pipeline.start(fetch)
 
             def one(step, state):
-                slot, chunk = lax.rem(step, stages), chunk_of(step)
+                slot, chunk = pipeline.slot(step), pipeline.at(step)
                 # The copies out of state_tile and of the other slot of y_tile have read them.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-                @pl.when(step + 1 < steps)
-                def _():
-                    fetch(step + 1)
-
+                pipeline.refill(step, fetch)
                 state_tile[...] = state.astype(x.dtype)
                 plgpu.barrier_wait(arrived.at[slot])
                 row = row_tile.at[slot]

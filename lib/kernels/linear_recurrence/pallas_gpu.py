@@ -13,12 +13,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.chips import WARPGROUP
 from ..common.hopper import F32, Pipeline, launch
 from ..common.tiling import round_up
 from .inputs import Inputs
 
 TOKENS = 32
-CHANNELS = 128  # the threads of a warpgroup
+CHANNELS = WARPGROUP  # one a thread
 SLOTS = 2
 
 

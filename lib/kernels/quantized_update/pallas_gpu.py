@@ -11,9 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.chips import WARPGROUP
+from ..common.hopper import launch
 from .blocks import update_blocks
 from .inputs import Inputs, Spec
-from .tiling import GPU_AT_ONCE, GPU_GROUP_SIZES, GPU_GROUPS, THREADS
+from .tiling import GPU_AT_ONCE, GPU_GROUP_SIZES, GPU_GROUPS
 
 
 def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
@@ -36,7 +38,7 @@ def forward(
     scales = [x.reshape(-1) for x in call.scales]
     n = scales[0].size
     per_block = min(GPU_GROUPS, n)
-    layout = plgpu.Layout.WG_STRIDED((G,), min(G // THREADS, 4))  # which bytes and floats must share
+    layout = plgpu.Layout.WG_STRIDED((G,), min(G // WARPGROUP, 4))  # which bytes and floats must share
 
     def body(hyper_ref, *refs):
         ins, outs = refs[: 1 + 2 * k], refs[1 + 2 * k :]
@@ -75,9 +77,7 @@ def forward(
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*wide, *scales)],
         grid=(pl.cdiv(n, per_block),),
         grid_names=("block",),
-        interpret=compat.gpu_interpret_params() if interpret else False,
-        kernel_name=f"quantized_update_{spec.rule}",
-        compiler_params=compat.gpu_params(),
+        **launch(f"quantized_update_{spec.rule}", interpret=interpret),
     )(call.hyper, *wide, *scales)
     update, *codes = (x.reshape(call.grad.shape) for x in results[: 1 + k])
     return update, tuple(codes), tuple(s.reshape(call.scales[0].shape) for s in results[1 + k :])

@@ -25,7 +25,6 @@ def for_tpu(rows: int, groups: int, group_size: int) -> TPUTiling:
     return TPUTiling(min(fit, round_up(rows, ROWS)), groups)
 
 
-THREADS = 128  # of a GPU's warpgroup
 GPU_GROUP_SIZES = (128, 256, 512, 1024, 2048)  # a power of two a thread
 GPU_GROUPS = 64  # groups a block works through
 GPU_AT_ONCE = 2  # groups whose loads are under way together

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from ..common.chips import LANES, PROCESSORS, SHARED_MEMORY, SUBLANES, VMEM_LIMIT
+from ..common.chips import LANES, PROCESSORS, REGISTERS, SHARED_MEMORY, SUBLANES, VMEM_LIMIT
 from ..common.tiling import Limit, round_up, search
 from .cells import Cell
 
@@ -76,7 +76,7 @@ def for_tpu(cell: Cell, shape: Shape, *, backward: bool) -> tuple[TPUTiling | No
 
 
 SHARED_LIMIT = SHARED_MEMORY - 1024  # room for barriers
-VALUE_REGISTERS = 224  # of the 255 that a thread may hold: addresses need some
+VALUE_REGISTERS = REGISTERS - 31  # addresses need some
 ROWS = 64  # channels that one instruction of the tensor cores takes
 
 

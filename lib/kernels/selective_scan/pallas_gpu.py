@@ -12,10 +12,11 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.hopper import F32, launch
 from ..common.tiling import round_up
 from .inputs import Inputs, no_states, step_size
 from .pallas_gpu_backward import backward_body
-from .pallas_gpu_blocks import CHANNELS, F32, Plan, Walk, step_sizes
+from .pallas_gpu_blocks import CHANNELS, Plan, Walk, step_sizes
 from .tiling import GPU_BACKWARD, GPU_FORWARD, GPU_MOST_STATES
 
 LOG2_E = float(np.log2(np.e))
@@ -159,9 +160,7 @@ def _run(name: str, body, plan: Plan, arrays: dict, results: dict) -> dict[str, 
         scratch_types=Walk.scratch(plan, arrays, like),
         grid=(plan.shape[0], plan.shape[2] // CHANNELS),
         grid_names=("b", "d"),
-        interpret=compat.gpu_interpret_params() if plan.interpret else False,
-        kernel_name=name,
-        compiler_params=compat.gpu_params(),
+        **launch(name, interpret=plan.interpret),
     )(*arrays.values())
     return dict(zip(results, got, strict=True))
 

@@ -7,9 +7,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..common.chips import WARPGROUP
 from ..common.hopper import F32, Pipeline
 
-CHANNELS = 128  # the threads of a warpgroup
+CHANNELS = WARPGROUP  # one a thread
 SLOTS = 2
 TILED = ("x", "dt", "z", "dy", "y", "dx", "ddt", "dz")  # [B, T, D]
 ROWS = ("A", "state", "d_final", "final", "dA", "dstate")  # [N, D], or one a sequence
