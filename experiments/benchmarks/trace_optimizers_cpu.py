@@ -12,10 +12,6 @@ the earlier frugax finds the same update.
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,8 @@ import optax
 import optax.contrib
 
 import frugax
-from experiments.benchmarks.interleaved import about, save
+from experiments.benchmarks.earlier import commit, in_a_process
+from experiments.benchmarks.interleaved import about, cpu_seconds, save
 
 RESULTS = Path(__file__).parent / "results" / "trace_optimizers_cpu.json"
 MATRICES = {"q": (64, 64), "k": (64, 32), "v": (64, 32), "o": (64, 64), "up": (64, 192), "down": (192, 64)}
@@ -57,9 +54,7 @@ def params(layers: int) -> dict:
 
 def trace_seconds(optimizer: optax.GradientTransformation, tree: Any, state: Any) -> float:
     """CPU seconds of tracing a new jitted function that updates once."""
-    start = time.process_time()
-    jax.jit(lambda g, s, p: optimizer.update(g, s, p)).trace(tree, state, tree)
-    return time.process_time() - start
+    return cpu_seconds(lambda: jax.jit(lambda g, s, p: optimizer.update(g, s, p)).trace(tree, state, tree))
 
 
 def measure(name: str) -> dict:
@@ -94,22 +89,6 @@ def check(name: str) -> dict:
     return {"norm": norm}
 
 
-def in_a_process(job: str, name: str, before: Path | None) -> dict:
-    """Run `measure` or `check` in a process of its own, with the frugax that lies in the folder `before`."""
-    command = [sys.executable, "-m", "experiments.benchmarks.trace_optimizers_cpu", "--job", job, name]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"} | ({} if before is None else {"PYTHONPATH": str(before)})
-    found = json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
-    if before is not None and Path(found["frugax"]).parent.resolve() != (before / "frugax").resolve():
-        raise AssertionError(f"--before: {before} was to be measured, not {found['frugax']}")
-    return found
-
-
-def commit(before: Path) -> str:
-    """The commit at which the folder's frugax stands."""
-    command = ["git", "-C", str(before / "frugax"), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,14 +110,18 @@ def main() -> None:
     if args.before:
         result["before"] = commit(args.before)
         contenders |= {f"{name}, before": (name, args.before) for name in args.only if name in OURS}
-    norms = {label: in_a_process("check", *contender)["norm"] for label, contender in contenders.items()}
+    here = "experiments.benchmarks.trace_optimizers_cpu"
+    norms = {
+        label: in_a_process(here, "check", name, before=before)["norm"]
+        for label, (name, before) in contenders.items()
+    }
     for label, (name, _) in contenders.items():
         if abs(norms[label] - norms[name]) > SAME * norms[name]:
             raise AssertionError(f"{name}: its update's norm was {norms[label]} and is {norms[name]}")
     runs: dict[str, list[dict]] = {label: [] for label in contenders}
     for _ in range(args.repeats):
-        for label, contender in contenders.items():
-            runs[label].append(in_a_process("measure", *contender))
+        for label, (name, before) in contenders.items():
+            runs[label].append(in_a_process(here, "measure", name, before=before))
     median = lambda times: round(float(np.median(times)), 4)  # noqa: E731
     result["leaves"] = next(iter(runs.values()))[0]["leaves"]
     result["cpu_seconds"] = {
