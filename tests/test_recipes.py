@@ -83,7 +83,7 @@ def test_a_mixer(folder, file):
         assert name in without_paper or f"frugax.layers.{name}" in SYMBOLS
 
 
-@pytest.mark.parametrize("name", optimizers())
+@pytest.mark.parametrize("name", list(optimizers()))
 def test_an_optimizer(name):
     if name in SUITES_OF_THEIR_OWN:
         assert re.search(rf"\b{name}\b", (ROOT / SUITES_OF_THEIR_OWN[name]).read_text())
