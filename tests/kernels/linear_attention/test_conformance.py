@@ -171,7 +171,7 @@ def test_vmap_equals_a_loop():
         assert_close(jax.tree.map(lambda x, i=i: x[i], got), want, "float32")
 
 
-@pytest.mark.parametrize("decay", ["bth", "bthk"])
+@pytest.mark.parametrize("decay", [pytest.param("bth", marks=pytest.mark.full), "bthk"])
 def test_strong_gates_over_65536_tokens(decay):
     """Gates from -1e-4 to -50 a step: no inf, no NaN, the error of mild gates, and none that grows with T."""
     for strongest in (-0.5, -50.0):

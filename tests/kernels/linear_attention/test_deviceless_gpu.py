@@ -49,7 +49,7 @@ def call_of(decay, K, V, *, heads=(4, 4, 4), T=256, rich=False, gate=jnp.float32
         ("bth", 256, 256, {"rich": True, "heads": (1, 1, 4)}),
         ("bthk", 64, 64, {"rich": True, "heads": (4, 2, 2), "T": 1}),
         pytest.param("bthk", 256, 256, {"gate": jnp.bfloat16}, marks=pytest.mark.full),
-        ("bthk", 80, 40, {}),
+        pytest.param("bthk", 80, 40, {}, marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -64,7 +64,7 @@ TWO_PASSES = {"states", "outputs", "states_reverse", "outputs_reverse", "gradien
 @pytest.mark.parametrize(
     ("decay", "heads", "expected"),
     [
-        ("bth", 4, TWO_PASSES),
+        pytest.param("bth", 4, TWO_PASSES, marks=pytest.mark.full),
         ("bth", 64, {"walk", "walk_reverse", "states", "gradients"}),
         ("bthk", 4, TWO_PASSES),
     ],
