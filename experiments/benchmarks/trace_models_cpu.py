@@ -2,9 +2,9 @@
 
 python -m experiments.benchmarks.trace_models_cpu [--before DIR]
 
-DIR is a folder in which `frugax` leads to an earlier checkout's lib/. Every contender is measured in processes
-of its own, which take turns, with backend=None and with "xla". Nothing is timed before the gradient of a small
-batch is finite, and the same in all of them.
+DIR is a folder in which `frugax` leads to an earlier checkout's lib/. Every contender is measured in
+processes of its own, which take turns, with backend=None and with "xla". Nothing is timed before the gradient
+of a small batch is finite, and the same in all of them.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SAME = 1e-4  # relative, between the gradients' norms
 
 
 def loss_of(name: str, backend: str):
-    """The loss as a function of the parameters and the batch, the parameters' types, and the batch's shape."""
+    """The loss of parameters and a batch, a function that makes the parameters, and the batch's shape."""
     config = CONFIGS[name]()
     config.model.vocab_size, config.model.backend = 256, "" if backend == "default" else backend
     module = build_model(config)

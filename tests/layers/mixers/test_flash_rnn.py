@@ -46,5 +46,5 @@ def test_recurrent_matrices_start_with_unit_gain():
 
 
 def test_a_cell_that_is_none(unchecked_types):
-    with pytest.raises(ValueError, match="cell: got 'rwkv'; one of 'lstm'"):
+    with pytest.raises(ValueError, match="cell: got 'rwkv'; expected one of 'lstm'"):
         frugax.layers.FlashRNN(cell="rwkv").init(jax.random.key(0), jnp.ones((1, 2, 8)))
