@@ -113,7 +113,7 @@ def test_packed_is_separate_wherever_calls_are_cut(blocks):
 def test_the_scan_over_depth_is_a_loop_over_layers():
     model, variables, tokens = make(MIXED, repeats=3)
     params, depth = variables["params"], 9
-    steps = np.exp(params["ForgetFloors"]["logits"].astype(np.float64))
+    steps = np.exp(np.asarray(params["ForgetFloors"]["logits"], np.float64))
     steps /= steps.sum(0)
     floors = np.cumsum(steps, axis=0) - steps[0]
 

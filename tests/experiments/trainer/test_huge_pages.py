@@ -38,7 +38,7 @@ def test_the_same_call_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import os, pathlib, sys\n"
-        "from experiments import huge_pages\n"
+        "from experiments.trainer import huge_pages\n"
         f"huge_pages._LINUX = pathlib.Path({str(tmp_path / 'enabled')!r})\n"
         "print('started', flush=True)\n"
         "huge_pages.use_huge_pages()\n"

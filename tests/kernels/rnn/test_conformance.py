@@ -131,4 +131,4 @@ def test_forward_mode_and_second_derivatives(backend, cell):
         up, down = (along(left)(x) for x in moved)
     np.testing.assert_allclose(got["slopes"], got["slopes"][0], rtol=1e-10)
     np.testing.assert_allclose(got["curvatures"], got["curvatures"][0], rtol=1e-10)
-    np.testing.assert_allclose(got["curvatures"][0], (up - down) / (2 * e), rtol=1e-6)
+    np.testing.assert_allclose(got["curvatures"][0], (float(up) - float(down)) / (2 * e), rtol=1e-6)

@@ -150,7 +150,7 @@ def test_an_image_that_the_step_does_not_divide_has_more_tokens(step, tokens):
     P, B, T = args["dt"].shape[:3]
     assert T > tokens == (5 // step) * max(3 // step, 1)
     floats["dt"] = floats["dt"][:, :, :tokens]
-    with pytest.raises(ValueError, match=rf"dt: got .*; \[{P}, {B}, {T}\] and its channels"):
+    with pytest.raises(ValueError, match=rf"dt: got .*; expected \[{P}, {B}, {T}\] and its channels"):
         frugax.kernels.selective_scan_2d(**floats, scan="atrous", step=step)
 
 

@@ -35,7 +35,7 @@ def merge(x):
 
 
 def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+    return np.exp(-np.logaddexp(0, -x))  # 1 / (1 + exp(-x)), where that overflows too
 
 
 def silu(x):
