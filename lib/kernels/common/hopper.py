@@ -61,7 +61,7 @@ class Tiles:
         return self.cast(ref[...], layout).astype(F32)
 
     def transposed(self, ref):
-        return ref[...].T if self.interpret else plgpu.transpose_ref(ref, (1, 0))
+        return ref[...].T if self.interpret else ref.transpose((1, 0))
 
     def full(self, shape: tuple[int, int], value: int, dtype=F32) -> Array:
         return self.cast(jnp.full(shape, value, dtype))
