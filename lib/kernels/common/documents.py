@@ -34,6 +34,14 @@ class Documents:
         return t - jax.lax.cummax(jnp.where(self.starts, t, first), axis=1)
 
 
+def check_segment_ids(segment_ids: Array | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `segment_ids` is None or integers of `shape`."""
+    if segment_ids is None:
+        return
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != shape:
+        reject("segment_ids", segment_ids, f"integers {list(shape)}")
+
+
 def documents(segment_ids: Array | None, batch: int, time: int) -> Documents | None:
     """The documents of rows whose id changes where one ends; None where no ids are given.
 
@@ -46,8 +54,7 @@ def documents(segment_ids: Array | None, batch: int, time: int) -> Documents | N
         >>> packed.starts.astype(int).tolist(), packed.index.tolist(), packed.reach(7).tolist()
         ([[0, 0, 1, 0, 0]], [[0, 0, 1, 1, 1]], [[7, 8, 0, 1, 2]])
     """
+    check_segment_ids(segment_ids, (batch, time))
     if segment_ids is None:
         return None
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (batch, time):
-        reject("segment_ids", segment_ids, f"integers [{batch}, {time}]")
     return Documents(jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0))))

@@ -129,8 +129,8 @@ class Operation:
             return Choice(self.name, dict.fromkeys(("cpu", "tpu", "cuda"), backend), missing)
         if backend is not None:
             self._check_serves(backend, missing.get(backend))
-            places = {PLATFORM_OF[backend]: backend, "cpu": f"{backend} (interpreted)"}
-            return Choice(self.name, places, missing)
+            marks = {place: " (interpreted)" * interpret for place, interpret in _places(backend).items()}
+            return Choice(self.name, {place: backend + mark for place, mark in marks.items()}, missing)
         served = {PLATFORM_OF[b]: b for b in PLATFORM_OF if b not in missing}
         return Choice(self.name, {"cpu": "xla", "tpu": "xla", "cuda": "xla"} | served, missing)
 
@@ -170,11 +170,15 @@ class Operation:
             return when_lowered(branch("xla"), *args)
         if backend in ("reference", "xla"):
             return branch(backend)(*args)
-        places = {PLATFORM_OF[backend]: branch(backend)}
-        # Mosaic GPU's interpreter has effects, which a program for a GPU can't hold, in no branch.
-        if backend != "pallas_gpu" or jax.default_backend() == "cpu":
-            places["cpu"] = branch(backend, interpret=True)
+        places = {place: branch(backend, interpret=how) for place, how in _places(backend).items()}
         return jax.lax.platform_dependent(*args, **places)
+
+
+def _places(backend: str) -> dict[str, bool]:
+    """The platforms that a named Pallas backend serves, and whether it is interpreted there."""
+    # Mosaic GPU's interpreter has effects, which a program for a GPU can't hold, in no branch.
+    on_cpu = backend != "pallas_gpu" or jax.default_backend() == "cpu"
+    return {PLATFORM_OF[backend]: False} | ({"cpu": True} if on_cpu else {})
 
 
 @dataclass(frozen=True)
