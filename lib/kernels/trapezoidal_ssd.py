@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from .common.arguments import accumulator, as_shaped, reject
-from .common.documents import documents
+from .common.arguments import accumulator, as_shaped, operand_dtype, reject
+from .common.documents import Documents, documents
 from .common.operation import Backend
 from .linear_attention import linear_attention
 from .linear_attention.inputs import repeat_heads
@@ -39,8 +39,9 @@ def trapezoidal_ssd(
 
     h_t = a_t h_{t-1} + (1 - mix_t) dt_t a_t B_{t-1} x_{t-1}^T + mix_t dt_t B_t x_t^T,  a_t = exp(dt_t A_t).
 
-    Each token's input enters twice, now and with the next one: one `linear_attention` takes both at once, and
-    what it read too early is taken off its output again.
+    One `linear_attention` takes all but a token's own input, with keys and values that come a token late:
+    R_t = a_t R_{t-1} + a_t (mix_{t-1} dt_{t-1} + (1 - mix_t) dt_t) B_{t-1} x_{t-1}^T, so that
+    h_t = R_t + mix_t dt_t B_t x_t^T.
 
     Args:
       x: the inputs [B, T, H, P], any floating dtype.
@@ -83,31 +84,37 @@ def trapezoidal_ssd(
     wide, H = accumulator(x.dtype), x.shape[2]
     dt, A, mix = (rows.astype(wide) for rows in (dt, A, mix))
 
-    # The token before enters at t with the weight late_t, and from then on decays as if it had at t - 1.
-    late_BTH = (1 - mix) * dt
-    entering = late_BTH[:, 0]
+    a_BTH, own_BTH = jnp.exp(dt * A), mix * dt
+    weight_BTH = a_BTH * (jnp.pad(own_BTH[:, :-1], ((0, 0), (1, 0), (0, 0))) + (1 - mix) * dt)
+    memory, B_first, x_first = (None, None, None) if initial_state is None else initial_state
     packed = documents(segment_ids, *x.shape[:2])
-    if packed is not None:
-        late_BTH = jnp.where(packed.starts[..., None], 0, late_BTH)
-    ahead_BTH = jnp.pad(late_BTH[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    if initial_state is not None:
-        memory, B_before, x_before = initial_state
-        update = repeat_heads(B_before, H, 1)[..., None] * x_before[:, :, None]
-        memory = memory + entering[..., None, None] * update
+    operand = operand_dtype(x.dtype)
+    B_late, x_late = _a_token_late(B, B_first, packed), _a_token_late(x, x_first, packed)
     y, memory = linear_attention(
-        C.astype(x.dtype),
-        B.astype(x.dtype),
-        ((mix * dt + ahead_BTH)[..., None] * x).astype(x.dtype),
+        C.astype(operand),
+        B_late.astype(operand),
+        (weight_BTH[..., None] * x_late.astype(wide)).astype(operand),
         dt * A,
         scale=1.0,
         initial_state=memory,
         segment_ids=segment_ids,
         backend=backend,
     )
-    own_BTH = repeat_heads(jnp.sum(C.astype(wide) * B, axis=-1), H)
-    skip_BTH = -ahead_BTH * own_BTH if D is None else D.astype(wide) - ahead_BTH * own_BTH
-    y = y.astype(wide) + skip_BTH[..., None] * x
+    B_wide, x_wide = B.astype(wide), x.astype(wide)
+    skip_BTH = own_BTH * repeat_heads(jnp.sum(C.astype(wide) * B_wide, axis=-1), H)
+    if D is not None:
+        skip_BTH = skip_BTH + D.astype(wide)[None, None]
+    y = y.astype(wide) + skip_BTH[..., None] * x_wide
+    last = repeat_heads(B_wide[:, -1], H, 1)[..., None] * x_wide[:, -1, :, None]
+    memory = memory + own_BTH[:, -1, :, None, None] * last
     return y.astype(x.dtype), TrapezoidalState(memory, B[:, -1], x[:, -1])
+
+
+def _a_token_late(x: Array, first: Array | None, packed: Documents | None) -> Array:
+    """x_{t-1} [B, T, ...] for each token: `first` for a row's first, zeros for the first of a document."""
+    first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
+    late = jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
+    return late if packed is None else jnp.where(packed.starts[..., None, None], 0, late)
 
 
 def _check_rows(dt, A, mix) -> None:

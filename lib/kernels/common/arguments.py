@@ -1,5 +1,6 @@
 """Argument checks that every operation shares."""
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import jax
@@ -12,6 +13,11 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of a product's operands: the input's, but float32 for float16, whose range holds no sums."""
+    return jnp.promote_types(dtype, jnp.float32) if dtype == jnp.float16 else dtype
+
+
 def as_shaped(x):
     """Anything with a shape and a dtype; lists and numpy arrays become jax arrays."""
     return x if x is None or isinstance(x, jax.ShapeDtypeStruct | Array) else jnp.asarray(x)
@@ -20,3 +26,22 @@ def as_shaped(x):
 def reject(name: str, x: Array | jax.ShapeDtypeStruct, expected: str) -> NoReturn:
     """Raise the ValueError that names an argument, what it is, and what was expected."""
     raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; expected {expected}")
+
+
+def pad_to(x: Array, shape: Sequence[int], value: float = 0) -> Array:
+    """x with `value` behind its end along every axis, up to `shape`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pad_to(jnp.ones((1, 2)), (2, 3), 7.0).tolist()
+        [[1.0, 1.0, 7.0], [7.0, 7.0, 7.0]]
+    """
+    if x.shape == tuple(shape):
+        return x
+    widths = [(0, to - size) for size, to in zip(x.shape, shape, strict=True)]
+    return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
+
+
+def trim(x: Array, shape: Sequence[int]) -> Array:
+    """The first `shape` of x: what `pad_to` was given."""
+    return x if x.shape == tuple(shape) else x[tuple(slice(size) for size in shape)]
