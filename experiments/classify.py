@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import frugax
 from experiments.data import examples
-from experiments.trainer.flags import CONFIG, run_dir
+from experiments.trainer.flags import CONFIG, run, run_dir
 from experiments.trainer.huge_pages import use_huge_pages
 from experiments.trainer.metrics import read_lines
 from experiments.trainer.optimizers import make_optimizer
@@ -229,4 +229,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
-    app.run(main)
+    run(main)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from experiments.data import find_corpus, load_tokenizer, make_loader
 from experiments.trainer.checkpoints import CheckpointError, Checkpoints, check_same_config
-from experiments.trainer.flags import CONFIG, run_dir
+from experiments.trainer.flags import CONFIG, run, run_dir
 from experiments.trainer.huge_pages import use_huge_pages
 from experiments.trainer.metrics import Metrics
 from experiments.trainer.optimizers import make_optimizer, schedule
@@ -207,4 +207,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     use_huge_pages()
-    app.run(main)
+    run(main)

@@ -1,12 +1,19 @@
 """Small runs of experiments.train for the tests: in this process, or in one that can be killed."""
 
+import contextlib
 import inspect
+import io
 import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+from absl import app, flags
+from absl.testing import flagsaver
+
+from experiments.trainer.flags import run
 from tests.devices import QUICK
 from tests.experiments import tiny
 
@@ -37,6 +44,30 @@ def command(corpus: Path, run_dir: Path, **changes) -> list[str]:
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     program = [sys.executable, "-m", "experiments.train"]
     return [*program, "--config=tests/experiments/tiny.py", f"--run={run_dir}", *flags]
+
+
+def call(main, *arguments: str) -> tuple[int, str]:
+    """The exit status and the output of a main of absl's with these flags, in this process."""
+    app.define_help_flags()  # before the flags are saved: absl defines them once
+    printed, argv = io.StringIO(), sys.argv
+    with (
+        flagsaver.flagsaver(),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)  # ml_collections loads so
+        flags.FLAGS.unparse_flags()
+        sys.argv = [main.__module__, *map(str, arguments)]  # where the flags of a config look for its fields
+        try:
+            run(main, sys.argv)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            sys.argv = argv
+    if isinstance(status, str):  # what sys.exit prints as the interpreter ends
+        return 1, f"{printed.getvalue()}{status}\n"
+    return status or 0, printed.getvalue()
 
 
 def start(arguments: list[str], *, xla_flags: str = "") -> subprocess.Popen:

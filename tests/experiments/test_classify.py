@@ -4,8 +4,11 @@ import ast
 import importlib
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from experiments import classify as runner
 from experiments.classify import classify
@@ -15,8 +18,12 @@ from tests.experiments.runs import ROOT
 CONFIGS = ("induction_heads", "lmuformer_vowels", "parity", "selective_copying", "vmamba_digits")
 
 
+def get_config_of(name):
+    return importlib.import_module(f"experiments.configs.classify.{name}").get_config
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_smoke_variant_runs(name, tmp_path):
+def test_a_config_says_what_it_is_for_and_its_models_build(name):
     text = ast.get_docstring(ast.parse((ROOT / f"experiments/configs/classify/{name}.py").read_text()))
     for word in (
         "Reproduces:",
@@ -25,20 +32,47 @@ def test_a_smoke_variant_runs(name, tmp_path):
         f"--config=experiments/configs/classify/{name}.py:smoke",
     ):
         assert word in text
-    get_config = importlib.import_module(f"experiments.configs.classify.{name}").get_config
-    found = classify(get_config("smoke"), tmp_path)
+    config, smoke = get_config_of(name)(), get_config_of(name)("smoke")
+    assert set(config.models) >= set(smoke.models)
+    task = getattr(examples, smoke.task)(**smoke.task_args)
+    inputs = jnp.asarray(task.train.inputs[:2])
+    for model in smoke.models.values():
+        module = runner.build(model, task.classes)
+        shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)
+        scores = jax.eval_shape(lambda v, m=module: runner.logits_of(m, v, inputs), shapes)
+        assert scores.shape == (*task.train.labels[:2].shape, task.classes)
+
+
+ONE_MODEL = {"parity": "gated linear attention", "vmamba_digits": "EVSS"}  # tokens, images
+
+
+@pytest.mark.parametrize("name", ONE_MODEL)
+def test_one_model_of_a_smoke_variant_trains(name, tmp_path):
+    check_smoke_run(name, tmp_path, ONE_MODEL[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_smoke_variant_runs(name, tmp_path):
+    check_smoke_run(name, tmp_path)
+
+
+def check_smoke_run(name, tmp_path, only=None):
+    config = get_config_of(name)("smoke")
+    if only:
+        config.models = ConfigDict({only: config.models[only]})
+    found = classify(config, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     assert (tmp_path / "loss.png").stat().st_size > 1000
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    models = list(get_config("smoke").models)
+    models = list(config.models)
     assert len(lines) == 4 * len(models)
     assert all(0 <= found["results"][name]["accuracy"] <= 1 for name in models)
     assert len(found["results"]) > len(models)  # a baseline beside them
-    assert set(get_config().models) >= set(models)
 
 
 def test_a_killed_run_goes_on_with_the_models_it_lacks(tmp_path, monkeypatch):
-    config = importlib.import_module("experiments.configs.classify.selective_copying").get_config("smoke")
+    config = get_config_of("selective_copying")("smoke")
     first, second = config.models
     trained = []
 

@@ -10,9 +10,10 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from experiments import train
 from experiments.trainer.optimizers import make_optimizer, matrices, schedule
 from experiments.trainer.runs import build_model
-from tests.experiments.runs import ROOT, finish, start, tiny_config, write_corpus
+from tests.experiments.runs import ROOT, call, finish, start, tiny_config, write_corpus
 
 FILES = sorted((ROOT / "experiments/configs").glob("*/*.py"))
 CONFIGS = [p.stem for p in FILES if p.parent.name == "lm"]  # the others: test_classify.py, tests/optim
@@ -52,12 +53,13 @@ def test_a_config_says_what_it_is_for_and_builds(name):
 )
 def test_a_smoke_variant_runs(name, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
-    arguments = [
+    status, output = call(
+        train.main,
         f"--config=experiments/configs/lm/{name}.py:smoke",
         f"--config.data.path={corpus}",
         f"--run={tmp_path}",
-    ]
-    output = finish(start([sys.executable, "-m", "experiments.train", *arguments]))
+    )
+    assert status == 0, output
     assert "12 steps in all" in output
     assert "this model" in output
 
@@ -66,17 +68,24 @@ def test_a_smoke_variant_runs(name, tmp_path):
     ("arguments", "words"),
     [
         ([], "--config is missing"),
-        (["--config=experiments/configs/lm/quickstart.py", "--config.no_such=1"], "no_such"),
+        (["--config=experiments/configs/lm/quickstart.py", "--config.no_such=1"], "got 'no_such'; expected"),
+        (
+            ["--config=experiments/configs/lm/quickstart.py", "--config.optimizer.options.rank=8"],
+            "optimizer.options: muon takes no rank; expected learning_rate, ns_coeffs",
+        ),
         (["--config=experiments/configs/lm/quickstart.py:large"], "'large'; expected nothing or 'smoke'"),
         (["--config=experiments/configs/lm/quickstart.py", "lonely"], "'lonely' is no flag"),
-        (["--help"], "--config=experiments/configs/lm/quickstart.py:smoke"),
     ],
 )
 def test_the_command_line_explains_itself(arguments, words):
-    process = start([sys.executable, "-m", "experiments.train", *arguments])
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+    status, output = call(train.main, *arguments)
+    assert status != 0
     assert words in output
+
+
+def test_help():
+    output = finish(start([sys.executable, "-m", "experiments.train", "--help"]), status=1)
+    assert "--config=experiments/configs/lm/quickstart.py:smoke" in output
 
 
 PARAMS = {

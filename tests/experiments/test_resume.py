@@ -1,5 +1,8 @@
 """Stopped at any moment, a run goes on as if it had not been; other checkpoints are refused in words."""
 
+import contextlib
+import os
+import resource
 import shutil
 import signal
 import sys
@@ -9,10 +12,10 @@ import pytest
 
 from experiments import train as training
 from experiments.trainer.checkpoints import CheckpointError, Checkpoints
-from tests.experiments.runs import command, finish, logged, start, tiny_config, write_corpus
+from experiments.trainer.metrics import Metrics
+from tests.experiments.runs import call, command, finish, logged, start, tiny_config, write_corpus
+from tests.seeds import generator
 
-STEPS = 400  # some milliseconds each: a run is killed long before it ends
-FIELDS = dict(steps=STEPS, checkpoint__every=3)
 BITS = ("loss", "grad_norm", "update_norm", "bits_per_byte", "learning_rate")
 
 
@@ -21,44 +24,81 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
 
 
-@pytest.fixture(scope="module")
-def whole_run(corpus, tmp_path_factory):
-    """What a run that nothing stopped logged."""
-    folder = tmp_path_factory.mktemp("whole")
-    finish(start(command(corpus, folder, **FIELDS)))
-    return logged(folder, *BITS)
+# SIGKILL comes in the middle of a step, and perhaps of a save, which another thread writes.
+KILLED = """
+import os, signal, sys
+from experiments import train
+from experiments.trainer.flags import run
+from experiments.trainer.metrics import Metrics
+
+log, last = Metrics.log, int(sys.argv.pop(1))
+
+def log_and_die(self, step, *args, **kwargs):
+    log(self, step, *args, **kwargs)
+    if step == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Metrics.log = log_and_die
+run(train.main)
+"""
 
 
-def start_and_signal(corpus, folder, which, after: int):
-    """Start the run, and send it a signal once `after` lines are in its log."""
-    process = start(command(corpus, folder, **FIELDS))
-    log = folder / "metrics.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < after):
-        time.sleep(0.002)
-    process.send_signal(which)
-    return process
-
-
-def test_sigkill_then_sigterm_then_the_losses_of_a_run_that_never_stopped(corpus, whole_run, tmp_path):
-    assert len(whole_run) == STEPS
-    killed = start_and_signal(corpus, tmp_path, signal.SIGKILL, after=20)
+def test_sigkill_then_sigterm_then_the_losses_of_a_run_that_never_stopped(
+    corpus, tmp_path, tmp_path_factory, monkeypatch, capsys
+):
+    fields = dict(steps=40, checkpoint__every=3)
+    never_stopped = tmp_path_factory.mktemp("whole")
+    training.train(tiny_config(corpus, never_stopped, **fields))
+    at = int(generator(0).integers(8, 24))
+    _, _, *arguments = command(corpus, tmp_path, **fields)
+    killed = start([sys.executable, "-c", KILLED, str(at), *arguments[1:]])
     finish(killed, status=-signal.SIGKILL)
     last = Checkpoints(tmp_path, read_only=True).latest_step()
-    assert last is not None
-    assert 0 < last < STEPS
+    assert 0 < last <= at
 
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 399, "lo')  # a line that the kill tore
-    stopped = start_and_signal(corpus, tmp_path, signal.SIGTERM, after=last + 40)
-    output = finish(stopped)  # status 0
+        file.write('{"step": 39, "lo')  # a line that the kill tore
+    log = Metrics.log
+
+    def log_and_stop(self, step, *args, **kwargs):
+        log(self, step, *args, **kwargs)
+        if step == last + 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "log", log_and_stop)
+        assert training.train(tiny_config(corpus, tmp_path, **fields)) is None
     saved = Checkpoints(tmp_path, read_only=True).latest_step()
-    assert last < saved < STEPS
+    assert saved - (last + 10) in (1, 2)  # metrics are read a step late
+    output = capsys.readouterr().out
     assert f"goes on from step {last}," in output
     assert f"saved at step {saved};" in output
     assert logged(tmp_path)[-1] == (saved,)
 
-    finish(start(command(corpus, tmp_path, **FIELDS)))
-    assert logged(tmp_path, *BITS) == whole_run  # bit for bit, and every step once
+    training.train(tiny_config(corpus, tmp_path, **fields))
+    assert len(logged(tmp_path)) == 40
+    assert logged(tmp_path, *BITS) == logged(never_stopped, *BITS)  # bit for bit, and every step once
+
+
+@pytest.mark.full
+def test_signals_from_outside_at_any_moment(corpus, tmp_path, tmp_path_factory):
+    """The same with processes as a person has them; 400 steps of some milliseconds outlast the signals."""
+    fields = dict(steps=400, checkpoint__every=3)
+    never_stopped = tmp_path_factory.mktemp("whole")
+    training.train(tiny_config(corpus, never_stopped, **fields))
+    log, after = tmp_path / "metrics.jsonl", 20
+    for which, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+        process = start(command(corpus, tmp_path, **fields))
+        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < after):
+            time.sleep(0.002)
+        process.send_signal(which)
+        finish(process, status=status)
+        last = Checkpoints(tmp_path, read_only=True).latest_step()
+        assert 0 < last < 400
+        after = last + 40
+    assert logged(tmp_path)[-1] == (last,)
+    finish(start(command(corpus, tmp_path, **fields)))
+    assert logged(tmp_path, *BITS) == logged(never_stopped, *BITS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,13 +182,15 @@ def test_what_the_error_says_helps(corpus, copy):
     assert [step for (step,) in logged(copy)] == list(range(1, 11))
 
 
-# What writes past the limit of any file fails as on a full disk, and it takes no disk of its own to see it.
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-sys.argv = sys.argv[1:]
-runpy.run_module("experiments.train", run_name="__main__", alter_sys=True)
-"""
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """What writes past the limit of any file fails as on a full disk, and takes no disk to do so."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(corpus, tmp_path):
@@ -156,8 +198,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(corpus, tmp_path):
     training.train(tiny_config(corpus, tmp_path, steps=3, **fields))
     before = Checkpoints(tmp_path, read_only=True).about(3)
 
-    arguments = command(corpus, tmp_path, steps=6, **fields)
-    output = finish(start([sys.executable, "-c", LIMITED, *arguments[2:]]), status=1)
+    with files_of_at_most(100_000):
+        _, _, *arguments = command(corpus, tmp_path, steps=6, **fields)
+        status, output = call(training.main, *arguments[1:])
+    assert status == 1
     assert f"experiments.train: {tmp_path / 'checkpoints'} could not be written: " in output
     assert "the last whole checkpoint is step 3" in output
     assert Checkpoints(tmp_path, read_only=True).latest_step() == 3

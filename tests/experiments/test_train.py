@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import jax
 import numpy as np
@@ -11,8 +10,9 @@ import pytest
 from experiments import train as training
 from experiments.trainer.checkpoints import Checkpoints
 from experiments.trainer.runs import load_run
+from tests.devices import run_on_eight_devices
 from tests.errors import bound
-from tests.experiments.runs import finish, logged, start, tiny_config, write_corpus
+from tests.experiments.runs import logged, tiny_config, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -133,32 +133,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     assert [step for (step,) in logged(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-MODES = """
-import sys
-from pathlib import Path
-from experiments.train import train
-from tests.experiments.runs import tiny_config
-import jax
-assert jax.device_count() == 2
-import experiments.train
-experiments.train.report = lambda *args, **kwargs: None
-corpus, folder = map(Path, sys.argv[1:])
-for name, changes in {
-    "one": dict(mesh__data=1),
-    "jit": {},
-    "pmap": dict(parallel="pmap"),
-    "pmap parts": dict(parallel="pmap", accumulate=2),
-}.items():
-    train(tiny_config(corpus, folder / name, steps=5, batch_size=4, checkpoint__every=3, **changes))
-# What pmap saved, jit goes on from.
-for name in ("pmap", "jit"):
-    train(tiny_config(corpus, folder / name, steps=7, batch_size=4))
-"""
-
-
 def test_two_devices_by_jit_and_by_pmap_have_the_losses_of_one(corpus, tmp_path):
-    flags = "--xla_force_host_platform_device_count=2"
-    finish(start([sys.executable, "-c", MODES, str(corpus), str(tmp_path)], xla_flags=flags))
+    run_on_eight_devices("tests.experiments.two_devices", str(corpus), str(tmp_path))
     one = logged(tmp_path / "one", "loss", "grad_norm")
     assert len(one) == 5
     for name in ("jit", "pmap", "pmap parts"):

@@ -4,8 +4,9 @@ import socket
 
 import numpy as np
 
+from experiments.train import train
 from tests.errors import bound
-from tests.experiments.runs import command, finish, logged, start, write_corpus
+from tests.experiments.runs import command, finish, logged, start, tiny_config, write_corpus
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
@@ -18,8 +19,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         distributed__enabled=True, distributed__coordinator=f"localhost:{port}", distributed__processes=2
     )
     two = [start(command(corpus, tmp_path / "two", **together, distributed__process=i)) for i in range(2)]
-    one = start(command(corpus, tmp_path / "one", **fields))
-    outputs = [finish(process) for process in (*two, one)]
+    train(tiny_config(corpus, tmp_path / "one", **fields))
+    outputs = [finish(process) for process in two]
 
     assert "held out" in outputs[0]
     assert "held out" not in outputs[1]  # only the first process writes
