@@ -44,12 +44,12 @@ def in_slots(shape, is_layer):
 
 
 def quantized(shape, is_matrix):
-    """Bytes of q_galore's: int4 in pairs along m, a byte a moment, 4 a scale of a row or column; 3 counts."""
+    """Bytes of q_galore's: int4 in pairs along m, a byte a moment, 4 a scale of a row or column, schedule."""
     if not is_matrix:
         return 2 * (math.prod(shape) + 4 * math.prod(shape[:-1])) + 4
     *batch, m, n = shape
     m, n = min(m, n), max(m, n)
-    return math.prod(batch) * (R * math.ceil(m / 2) + 4 * R + 2 * R * (n + 4) + 12) + 4
+    return math.prod(batch) * (R * math.ceil(m / 2) + 4 * R + 2 * R * (n + 4) + 16) + 4
 
 
 R = RANK
@@ -129,7 +129,7 @@ CASES = {
         lambda shape, matrix: per_matrix(lambda m, n: m * R + 5 * R * n)(shape, matrix) + 4 * matrix,
     ),
     "q_galore": Case(
-        lambda rate: optim.q_galore(rate, rank=R, update_interval=3, scale=1.0, patience=2, min_size=1),
+        lambda rate: optim.q_galore(rate, rank=R, update_interval=3, scale=1.0, queue=2, min_size=1),
         0.1,
         quantized,
     ),

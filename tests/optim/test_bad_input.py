@@ -78,5 +78,5 @@ def test_refreshes_that_are_none():
         optim.galore(1e-3, rank=2, update_interval=0)
     with pytest.raises(ValueError, match="stagger: got True with a threshold"):
         optim.Refresh(9, stagger=True, threshold=0.4)
-    with pytest.raises(ValueError, match=r"threshold, patience: got 1\.5 and 5"):
+    with pytest.raises(ValueError, match=r"threshold, queue: got 1\.5 and 5"):
         optim.q_galore(1e-3, rank=2, threshold=1.5)

@@ -1,4 +1,4 @@
-"""LAPACK on stacks of matrices, without what makes a CPU's program stand still."""
+"""Work on stacks of matrices: one after the other on a CPU, at once elsewhere."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,17 +8,25 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
-def slicewise(factor: Callable[[Array], Array], x: Array) -> Array:
-    """`factor` of each of the matrices x [..., m, n]; one after the other on CPU.
+def slicewise(
+    work: Callable[[Array], Array], x: Array, elsewhere: Callable[[Array], Array] | None = None
+) -> Array:
+    """`work` of each of the matrices x [..., m, n]; one after the other on a CPU.
 
-    jaxlib 0.10 and 0.11.0 hand a stack's slices to the threads that run the program's operations, of which
-    the caller is one, and wait: where the stacks of two leaves keep both of two threads waiting, nothing goes
-    on. Slice after slice takes as long: the factorization of one matrix has threads of its own.
+    jaxlib 0.10 and 0.11.0 hand a stack's factorizations to the threads that run the program's operations,
+    of which the caller is one, and wait: where the stacks of two leaves keep both of two threads waiting,
+    nothing goes on. Slice after slice takes no longer: the factorization of one matrix has threads of its
+    own, and its products fit the caches.
+
+    Args:
+      work: of one matrix.
+      x: the stack.
+      elsewhere: the same by other means, for TPUs and GPUs; None: `work`.
     """
-    if x.ndim == 2:
-        return factor(x)
+    if x.ndim == 2 and elsewhere is None:
+        return work(x)
     stack = x.reshape(-1, *x.shape[-2:])
-    done = lax.platform_dependent(stack, cpu=partial(lax.map, factor), default=jax.vmap(factor))
+    done = lax.platform_dependent(stack, cpu=partial(lax.map, work), default=jax.vmap(elsewhere or work))
     return done.reshape(*x.shape[:-2], *done.shape[1:])
 
 

@@ -24,7 +24,7 @@ def q_galore(
     *,
     mask: Any = None,
     threshold: float = 0.4,
-    patience: int = 5,
+    queue: int = 5,
     projector: str = "gram",
     format: str = "int4",
     group_size: int = 256,
@@ -32,17 +32,18 @@ def q_galore(
     side: str = "short",
     spec: MatrixSpec | None = None,
 ) -> optax.GradientTransformation:
-    """Q-GaLore: `galore` with P in int4, moments in 8 bits, and intervals that double where P is stable.
+    """Q-GaLore: `galore` with P in int4, moments in 8 bits, and intervals that double while P is stable.
 
     The paper's INT8 weights are params of `frugax.formats.QuantizedTensor`: take gradients of
     `.dequantize()`d ones, init and update with those, and add updates with `apply_updates_stochastic`.
 
     State, for a matrix of short side m and long side n, where groups of g = group_size divide both:
-    m r / 2 + 4 r m / g bytes of P, 2 r n + 8 r n / g of moments (8 r n where r n < min_size), and 16 for
-    counts; for another leaf of size d: 2 d + 8 d / g + 4 (8 d + 4 where d < min_size); and 4.
+    m r / 2 + 4 r m / g bytes of P, 2 r n + 8 r n / g of moments (8 r n where r n < min_size), 4 (2 + queue)
+    for its schedule, and 4 for the leaf; for another leaf of size d: 2 d + 8 d / g + 4 (8 d + 4 where
+    d < min_size); and 4.
 
     Args:
-      threshold, patience: see `Refresh`.
+      threshold, queue: see `Refresh`.
       format: P's number format.
       group_size: how many numbers share a scale.
       min_size: arrays of moments with fewer numbers stay in float32.
@@ -54,16 +55,16 @@ def q_galore(
     Raises:
       ValueError: as `low_rank`.
 
-    Source: Zhang et al. 2024 (arXiv 2407.08296): a cosine of 40 % at several refreshes in a row doubles the
-    interval. Their code asks it of the mean over the last 5 refreshes and of the first vector alone, with its
-    sign, and once that holds it doubles at every refresh; here it is asked 5 times in a row, of all vectors,
-    and 5 times more for the next doubling. Their int4 codes have a zero point, ours are symmetric.
+    Source: Zhang et al. 2024 (arXiv 2407.08296) and its code: a mean cosine of 40 % over the last 5 refreshes
+    doubles the interval, at each refresh where it still holds. Differs: the sign of a vector, which is free,
+    is not part of its cosine, and the last vector is the one that was stored, in int4; these codes are
+    symmetric, where those of the paper have a zero point.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
         >>> optimizer = frugax.optim.q_galore(1e-2, rank=64)
         >>> state = jax.eval_shape(optimizer.init, {"kernel": jnp.ones((256, 512))})
-        >>> p, moments, when = 256 * 64 // 2 + 4 * 64, 2 * (64 * 512 + 4 * 64 * 2) + 4, 12
+        >>> p, moments, when = 256 * 64 // 2 + 4 * 64, 2 * (64 * 512 + 4 * 64 * 2) + 4, 4 * (2 + 5)
         >>> frugax.optim.state_bytes(state) == p + moments + when + 4
         True
     """
@@ -76,6 +77,6 @@ def q_galore(
         scale=scale,
         spec=spec,
         side=side,
-        refresh=Refresh(update_interval, threshold=threshold, patience=patience),
+        refresh=Refresh(update_interval, threshold=threshold, queue=queue),
     )
     return finish(rule, learning_rate, weight_decay, mask)

@@ -23,10 +23,10 @@ class Refresh:
       every: steps from one refresh to the next, at least 1; may be traced.
       stagger: spread the leaves' refreshes over the interval, so that no step pays for all of them. Adaptive
         refreshes spread by themselves.
-      threshold: adaptive, if given: a matrix whose new basis is that close to its last one (the mean
-        |cosine| of the columns) `patience` times in a row waits twice as long from then on. Needs a
-        projector that keeps a basis, and keeps three integers a matrix.
-      patience: see threshold.
+      threshold: adaptive, if given: a matrix's interval doubles at each refresh where the mean of its last
+        `queue` similarities is that large; a similarity is the |cosine| between the first vectors of the new
+        basis and the last one. Needs a projector that keeps a basis, and keeps 2 + queue numbers a matrix.
+      queue: how many similarities the mean is over; before there are so many, no interval changes.
 
     Raises:
       ValueError: an attribute is invalid; the message names it.
@@ -35,14 +35,14 @@ class Refresh:
 
     Example:
         >>> import frugax
-        >>> frugax.optim.Refresh(every=200, threshold=0.4).patience
+        >>> frugax.optim.Refresh(every=200, threshold=0.4).queue
         5
     """
 
     every: Any = 200
     stagger: bool = False
     threshold: float | None = None
-    patience: int = 5
+    queue: int = 5
 
     def __post_init__(self):
         if isinstance(self.every, int) and self.every < 1:
@@ -51,18 +51,20 @@ class Refresh:
             return
         if self.stagger:
             raise ValueError("stagger: got True with a threshold; expected one of the two")
-        if not 0 < self.threshold <= 1 or self.patience < 1:
-            got = f"{self.threshold} and {self.patience}"
-            raise ValueError(f"threshold, patience: got {got}; expected a cosine in (0, 1] and a count >= 1")
+        if not 0 < self.threshold <= 1 or self.queue < 1:
+            got = f"{self.threshold} and {self.queue}"
+            raise ValueError(f"threshold, queue: got {got}; expected a cosine in (0, 1] and a count >= 1")
 
 
 class Waiting(NamedTuple):
-    """Adaptive refreshes: for each matrix its next step, its interval, and how often in a row it was
-    stable."""
+    """Adaptive refreshes: for each matrix its next step, its interval, and its last similarities.
+
+    Similarities [..., queue], the newest last, are -inf before there are any, and so is their mean.
+    """
 
     next: Array
     interval: Array
-    stable: Array
+    similarities: Array
 
 
 def first_waiting(refresh: Refresh, shape: tuple[int, ...]) -> Waiting | tuple:
@@ -70,7 +72,8 @@ def first_waiting(refresh: Refresh, shape: tuple[int, ...]) -> Waiting | tuple:
     if refresh.threshold is None:
         return ()
     now = jnp.zeros(shape[:-2], jnp.int32)
-    return Waiting(now, now + jnp.asarray(refresh.every, jnp.int32), now)
+    none = jnp.full((*shape[:-2], refresh.queue), -jnp.inf, jnp.float32)
+    return Waiting(now, now + jnp.asarray(refresh.every, jnp.int32), none)
 
 
 def schedule(refresh: Refresh, projector: Projector, seed: Any, turn: Turn) -> tuple[Array, Array]:
@@ -131,14 +134,17 @@ def refresh_some(
             return x.reshape(-1, *x.shape[len(batch) :])
 
         new = jax.lax.map(one, (flat(g), flat(old), flat(due))).reshape(old.shape)
-        size = jnp.linalg.norm(old, axis=-2) * jnp.linalg.norm(new, axis=-2)
-        cosine = jnp.sum(old * new, axis=-2) / jnp.where(size > 0, size, 1)
-        closeness = jnp.mean(jnp.abs(cosine), axis=-1)  # a singular vector's sign means nothing
-        stable = jnp.where(closeness >= refresh.threshold, waiting.stable + 1, 0)
-        longer = stable >= refresh.patience
+        size = jnp.linalg.norm(old[..., 0], axis=-1) * jnp.linalg.norm(new[..., 0], axis=-1)
+        cosine = jnp.sum(old[..., 0] * new[..., 0], axis=-1) / jnp.where(size > 0, size, 1)
+        newest = jnp.abs(cosine)[..., None].astype(jnp.float32)  # a singular vector's sign means nothing
+        queue = jnp.concatenate([waiting.similarities[..., 1:], newest], axis=-1)
+        queue = jnp.where(size[..., None] > 0, queue, waiting.similarities)  # the first has nothing before it
+        longer = jnp.mean(queue, axis=-1) >= refresh.threshold
         interval = jnp.where(longer, 2 * waiting.interval, waiting.interval)
-        after = Waiting(step + interval, interval, jnp.where(longer, 0, stable))
-        waiting = jax.tree.map(lambda a, b: jnp.where(due, a, b), after, waiting)
+        after = Waiting(step - step % interval + interval, interval, queue)
+        waiting = jax.tree.map(
+            lambda a, b: jnp.where(due.reshape(due.shape + (1,) * (a.ndim - due.ndim)), a, b), after, waiting
+        )
         packed = _like(projector.pack(new), kept)
         if moments == "transport":
             change = jnp.where(due[..., None, None], projector.change(kept, packed), jnp.eye(old.shape[-1]))
