@@ -8,7 +8,7 @@ from .inputs import Inputs, check
 
 OPERATION = Operation(
     "linear_recurrence",
-    Inputs("b t d", "b t d", "b d"),
+    Inputs("b t d", "b t d", "b d", "b t"),
     ("b t d", "b d"),
     independent=("b", "d"),
     keeps=(0,),  # h

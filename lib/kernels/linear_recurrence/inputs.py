@@ -10,11 +10,12 @@ from ..common.documents import documents
 
 
 class Inputs(NamedTuple):
-    """Checked arguments: zeros in `a` already keep documents apart, so a row is one sequence."""
+    """Checked arguments: a is zero where a document starts: given `starts`, a zero forgets NaN too."""
 
     a: Array  # [B, T, D]
     b: Array  # [B, T, D]
     initial_state: Array  # [B, D], in the accumulator's dtype
+    starts: Array | None  # None | int32 [B, T]: 1 for the first token read of a document, but 0 for the row's
 
 
 def check(a, b, initial_state, segment_ids, reverse: bool) -> Inputs:
@@ -35,7 +36,7 @@ def check(a, b, initial_state, segment_ids, reverse: bool) -> Inputs:
     dtype = accumulator(jnp.promote_types(a.dtype, b.dtype))
     h0 = jnp.zeros((B, D), dtype) if initial_state is None else initial_state.astype(dtype)
     packed = documents(segment_ids, B, T)
-    if packed is not None:
-        fresh = packed.ends if reverse else packed.starts
-        a = jnp.where(fresh[:, :, None], jnp.zeros_like(a), a)
-    return Inputs(a, b, h0)
+    if packed is None:
+        return Inputs(a, b, h0, None)
+    starts = packed.ends if reverse else packed.starts
+    return Inputs(jnp.where(starts[:, :, None], jnp.zeros_like(a), a), b, h0, starts.astype(jnp.int32))

@@ -53,7 +53,7 @@ def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Arr
             for rows in _groups(reverse):
                 reads = [(a_tile[slot, r].astype(F32), b_tile[slot, r].astype(F32)) for r in rows]
                 for r, (a, b) in zip(rows, reads, strict=True):
-                    h = a * h + b
+                    h = _kept(a, h, call) + b
                     h_tile[slot, r] = h.astype(h_tile.dtype)
             return h
 
@@ -132,7 +132,7 @@ def backward(
                 states.append(h_tile[slot, last].astype(F32) if 0 <= last < TOKENS else before[...])
                 for r, (a, dh), h in zip(rows, reads, states, strict=True):
                     g = dh + carry
-                    carry = a * g
+                    carry = _kept(a, g, call)
                     da_tile[slot, r] = (g * h).astype(da_tile.dtype)
                     db_tile[slot, r] = g.astype(db_tile.dtype)
             return carry
@@ -170,7 +170,12 @@ def backward(
         grid_names=("b", "d"),
         **launch("linear_recurrence_backward", interpret=interpret),
     )(a, h, dh, s, dlast)
-    return Inputs(_trim(da, shape, reverse), _trim(db, shape, reverse), ds[:, : shape[2]])
+    return Inputs(_trim(da, shape, reverse), _trim(db, shape, reverse), ds[:, : shape[2]], None)
+
+
+def _kept(a: Array, h: Array, call: Inputs) -> Array:
+    """a h; between documents a zero forgets NaN and infinity too."""
+    return a * h if call.starts is None else jnp.where(a == 0.0, 0.0, a * h)
 
 
 def _tile(dtype):

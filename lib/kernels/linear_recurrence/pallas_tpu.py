@@ -29,15 +29,15 @@ def unsupported_reason(call: Inputs) -> str | None:
 def forward(call: Inputs, reverse: bool, *, interpret: bool) -> tuple[Array, Array]:
     """h [B, T, D] in b's dtype and the last state [B, D] in float32."""
     B, T, D = call.b.shape
-    walk = _Walk(B, T, D, for_tpu(T, D, time=512), backwards=reverse)
-    launch = walk.grid.launch("linear_recurrence", interpret=interpret)
-    launch.add("a", call.a, walk.block)
-    launch.add("b", call.b, walk.block)
-    launch.add("s", call.initial_state[:, None], walk.row)
-    launch.write("h", call.b.shape, call.b.dtype, walk.block)
-    launch.write("last", (B, 1, D), F32, walk.row)
-    walk.hold(launch, "state", "a_tile", "b_tile")
-    got = launch.run(partial(_forward_kernel, walk))
+    blocks = _Blocks(call, for_tpu(T, D, time=512), backwards=reverse)
+    launch = blocks.grid.launch("linear_recurrence", interpret=interpret)
+    launch.add("a", call.a, blocks.block)
+    launch.add("b", call.b, blocks.block)
+    launch.add("s", call.initial_state[:, None], blocks.row)
+    launch.write("h", call.b.shape, call.b.dtype, blocks.block)
+    launch.write("last", (B, 1, D), F32, blocks.row)
+    blocks.hold(launch, "state", "a_tile", "b_tile")
+    got = launch.run(partial(_forward_kernel, blocks))
     return got["h"], got["last"][:, 0]
 
 
@@ -47,27 +47,28 @@ def backward(
     """The gradients, as `Inputs`."""
     B, T, D = h.shape
     dh, dlast = cotangents
-    walk = _Walk(B, T, D, for_tpu(T, D, time=256), backwards=not reverse)
-    launch = walk.grid.launch("linear_recurrence_backward", interpret=interpret)
-    launch.add("a", call.a, walk.block)
-    launch.add("h", h, walk.block)
-    launch.add("outside", h, walk.rows_outside)
-    launch.add("dh", dh, walk.block)
-    launch.add("s", call.initial_state[:, None], walk.row)
-    launch.add("dlast", dlast[:, None], walk.row)
-    launch.write("da", call.a.shape, call.a.dtype, walk.block)
-    launch.write("db", call.b.shape, call.b.dtype, walk.block)
-    launch.write("ds", (B, 1, D), F32, walk.row)
-    walk.hold(launch, "carry", "a_tile", "dh_tile")
-    got = launch.run(partial(_backward_kernel, walk))
-    return Inputs(got["da"], got["db"], got["ds"][:, 0])
+    blocks = _Blocks(call, for_tpu(T, D, time=256), backwards=not reverse)
+    launch = blocks.grid.launch("linear_recurrence_backward", interpret=interpret)
+    launch.add("a", call.a, blocks.block)
+    launch.add("h", h, blocks.block)
+    launch.add("outside", h, blocks.rows_outside)
+    launch.add("dh", dh, blocks.block)
+    launch.add("s", call.initial_state[:, None], blocks.row)
+    launch.add("dlast", dlast[:, None], blocks.row)
+    launch.write("da", call.a.shape, call.a.dtype, blocks.block)
+    launch.write("db", call.b.shape, call.b.dtype, blocks.block)
+    launch.write("ds", (B, 1, D), F32, blocks.row)
+    blocks.hold(launch, "carry", "a_tile", "dh_tile")
+    got = launch.run(partial(_backward_kernel, blocks))
+    return Inputs(got["da"], got["db"], got["ds"][:, 0], None)
 
 
-class _Walk:
+class _Blocks:
     """The order in which blocks of time are visited, and the views of arrays that go with it."""
 
-    def __init__(self, B: int, T: int, D: int, tiling: TPUTiling, backwards: bool):
-        self.T, self.tiling = T, tiling
+    def __init__(self, call: Inputs, tiling: TPUTiling, backwards: bool):
+        B, T, D = call.b.shape
+        self.T, self.tiling, self.packed = T, tiling, call.starts is not None
         self.grid = TimeGrid((B, pl.cdiv(D, tiling.channels)), T, tiling.time, backwards)
         at = self.grid.at
         self.block = pl.BlockSpec((None, tiling.time, tiling.channels), lambda b, d, i: (b, at(i), d))
@@ -91,11 +92,15 @@ class _Walk:
         """A row of a tile on every sublane."""
         return jnp.broadcast_to(tile_ref[row : row + 1, :], (SUBLANES, self.tiling.channels))
 
+    def kept(self, a: Array, h: Array) -> Array:
+        """a h; between documents a zero forgets NaN and infinity too."""
+        return jnp.where(a == 0, 0.0, a * h) if self.packed else a * h
+
     def column(self) -> "_Column":
         return _Column(self.tiling.channels)
 
     def each_tile(self, visit) -> None:
-        """Call `visit(rows, first row, token numbers)` for the tiles of a block, in the order of the walk."""
+        """Call `visit(rows, first row, token numbers)` for the tiles of a block, in order."""
         first = self.grid.first_token()
 
         def step(row, _):
@@ -124,54 +129,56 @@ class _Column:
         return jnp.concatenate(self.parts, axis=0)
 
 
-def _forward_kernel(walk: _Walk, *, a_ref, b_ref, s_ref, h_ref, last_ref, state_ref, a_tile_ref, b_tile_ref):
-    @walk.grid.at_start()
+def _forward_kernel(
+    blocks: _Blocks, *, a_ref, b_ref, s_ref, h_ref, last_ref, state_ref, a_tile_ref, b_tile_ref
+):
+    @blocks.grid.at_start()
     def _():
-        state_ref[...] = walk.spread(s_ref, 0)
+        state_ref[...] = blocks.spread(s_ref, 0)
 
     def visit(rows, _, token):
         a, b = a_ref[rows, :].astype(F32), b_ref[rows, :].astype(F32)
-        if walk.grid.ragged:  # a token past the end leaves the state as it is
-            a, b = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, b, 0.0)
+        if blocks.grid.ragged:  # a token past the end leaves the state as it is
+            a, b = jnp.where(token < blocks.T, a, 1.0), jnp.where(token < blocks.T, b, 0.0)
         a_tile_ref[...], b_tile_ref[...] = a, b
-        h, out = state_ref[...], walk.column()
-        for r in walk.rows():
-            h = walk.spread(a_tile_ref, r) * h + walk.spread(b_tile_ref, r)
+        h, out = state_ref[...], blocks.column()
+        for r in blocks.rows():
+            h = blocks.kept(blocks.spread(a_tile_ref, r), h) + blocks.spread(b_tile_ref, r)
             out.put(r, h)
         state_ref[...] = h
         h_ref[rows, :] = out.tile().astype(h_ref.dtype)
 
-    walk.each_tile(visit)
+    blocks.each_tile(visit)
 
-    @walk.grid.at_end()
+    @blocks.grid.at_end()
     def _():
         last_ref[...] = state_ref[0:1, :]
 
 
 def _backward_kernel(
-    walk: _Walk, *, a_ref, h_ref, outside_ref, dh_ref, s_ref, dlast_ref,
+    blocks: _Blocks, *, a_ref, h_ref, outside_ref, dh_ref, s_ref, dlast_ref,
     da_ref, db_ref, ds_ref, carry_ref, a_tile_ref, dh_tile_ref,
 ):  # fmt: skip
     """carry = a_{t+1} g_{t+1}, what the token just visited sends to the one before it."""
 
-    @walk.grid.at_start()
+    @blocks.grid.at_start()
     def _():
-        carry_ref[...] = walk.spread(dlast_ref, 0)
+        carry_ref[...] = blocks.spread(dlast_ref, 0)
 
-    backwards, time = walk.grid.backwards, walk.tiling.time
-    first_token = 0 if backwards else walk.T - 1  # of the recurrence: it read s
-    in_tile = iota((ROWS, walk.tiling.channels), 0)
+    backwards, time = blocks.grid.backwards, blocks.tiling.time
+    first_token = 0 if backwards else blocks.T - 1  # of the recurrence: it read s
+    in_tile = iota((ROWS, blocks.tiling.channels), 0)
 
     def visit(rows, row, token):
         a, dh, h = (ref[rows, :].astype(F32) for ref in (a_ref, dh_ref, h_ref))
-        if walk.grid.ragged:
-            a, dh = jnp.where(token < walk.T, a, 1.0), jnp.where(token < walk.T, dh, 0.0)
+        if blocks.grid.ragged:
+            a, dh = jnp.where(token < blocks.T, a, 1.0), jnp.where(token < blocks.T, dh, 0.0)
         a_tile_ref[...], dh_tile_ref[...] = a, dh
-        carry, out = carry_ref[...], walk.column()
-        for r in walk.rows():
-            g = walk.spread(dh_tile_ref, r) + carry
+        carry, out = carry_ref[...], blocks.column()
+        for r in blocks.rows():
+            g = blocks.spread(dh_tile_ref, r) + carry
             out.put(r, g)
-            carry = walk.spread(a_tile_ref, r) * g
+            carry = blocks.kept(blocks.spread(a_tile_ref, r), g)
         carry_ref[...] = carry
         g = out.tile()
         db_ref[rows, :] = g.astype(db_ref.dtype)
@@ -188,8 +195,8 @@ def _backward_kernel(
         read = jnp.where(token == first_token, s_ref[...], read)
         da_ref[rows, :] = (g * read).astype(da_ref.dtype)
 
-    walk.each_tile(visit)
+    blocks.each_tile(visit)
 
-    @walk.grid.at_end()
+    @blocks.grid.at_end()
     def _():
         ds_ref[...] = carry_ref[0:1, :]

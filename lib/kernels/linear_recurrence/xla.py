@@ -21,30 +21,32 @@ def forward(inputs: Inputs, reverse: bool) -> tuple[Array, Array]:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _recurrence(reverse, a_BTD, b_BTD, s_BD):
-    return _loop(a_BTD, b_BTD, s_BD, reverse)
+def _recurrence(reverse, a_BTD, b_BTD, s_BD, starts_BT):
+    return _loop(a_BTD, b_BTD, s_BD, reverse, forget=starts_BT is not None)
 
 
 @_recurrence.defjvp
 def _tangent(reverse, primals, tangents):
-    a, b, s = primals
-    da, db, ds = tangents
-    h, state = _recurrence(reverse, a, b, s)
+    a, b, s, starts = primals
+    da, db, ds, _ = tangents
+    h, state = _recurrence(reverse, a, b, s, starts)
     first, last = (-1, 0) if reverse else (0, -1)
     a, before, da, db = (x.astype(s.dtype) for x in (a, _before(s, h, reverse), da, db))
+    if starts is not None:
+        before = jnp.where(starts[:, :, None] == 1, 0, before)
     source = (da * before + db).at[:, first].add(a[:, first] * ds)
-    dh = _solve(a, source, reverse)
+    dh = _solve(a, source, reverse, forget=starts is not None)
     return (h, state), (dh.astype(h.dtype), dh[:, last])
 
 
-def _solve(a, b, reverse):
+def _solve(a, b, reverse, forget):
     """The recurrence from a zero state, as a linear function of b that jax can transpose."""
     after = 1 if not reverse else -1  # g_t = dh_t + a_{t+1} g_{t+1}
     return lax.custom_linear_solve(
         lambda h: h - a * _before(jnp.zeros_like(h[:, 0]), h, reverse),
         b,
-        lambda _, b: _loop(a, b, jnp.zeros_like(b[:, 0]), reverse)[0],
-        lambda _, g: _loop(a, g, jnp.zeros_like(g[:, 0]), not reverse, a_offset=after)[0],
+        lambda _, b: _loop(a, b, jnp.zeros_like(b[:, 0]), reverse, forget)[0],
+        lambda _, g: _loop(a, g, jnp.zeros_like(g[:, 0]), not reverse, forget, a_offset=after)[0],
     )
 
 
@@ -56,8 +58,13 @@ def _before(s_BD: Array, h_BTD: Array, reverse: bool) -> Array:
     return jnp.concatenate([s_B1D, h_BTD[:, :-1]], axis=1)
 
 
-def _loop(a_BTD: Array, b_BTD: Array, s_BD: Array, reverse: bool, a_offset: int = 0) -> tuple[Array, Array]:
-    """h_t = a_{t + a_offset} * h_{t-1} + b_t. With an offset the first token has no a, so s must be zero."""
+def _loop(
+    a_BTD: Array, b_BTD: Array, s_BD: Array, reverse: bool, forget: bool, a_offset: int = 0
+) -> tuple[Array, Array]:
+    """h_t = a_{t + a_offset} * h_{t-1} + b_t. With an offset the first token has no a, so s must be zero.
+
+    With `forget` zero times NaN or infinity is zero.
+    """
     T = b_BTD.shape[1]
 
     def step(i, carry):
@@ -67,7 +74,8 @@ def _loop(a_BTD: Array, b_BTD: Array, s_BD: Array, reverse: bool, a_offset: int 
             lax.dynamic_index_in_dim(x, at, 1, keepdims=False).astype(s_BD.dtype)
             for x, at in ((a_BTD, t + a_offset), (b_BTD, t))
         )
-        s_BD = a_BD * s_BD + b_BD
+        kept_BD = jnp.where(a_BD == 0, 0, a_BD * s_BD) if forget else a_BD * s_BD
+        s_BD = kept_BD + b_BD
         return s_BD, lax.dynamic_update_index_in_dim(h_BTD, s_BD.astype(h_BTD.dtype), t, 1)
 
     state, h = lax.fori_loop(0, T, step, (s_BD, jnp.zeros_like(b_BTD)))
