@@ -35,10 +35,11 @@ class LowRankPart:
 def welore_ranks(
     params: Any, reduction: float, *, spec: MatrixSpec | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Choose each matrix's rank: the number of its singular values s / max(s) above one common threshold.
+    """Choose each matrix's rank: the number of its (s - min s) / (max s - min s) above one common threshold.
 
-    The share `reduction` of all singular values lies below the threshold, so the sum of the ranks falls by
-    that share (to within one). Matrices with fast falling singular values lose the most.
+    s are its singular values. The share `reduction` of all of them lies below the threshold, so the sum of
+    the ranks falls by that share: to within one, or the number of matrices if only their smallest values go.
+    Matrices with fast falling singular values lose the most. Where all s are equal, all count as the largest.
 
     Args:
       params: any tree of concrete arrays (their values decide shapes).
@@ -52,13 +53,13 @@ def welore_ranks(
     Raises:
       ValueError: `reduction` isn't in [0, 1), or an error of `MatrixSpec.decisions`.
 
-    Source: Jaiswal et al. 2024 (arXiv 2407.11239).
+    Source: Jaiswal et al. 2024 (arXiv 2407.11239), normalized as by its code.
 
     Example:
         >>> import frugax, jax.numpy as jnp
         >>> params = {"w": jnp.stack([jnp.diag(jnp.array(s)) for s in ([3.0, 0.2, 0.1], [5.0, 4.0, 3.0])])}
-        >>> frugax.peft.welore_ranks(params, 1 / 3)
-        {'w': (1, 3)}
+        >>> frugax.peft.welore_ranks(params, 0.5)
+        {'w': (1, 2)}
     """
     if not 0 <= reduction < 1:
         raise ValueError(f"reduction: got {reduction}; expected a share in [0, 1)")
@@ -66,10 +67,12 @@ def welore_ranks(
     for decision, leaf in _matrices(params, spec):
         matrices = _split(decision.view, leaf)
         s = np.asarray(jnp.linalg.svd(matrices.astype(jnp.float32), compute_uv=False))
-        values[decision.path] = s / np.maximum(s[:, :1], np.finfo(np.float32).tiny)
+        most, least = s[:, :1], s[:, -1:]
+        spread = most - least
+        values[decision.path] = np.where(spread > 0, (s - least) / np.where(spread > 0, spread, 1), 1)
     every = np.sort(np.concatenate([s.ravel() for s in values.values()]))
     threshold = every[round(reduction * every.size)]
-    return {path: tuple(np.maximum((s >= threshold).sum(1), 1).tolist()) for path, s in values.items()}
+    return {path: tuple((s >= threshold).sum(1).tolist()) for path, s in values.items()}
 
 
 def welore_split(

@@ -31,13 +31,21 @@ def test_ranks_are_one_thresholds(reduction):
     tree = {"layers": {"kernel": spectra(1, 4, 30)}, "out": {"kernel": spectra(9)[0].T}}
     ranks = welore_ranks(tree, reduction)
     s = [np.linalg.svd(w, compute_uv=False) for w in (*tree["layers"]["kernel"], tree["out"]["kernel"])]
-    every = np.sort(np.concatenate([x / x[0] for x in s]))
-    threshold = every[round(reduction * 36)] * (1 - 1e-5)  # it is one of the values itself
-    want = [int((x / x[0] >= threshold).sum()) for x in s]
+    s = [(x - x[-1]) / (x[0] - x[-1]) for x in s]
+    threshold = np.sort(np.concatenate(s))[round(reduction * 36)] - 1e-5  # it is one of the values itself
+    want = [int((x >= threshold).sum()) for x in s]
     assert [*ranks["layers/kernel"], *ranks["out/kernel"]] == want
     assert abs(sum(want) - (1 - reduction) * 36) <= 1
     if reduction == 0.5:
         assert want[0] < want[1] < want[2]  # of the first, which falls off fastest, most is cut
+
+
+def test_a_matrix_without_a_tail_keeps_its_rank():
+    """Of equal singular values none is less than another; of others the smallest goes first."""
+    tree = {
+        "w": jnp.stack([2 * jnp.eye(3, 5), jnp.zeros((3, 5)), jnp.diag(jnp.array([3.0, 2.0, 1.0]), 2)[:3]])
+    }
+    assert welore_ranks(tree, 0.25) == {"w": (3, 3, 1)}
 
 
 def test_what_is_low_is_its_best_approximation_and_the_rest_is_itself():
