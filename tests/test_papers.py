@@ -20,6 +20,14 @@ def test_symbols_exist(paper):
         assert callable(resolve(symbol))
 
 
+def test_each_says_what_is_left_out():
+    for paper in papers():
+        assert paper.left_out.strip(), f"{paper.slug}: say what is left out, or 'nothing'"
+        word = "  whole: " if paper.left_out == "nothing" else f"  left out: {paper.left_out}"
+        assert word in describe(paper)
+    assert {p.left_out == "nothing" for p in papers()} == {True, False}
+
+
 def test_every_named_test_is_collected():
     named = {test for paper in papers() for test in paper.tests}
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *sorted(named)]

@@ -188,8 +188,8 @@ def every_paper() -> str:
         for paper in (paper for paper in papers() if paper.family == family):
             title = f"[{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
             symbols = ", ".join(f"`{symbol.removeprefix('frugax.')}`" for symbol in paper.symbols)
-            rows.append([f"`{paper.slug}`", f"{title}, {paper.year}", symbols, paper.note])
-        head = ["", "paper", "in `frugax`", "what differs or is left out"]
+            rows.append([f"`{paper.slug}`", f"{title}, {paper.year}", symbols, paper.left_out, paper.note])
+        head = ["", "paper", "in `frugax`", "left out", "what differs"]
         sections.append(
             f"## {family.replace('_', ' ').capitalize()}\n\nHolds {about}.\n\n{table(head, rows)}"
         )

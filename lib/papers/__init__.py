@@ -18,7 +18,8 @@ class Paper(NamedTuple):
     family: str  # the name of its file
     symbols: tuple[str, ...]  # dotted names of what implements it, e.g. "frugax.layers.Retention"
     tests: tuple[str, ...]  # pytest node ids of what shows that it works
-    note: str = ""  # what is left out, or differs
+    left_out: str  # what of the paper's method or measurements is not here; "nothing": it is whole
+    note: str = ""  # what differs, and what was measured
 
 
 def families() -> dict[str, str]:
@@ -77,15 +78,21 @@ def resolve(symbol: str) -> Any:
 
 
 def describe(paper: Paper) -> str:
-    """Print-ready text: the title, each symbol's call and first line of documentation, then the tests."""
+    """Print-ready text: the title, each symbol's call and first line, the tests, and what is left out."""
     lines = [f"{paper.slug}: {paper.title} (arXiv {paper.arxiv}, {paper.year}, {paper.family})"]
     for symbol in paper.symbols:
         found = resolve(symbol)
         summary = (inspect.getdoc(found) or "").splitlines()[:1]
         lines += [f"  {symbol}{_arguments(found)}", *(f"    {line}" for line in summary)]
     lines += [f"  test: {test}" for test in paper.tests]
+    lines.append("  whole: nothing is left out" if whole(paper) else f"  left out: {paper.left_out}")
     lines += [f"  note: {paper.note}"] if paper.note else []
     return "\n".join(lines)
+
+
+def whole(paper: Paper) -> bool:
+    """Test if all that the paper defines and measures is here, on the scale that a test can have."""
+    return paper.left_out == "nothing"
 
 
 def _arguments(found: Any) -> str:
