@@ -12,11 +12,12 @@ from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.arguments import pad_to, trim
 from ..common.hopper import F32, launch
 from ..common.tiling import round_up
 from .inputs import Inputs, no_states, step_size
 from .pallas_gpu_backward import backward_body
-from .pallas_gpu_blocks import CHANNELS, Plan, Walk, step_sizes
+from .pallas_gpu_blocks import CHANNELS, Program, Spec, step_sizes
 from .tiling import GPU_BACKWARD, GPU_FORWARD, GPU_MOST_STATES
 
 LOG2_E = float(np.log2(np.e))
@@ -35,11 +36,11 @@ def unsupported_reason(call: Inputs) -> str | None:
 
 def forward(call: Inputs, softplus: bool, keep: bool = False, *, interpret: bool) -> tuple[Array, ...]:
     """y [B, T, D] in x's dtype, the final state [B, D, N] in float32; with `keep` also `no_states`."""
-    plan, arrays = _arrays(call, softplus, GPU_FORWARD, interpret)
-    arrays |= {"state": _state(call.initial_state, plan)}
+    spec, arrays = _arrays(call, softplus, GPU_FORWARD, interpret)
+    arrays |= {"state": _state(call.initial_state, spec)}
     results = {"y": arrays["x"], "final": arrays["state"]}
-    got = _run("selective_scan", forward_body, plan, arrays, results)
-    results = _trim(got["y"], call), _trim_state(got["final"], call)
+    got = _run("selective_scan", forward_body, spec, arrays, results)
+    results = trim(got["y"], call.x.shape), _trim_state(got["final"], call)
     return (*results, no_states(call)) if keep else results
 
 
@@ -50,27 +51,27 @@ def backward(
     del states
     D, N = call.A.shape
     T = call.x.shape[1]
-    plan, arrays = _arrays(call, softplus, GPU_BACKWARD, interpret)
-    B, time, width = plan.shape
-    state = _state(call.initial_state, plan)
-    states = jax.ShapeDtypeStruct((B, plan.steps, plan.states, width), F32)
+    spec, arrays = _arrays(call, softplus, GPU_BACKWARD, interpret)
+    B, time, width = spec.shape
+    state = _state(call.initial_state, spec)
+    states = jax.ShapeDtypeStruct((B, spec.steps, spec.states, width), F32)
     inputs = {n: x for n, x in arrays.items() if n not in ("z", "D")} | {"state": state}
-    states = _run("selective_scan_states", states_body, plan, inputs, {"states": states})["states"]
+    states = _run("selective_scan_states", states_body, spec, inputs, {"states": states})["states"]
 
-    arrays |= {"dy": _fit(cotangents[0].astype(call.x.dtype), plan.shape)}
-    arrays |= {"d_final": _state(cotangents[1], plan), "states": states}
-    columns = jax.ShapeDtypeStruct((B, width // CHANNELS, time * plan.states), F32)
+    arrays |= {"dy": pad_to(cotangents[0].astype(call.x.dtype), spec.shape)}
+    arrays |= {"d_final": _state(cotangents[1], spec), "states": states}
+    columns = jax.ShapeDtypeStruct((B, width // CHANNELS, time * spec.states), F32)
     row = jax.ShapeDtypeStruct((B, width), F32)
     results = {f"d{n}": arrays[n] for n in ("x", "dt", "z") if n in arrays}
     results |= {"dB": columns, "dC": columns, "dD": row, "ddt_bias": row, "dA": state, "dstate": state}
-    got = _run("selective_scan_backward", backward_body, plan, arrays, results)
+    got = _run("selective_scan_backward", backward_body, spec, arrays, results)
     d_columns = {n: got[f"d{n}"].sum(1).reshape(B, time, -1)[:, :T, :N] for n in ("B", "C")}
     return Inputs(
-        x=_trim(got["dx"], call),
-        dt=_trim(got["ddt"], call).astype(call.dt.dtype),
+        x=trim(got["dx"], call.x.shape),
+        dt=trim(got["ddt"], call.x.shape).astype(call.dt.dtype),
         A=got["dA"].sum(0)[:N, :D].T,
         D=got["dD"].sum(0)[:D],
-        z=None if call.z is None else _trim(got["dz"], call),
+        z=None if call.z is None else trim(got["dz"], call.x.shape),
         dt_bias=got["ddt_bias"].sum(0)[:D],
         initial_state=_trim_state(got["dstate"], call),
         starts=None,
@@ -78,107 +79,96 @@ def backward(
     )
 
 
-def forward_body(plan: Plan, walk: Walk):
+def forward_body(spec: Spec, program: Program):
     """y and the final state."""
-    A, h = walk.rows("A"), walk.rows("state")
-    bias, D = walk.row("dt_bias"), walk.row("D")
+    A, h = program.rows("A"), program.rows("state")
+    bias, D = program.row("dt_bias"), program.row("D")
 
     def step(i, slot, h):
-        for r in range(plan.tokens):
-            x = walk.tile("x", slot, r)
-            dt = step_sizes(plan, walk.tile("dt", slot, r) + bias)
-            source, keep, y, after = dt * x, walk.keep(slot, r), D * x, []
-            for n in range(plan.states):
-                h_n = walk.decay(dt, A[n], keep) * h[n] + source * walk.column(slot, r, n)
-                y += h_n * walk.column(slot, r, plan.states + n)
+        for r in range(spec.tokens):
+            x = program.tile("x", slot, r)
+            dt = step_sizes(spec, program.tile("dt", slot, r) + bias)
+            source, keep, y, after = dt * x, program.keep(slot, r), D * x, []
+            for n in range(spec.states):
+                h_n = jnp.exp2(dt * A[n]) * program.fresh(h[n], keep) + source * program.column(slot, r, n)
+                y += h_n * program.column(slot, r, spec.states + n)
                 after.append(h_n)
             h = tuple(after)
-            if plan.gated:
-                z = walk.tile("z", slot, r)
+            if spec.gated:
+                z = program.tile("z", slot, r)
                 y *= z * jax.nn.sigmoid(z)
-            walk.put("y", slot, r, y)
+            program.put("y", slot, r, y)
         return h
 
-    walk.write_rows("final", walk.each_step(step, h))
+    program.write_rows("final", program.each_step(step, h))
 
 
-def states_body(plan: Plan, walk: Walk):
+def states_body(spec: Spec, program: Program):
     """The states before each tile of tokens."""
-    A, h = walk.rows("A"), walk.rows("state")
-    bias = walk.row("dt_bias")
+    A, h = program.rows("A"), program.rows("state")
+    bias = program.row("dt_bias")
 
     def step(i, slot, h):
-        walk.put_rows("states", slot, h)
-        for r in range(plan.tokens):
-            dt = step_sizes(plan, walk.tile("dt", slot, r) + bias)
-            source, keep = dt * walk.tile("x", slot, r), walk.keep(slot, r)
+        program.put_rows("states", slot, h)
+        for r in range(spec.tokens):
+            dt = step_sizes(spec, program.tile("dt", slot, r) + bias)
+            source, keep = dt * program.tile("x", slot, r), program.keep(slot, r)
             h = tuple(
-                walk.decay(dt, A[n], keep) * h[n] + source * walk.column(slot, r, n)
-                for n in range(plan.states)
+                jnp.exp2(dt * A[n]) * program.fresh(h[n], keep) + source * program.column(slot, r, n)
+                for n in range(spec.states)
             )
         return h
 
-    walk.each_step(step, h)
+    program.each_step(step, h)
 
 
-def _arrays(call: Inputs, softplus: bool, tokens: int, interpret: bool) -> tuple[Plan, dict[str, Array]]:
+def _arrays(call: Inputs, softplus: bool, tokens: int, interpret: bool) -> tuple[Spec, dict[str, Array]]:
     """The operands of every kernel, in whole tiles."""
     B, T, D = call.x.shape
     shape = (B, round_up(T, tokens), round_up(D, CHANNELS))
     states = round_up(call.A.shape[1], 4)  # rows of whole 16 bytes
-    plan = Plan(shape, states, tokens, softplus, call.z is not None, call.starts is not None, interpret)
-    columns = [_fit(x, (B, shape[1], states)) for x in (call.B, call.C)]
+    spec = Spec(shape, states, tokens, softplus, call.z is not None, call.starts is not None, interpret)
+    columns = [pad_to(x, (B, shape[1], states)) for x in (call.B, call.C)]
     if call.starts is not None:
         keep = 1.0 - call.starts.astype(F32)[..., None]
-        columns.append(_fit(keep, (B, shape[1], 4), 1.0))
+        columns.append(pad_to(keep, (B, shape[1], 4), 1.0))
     # Without a softplus there is nothing to fuse: the bias is added here.
-    dt = _fit(call.dt, shape, NO_STEP) if softplus else _fit(step_size(call, False), shape)
+    dt = pad_to(call.dt, shape, NO_STEP) if softplus else pad_to(step_size(call, False), shape)
     bias = call.dt_bias if softplus else jnp.zeros_like(call.dt_bias)
     arrays = {
-        "x": _fit(call.x, shape),
+        "x": pad_to(call.x, shape),
         "dt": dt,
         "columns": jnp.concatenate(columns, axis=2),
-        "A": _fit(call.A.T * LOG2_E, (states, shape[2])),
-        "D": _fit(call.D, shape[2:]),
-        "dt_bias": _fit(bias, shape[2:]),
+        "A": pad_to(call.A.T * LOG2_E, (states, shape[2])),
+        "D": pad_to(call.D, shape[2:]),
+        "dt_bias": pad_to(bias, shape[2:]),
     }
     if call.z is not None:
-        arrays["z"] = _fit(call.z, shape)
-    return plan, arrays
+        arrays["z"] = pad_to(call.z, shape)
+    return spec, arrays
 
 
-def _run(name: str, body, plan: Plan, arrays: dict, results: dict) -> dict[str, Array]:
+def _run(name: str, body, spec: Spec, arrays: dict, results: dict) -> dict[str, Array]:
     names = [*arrays, *results]
     like = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in results.items()}
 
     def kernel(*refs, **scratch):
-        body(plan, Walk(plan, dict(zip(names, refs, strict=True)), scratch, tuple(arrays), tuple(results)))
+        body(spec, Program(spec, dict(zip(names, refs, strict=True)), scratch, tuple(arrays), tuple(results)))
 
     got = plgpu.kernel(
         kernel,
         out_type=tuple(like.values()),
-        scratch_types=Walk.scratch(plan, arrays, like),
-        grid=(plan.shape[0], plan.shape[2] // CHANNELS),
+        scratch_types=Program.scratch(spec, arrays, like),
+        grid=(spec.shape[0], spec.shape[2] // CHANNELS),
         grid_names=("b", "d"),
-        **launch(name, interpret=plan.interpret),
+        **launch(name, interpret=spec.interpret),
     )(*arrays.values())
     return dict(zip(results, got, strict=True))
 
 
-def _fit(x: Array, shape, value: float = 0.0) -> Array:
-    widths = [(0, to - n) for n, to in zip(x.shape, shape, strict=True)]
-    return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype)) if any(w for _, w in widths) else x
-
-
-def _state(state: Array, plan: Plan) -> Array:
-    return _fit(jnp.swapaxes(state, 1, 2).astype(F32), (plan.shape[0], plan.states, plan.shape[2]))
-
-
-def _trim(x: Array, call: Inputs) -> Array:
-    _, T, D = call.x.shape
-    return x[:, :T, :D]
+def _state(state: Array, spec: Spec) -> Array:
+    return pad_to(jnp.swapaxes(state, 1, 2).astype(F32), (spec.shape[0], spec.states, spec.shape[2]))
 
 
 def _trim_state(state: Array, call: Inputs) -> Array:
-    D, N = call.A.shape
-    return jnp.swapaxes(state[:, :N, :D], 1, 2)
+    return trim(jnp.swapaxes(state, 1, 2), call.initial_state.shape)

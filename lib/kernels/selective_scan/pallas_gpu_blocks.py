@@ -1,4 +1,4 @@
-"""What the GPU kernels share: tiles that come and go by TMA while a thread walks down its channel."""
+"""The parts that the GPU kernels share: tiles come and go by TMA while a thread walks down its channel."""
 
 import dataclasses
 
@@ -20,8 +20,8 @@ SUMS = ("dB", "dC")  # [B, blocks of channels, T * N]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a kernel is compiled for."""
+class Spec:
+    """A kernel's static description."""
 
     shape: tuple[int, int, int]  # B, T, D in whole tiles
     states: int
@@ -36,11 +36,11 @@ class Plan:
         return self.shape[1] // self.tokens
 
 
-class Walk:
+class Program:
     """One program's view of its operands and results, by name, and of their tiles in shared memory."""
 
-    def __init__(self, plan: Plan, refs: dict, scratch: dict, inputs: tuple, outputs: tuple):
-        self.plan, self.refs, self.smem = plan, refs, scratch
+    def __init__(self, spec: Spec, refs: dict, scratch: dict, inputs: tuple, outputs: tuple):
+        self.spec, self.refs, self.smem = spec, refs, scratch
         self.fetched = [n for n in inputs if n in TILED or n in PER_STEP or n == "columns"]
         self.stored = [n for n in outputs if n in TILED or n in PER_STEP or n in SUMS]
         self.batch = lax.axis_index("b")
@@ -48,9 +48,9 @@ class Walk:
         self.channels = pl.ds(self.block * CHANNELS, CHANNELS)
 
     @staticmethod
-    def scratch(plan: Plan, arrays: dict, results: dict) -> dict:
+    def scratch(spec: Spec, arrays: dict, results: dict) -> dict:
         """Shared memory for each operand and result, and barriers."""
-        t, n = plan.tokens, plan.states
+        t, n = spec.tokens, spec.states
         types, fetched = {}, 0
         for name, array in (arrays | results).items():
             if name in TILED:
@@ -73,19 +73,19 @@ class Walk:
 
     def place(self, name: str, step):
         """Where a tile lies in global memory."""
-        tokens, ref = self.plan.tokens, self.refs[name]
+        tokens, ref = self.spec.tokens, self.refs[name]
         if name in TILED:
             return ref.at[self.batch, pl.ds(step * tokens, tokens), self.channels]
         if name in PER_STEP:
             return ref.at[self.batch, step, :, self.channels]
         if name in SUMS:
-            size = tokens * self.plan.states
+            size = tokens * self.spec.states
             return ref.at[self.batch, self.block, pl.ds(step * size, size)]
         return ref.at[self.batch, pl.ds(step * tokens, tokens)]
 
     def each_step(self, visit, carry, *, backwards: bool = False):
         """Thread `carry = visit(step, slot, carry)` through the tiles; the next one travels meanwhile."""
-        pipeline = Pipeline(self.plan.steps, SLOTS, ahead=SLOTS, backwards=backwards)
+        pipeline = Pipeline(self.spec.steps, SLOTS, ahead=SLOTS, backwards=backwards)
         arrived = self.smem["arrived"]
 
         def fetch(tile, slot):
@@ -109,7 +109,7 @@ class Walk:
         ref = self.refs[name]
         source = ref.at[:, self.channels] if name == "A" else ref.at[self.batch, :, self.channels]
         self._read(source, self.smem["rows"])
-        values = tuple(self.smem["rows"][n] for n in range(self.plan.states))
+        values = tuple(self.smem["rows"][n] for n in range(self.spec.states))
         plgpu.commit_smem()  # every thread has read: the next operand may come
         return values
 
@@ -153,18 +153,17 @@ class Walk:
         return self.smem["columns"][slot, r, n]
 
     def keep(self, slot, r: int) -> Array | None:
-        return self.column(slot, r, 2 * self.plan.states) if self.plan.packed else None
+        return self.column(slot, r, 2 * self.spec.states) if self.spec.packed else None
 
     @staticmethod
-    def decay(dt: Array, rate: Array, keep: Array | None) -> Array:
-        """What a state is multiplied by: nothing is left of it where a document starts."""
-        a = jnp.exp2(dt * rate)
-        return a if keep is None else a * keep
+    def fresh(h: Array, keep: Array | None) -> Array:
+        """The state, or zeros, whatever it holds, where a document starts."""
+        return h if keep is None else jnp.where(keep > 0.5, h, 0.0)
 
 
-def step_sizes(plan: Plan, raw: Array) -> Array:
+def step_sizes(spec: Spec, raw: Array) -> Array:
     """dt, from what came in with its bias added."""
-    if not plan.softplus:
+    if not spec.softplus:
         return raw
     u = jnp.exp(-jnp.abs(raw))  # log(1 + u), exact where 1 + u rounds: Kahan's way
     one = 1.0 + u

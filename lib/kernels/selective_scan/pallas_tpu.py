@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
+from ..common.arguments import pad_to, trim
 from ..common.chips import LANES, SUBLANES, VMEM_LIMIT
 from ..common.tiling import round_up
 from ..common.tpu import F32, TimeGrid
@@ -52,7 +53,7 @@ def forward(call: Inputs, softplus: bool, keep: bool = False, *, interpret: bool
     whole.hold_tiles("dt_tile", "input_tile")
     whole.hold_sums("sums")
     got = whole.run(forward_kernel)
-    results = whole.trim(got["y"]), whole.trim_state(got["final_state"])
+    results = trim(got["y"], call.x.shape), whole.trim_state(got["final_state"])
     N, D = call.A.T.shape
     return (*results, got["states"][:, :, :N, :D]) if keep else results
 
@@ -66,9 +67,9 @@ def backward(
     whole = _Call(call, softplus, interpret, "selective_scan_backward", time=KEPT, backwards=True)
     whole.read("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "keep")
     launch, tiling = whole.launch, whole.spec.tiling
-    launch.add("dy", whole.pad(cotangents[0].astype(call.x.dtype)), whole.block)
+    launch.add("dy", pad_to(cotangents[0].astype(call.x.dtype), whole.shape), whole.block)
     launch.add("d_final", whole.pad_state(cotangents[1]), whole.state_block)
-    launch.add("states", _fit(states, whole.states_shape), whole.states_block)
+    launch.add("states", pad_to(states, whole.states_shape), whole.states_block)
     for name in ("x", "dt", "z"):
         if name in launch.operands:
             launch.write(f"d{name}", whole.shape, launch.operands[name][0].dtype, whole.block)
@@ -89,11 +90,11 @@ def backward(
 
     d_columns = {n: jnp.swapaxes(got[f"d{n}"].sum(1)[:, :N, :T], 1, 2) for n in ("B", "C")}
     return Inputs(
-        x=whole.trim(got["dx"]),
-        dt=whole.trim(got["ddt"]).astype(call.dt.dtype),
+        x=trim(got["dx"], call.x.shape),
+        dt=trim(got["ddt"], call.x.shape).astype(call.dt.dtype),
         A=got["dA"].sum(0)[:N, :D].T,
         D=got["dD"].sum((0, 1))[:D],
-        z=None if call.z is None else whole.trim(got["dz"]),
+        z=None if call.z is None else trim(got["dz"], call.x.shape),
         dt_bias=got["ddt_bias"].sum((0, 1))[:D],
         initial_state=whole.trim_state(got["dinitial_state"]),
         starts=None,
@@ -158,16 +159,20 @@ class _Call:
         call = self.call
         for name in names:
             if name == "dt":  # without a softplus there is nothing to fuse
-                dt = self.pad(call.dt, NO_STEP) if self.softplus else self.pad(step_size(call, False))
+                dt = (
+                    pad_to(call.dt, self.shape, NO_STEP)
+                    if self.softplus
+                    else pad_to(step_size(call, False), self.shape)
+                )
                 self.launch.add(name, dt, self.block)
             elif name in ("B", "C"):
                 self.launch.add(
                     name, self.pad_columns(getattr(call, name), self.spec.tiling.states), self.columns
                 )
             elif name in ("D", "dt_bias"):
-                self.launch.add(name, _fit(getattr(call, name)[None], (1, self.shape[2])), self.row)
+                self.launch.add(name, pad_to(getattr(call, name)[None], (1, self.shape[2])), self.row)
             elif name == "A":
-                rates = _fit(call.A.T * LOG2_E, self.state_shape[1:])
+                rates = pad_to(call.A.T * LOG2_E, self.state_shape[1:])
                 self.launch.add(name, rates, self.rates)
             elif name == "initial_state":
                 self.launch.add(name, self.pad_state(call.initial_state), self.state_block)
@@ -176,29 +181,13 @@ class _Call:
                     keep = jnp.repeat(1.0 - call.starts.astype(F32)[..., None], SUBLANES, axis=2)
                     self.launch.add(name, self.pad_columns(keep, SUBLANES, 1.0), self.keep_columns)
             elif getattr(call, name) is not None:
-                self.launch.add(name, self.pad(getattr(call, name)), self.block)
-
-    def pad(self, x: Array, value: float = 0.0) -> Array:
-        return _fit(x, self.shape, value)
+                self.launch.add(name, pad_to(getattr(call, name), self.shape), self.block)
 
     def pad_columns(self, x: Array, rows: int, value: float = 0.0) -> Array:
-        return _fit(jnp.swapaxes(x, 1, 2), (x.shape[0], rows, self.lanes), value)
+        return pad_to(jnp.swapaxes(x, 1, 2), (x.shape[0], rows, self.lanes), value)
 
     def pad_state(self, state: Array) -> Array:
-        return _fit(jnp.swapaxes(state, 1, 2).astype(F32), self.state_shape)
-
-    def trim(self, x: Array) -> Array:
-        _, T, D = self.call.x.shape
-        return x[:, :T, :D]
+        return pad_to(jnp.swapaxes(state, 1, 2).astype(F32), self.state_shape)
 
     def trim_state(self, state: Array) -> Array:
-        D, N = self.call.A.shape
-        return jnp.swapaxes(state[:, :N, :D], 1, 2)
-
-
-def _fit(x: Array, shape: tuple[int, ...], value: float = 0.0) -> Array:
-    """Pad to a shape, with a value."""
-    if x.shape == shape:
-        return x
-    widths = [(0, to - n) for n, to in zip(x.shape, shape, strict=True)]
-    return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
+        return trim(jnp.swapaxes(state, 1, 2), self.call.initial_state.shape)

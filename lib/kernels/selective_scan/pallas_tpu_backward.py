@@ -39,9 +39,9 @@ def backward_kernel(
         keeps = None if keep_ref is None else spec.columns(keep_ref, row)
         y = OverStates(sums_ref)
         for r in range(tokens):
-            a = spec.keep(keeps, r, jnp.exp2(spec.spread(dt_tile_ref, r) * A_ref[...]))
+            a = jnp.exp2(spec.spread(dt_tile_ref, r) * A_ref[...])
             before_ref[row + r] = h
-            h = a * h + spec.spread(input_tile_ref, r) * spec.column(B, r)
+            h = a * spec.fresh(keeps, r, h) + spec.spread(input_tile_ref, r) * spec.column(B, r)
             if C is not None:
                 y.put(r, h * spec.column(C, r))
         if z_ref is not None:
@@ -67,7 +67,7 @@ def backward_kernel(
         dsource, dexponent = OverStates(sums_ref), OverStates(exponent_sums_ref)
         for r in range(tokens - 1, -1, -1):
             t = row + r
-            dy, before = spec.spread(dout_tile_ref, r), before_ref[t]
+            dy, before = spec.spread(dout_tile_ref, r), spec.fresh(keeps, r, before_ref[t])
             dh = dh + spec.column(C, r) * dy
             here = lane == t
             dC = jnp.where(here, jnp.sum(spec.over_tiles(before_ref[t + 1] * dy), 1, keepdims=True), dC)
@@ -75,7 +75,7 @@ def backward_kernel(
                 here, jnp.sum(spec.over_tiles(dh * spec.spread(input_tile_ref, r)), 1, keepdims=True), dB
             )
             dsource.put(r, dh * spec.column(B, r))
-            dh = spec.keep(keeps, r, jnp.exp2(spec.spread(dt_tile_ref, r) * A_ref[...])) * dh
+            dh = spec.fresh(keeps, r, jnp.exp2(spec.spread(dt_tile_ref, r) * A_ref[...]) * dh)
             dlog = dh * before
             dexponent.put(r, dlog * A_ref[...])
             dA = dA + dlog * spec.spread(dt_tile_ref, r)

@@ -1,4 +1,4 @@
-"""What the TPU kernels share: which block a grid step works on, columns of B and C, sums over sublanes."""
+"""The parts that the TPU kernels share: what a grid step works on, columns of B and C, sums over sublanes."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from .tiling import TPUTiling
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a kernel is compiled for."""
+    """A kernel's static description."""
 
     tiling: TPUTiling
     grid: TimeGrid
@@ -44,11 +44,12 @@ class Spec:
             tile = ref[pl.ds(row, SUBLANES, stride=0), :]
         return jnp.concatenate([tile] * (self.tiling.states // SUBLANES), axis=0)
 
-    def keep(self, keeps: Array | None, r: int, a: Array) -> Array:
-        """The decay, but zero where a document starts."""
+    def fresh(self, keeps: Array | None, r: int, h: Array) -> Array:
+        """The state, or zeros, whatever it holds, where a document starts."""
         if keeps is None:
-            return a
-        return a * jnp.concatenate([self.column(keeps, r)] * (self.tiling.states // SUBLANES), axis=0)
+            return h
+        keep = jnp.concatenate([self.column(keeps, r)] * (self.tiling.states // SUBLANES), axis=0)
+        return jnp.where(keep > 0.5, h, 0.0)
 
     def over_tiles(self, x: Array) -> Array:
         """Sum of the tiles of 128 channels: [N, 128]."""

@@ -30,8 +30,8 @@ def forward_kernel(
         keeps = None if keep_ref is None else spec.columns(keep_ref, row)
         y = OverStates(sums_ref)
         for r in range(spec.tiling.rows):
-            a = spec.keep(keeps, r, jnp.exp2(spec.spread(dt_tile_ref, r) * A_ref[...]))
-            h = a * h + spec.spread(input_tile_ref, r) * spec.column(B, r)
+            a = jnp.exp2(spec.spread(dt_tile_ref, r) * A_ref[...])
+            h = a * spec.fresh(keeps, r, h) + spec.spread(input_tile_ref, r) * spec.column(B, r)
             y.put(r, h * spec.column(C, r))
         out = y.rows() + D_ref[...] * x
         if z_ref is not None:

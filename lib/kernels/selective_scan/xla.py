@@ -87,19 +87,23 @@ def _chunk(A_ND: Array, h_BND: Array, tokens: _Tokens) -> tuple[Array, Array]:
 
 
 def _decay(A_ND: Array, token: _Tokens) -> Array:
-    a_BND = jnp.exp(token.dt[:, None] * A_ND)
-    return a_BND if token.starts is None else jnp.where(token.starts[:, None, None] == 1, 0, a_BND)
+    return jnp.exp(token.dt[:, None] * A_ND)
+
+
+def _fresh(h_BND: Array, token: _Tokens) -> Array:
+    """The state, or zeros, whatever it holds, where a document starts."""
+    return h_BND if token.starts is None else jnp.where(token.starts[:, None, None] == 1, 0, h_BND)
 
 
 def _next(A_ND: Array, h_BND: Array, token: _Tokens) -> Array:
-    return _decay(A_ND, token) * h_BND + token.source[:, None] * token.B[..., None]
+    return _decay(A_ND, token) * _fresh(h_BND, token) + token.source[:, None] * token.B[..., None]
 
 
 def _recompute(A_ND, h_BND, this):
-    """The state before each token, and C's gradient."""
+    """The state that each token reads, and C's gradient."""
     token, dy_BD = this
     after_BND = _next(A_ND, h_BND, token)
-    return after_BND, (h_BND, _einsum("bnd,bd->bn", after_BND, dy_BD))
+    return after_BND, (_fresh(h_BND, token), _einsum("bnd,bd->bn", after_BND, dy_BD))
 
 
 def _reverse(A_ND, carry, this):
@@ -107,7 +111,7 @@ def _reverse(A_ND, carry, this):
     from_next_BND, dA_BND = carry
     token, dy_BD, before_BND = this
     dh_BND = from_next_BND + token.C[..., None] * dy_BD[:, None]
-    to_before_BND = _decay(A_ND, token) * dh_BND
+    to_before_BND = _fresh(_decay(A_ND, token) * dh_BND, token)
     dlog_BND = to_before_BND * before_BND
     ones_N = jnp.ones(A_ND.shape[0], A_ND.dtype)
     ddt_BD = _einsum("n,bnd->bd", ones_N, dlog_BND * A_ND)
