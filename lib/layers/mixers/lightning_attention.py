@@ -14,7 +14,7 @@ from ..block import Block
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import SimpleRMSNorm
 from ..modules.over_depth import LayerFraction
-from ..modules.rotary import positions
+from ..modules.rotary import angles, positions
 from .mixer import Mixer
 
 
@@ -97,7 +97,7 @@ class LightningAttention(Mixer):
         if self.lrpe:
             place, offset = positions(None if state is None else state.offset, segment_ids, x.shape[:2])
             theta_HK = self.param("theta", _init_theta, (H, D // H), self.param_dtype)
-            angle = place[:, :, None, None] * theta_HK.astype(accumulator(x.dtype))
+            angle = angles(place[:, :, None, None], theta_HK[None, None], accumulator(x.dtype))
             cos, sin = jnp.cos(angle), jnp.sin(angle)
             q_BTHK, k_BTHK = (
                 jnp.concatenate([y * cos, y * sin], axis=-1).astype(x.dtype) for y in (q_BTHK, k_BTHK)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.rotary import positions, rotary
 from .mixer import Mixer
@@ -26,8 +27,7 @@ class SlidingWindowAttention(Mixer):
     Attributes:
       heads: divides the width; a head's share of it is even.
       window: how many tokens a token sees, itself included.
-      dtype, param_dtype, out_scale: as in `Mixer`. `backend` has no use here: `jax.nn.dot_product_attention`
-        does the work.
+      dtype, param_dtype, out_scale: as in `Mixer`. `backend` has no use here: XLA does the work.
 
     Source: Longformer (arXiv 2004.05150); in Based (2402.18668) with windows of 64 to 128.
 
@@ -63,7 +63,12 @@ class SlidingWindowAttention(Mixer):
             past_k, past_v = state.k.astype(x.dtype), state.v.astype(x.dtype)
         k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
         o = window_attention(q, k, v, place)
-        return self.output(merge_heads(o), D), WindowState(k[:, T:], v[:, T:], offset)
+        last_k, last_v = k[:, T:], v[:, T:]
+        if segment_ids is not None and T != 1:  # keep what is of the last token's document
+            back = jnp.arange(W - 2, -1, -1)[None, :]
+            keep = (back < offset[:, None])[..., None, None]
+            last_k, last_v = jnp.where(keep, last_k, 0), jnp.where(keep, last_v, 0)
+        return self.output(merge_heads(o), D), WindowState(last_k, last_v, offset)
 
 
 def window_attention(
@@ -79,23 +84,54 @@ def window_attention(
       k, v: keys and values of the window - 1 tokens before the first query, then of the T tokens.
       place: each query's place in its document: no query sees further back than that.
 
-    The work and the memory are O(T * window): queries in blocks of one window see two blocks of keys.
+    The work and the memory are O(T * window): a call of at most one window sees its keys once, and in a
+    longer one the queries of each window see two windows of keys. A token that is not finite, such as NaN,
+    spoils the queries that see it, and no other.
     """
     B, T, H, D = q.shape
     W = k.shape[1] - T + 1
-    tail = -T % W
-    blocks = (T + tail) // W
+    dtype = accumulator(q.dtype)
+    of_q: Array | None = None
+    of_k: Array | None = None
+    if T != 1:  # one token sees all there is
+        q, of_q = _contained(q)
+        (k, spoiled_k), (v, spoiled_v) = _contained(k), _contained(v)
+        of_k = spoiled_k + spoiled_v
+    if isinstance(T, int) and T <= W:  # T may be symbolic
+        C, keys = T, W - 1 + T
+        q, place, of_q, k, v, of_k = (x if x is None else x[:, None] for x in (q, place, of_q, k, v, of_k))
+    else:
+        C, keys, blocks = W, 2 * W, -(-T // W)
+        tail = blocks * W - T
 
-    def in_blocks(x):
-        return x.reshape(B, -1, W, *x.shape[2:])
+        def in_blocks(x):
+            x = jnp.pad(x, ((0, 0), (0, tail), *((0, 0),) * (x.ndim - 2)))
+            return x.reshape(B, blocks, W, *x.shape[2:])
 
-    def two_blocks(x):  # one key more in front makes the keys a whole number of blocks
-        x = in_blocks(jnp.pad(x, ((0, 0), (1, tail), (0, 0), (0, 0))))
-        return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(B * blocks, 2 * W, H, D)
+        def two_blocks(x):  # one key more in front makes the keys a whole number of blocks
+            x = jnp.pad(x, ((0, 0), (1, tail), *((0, 0),) * (x.ndim - 2)))
+            x = x.reshape(B, blocks + 1, W, *x.shape[2:])
+            return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
 
-    q = in_blocks(jnp.pad(q, ((0, 0), (0, tail), (0, 0), (0, 0)))).reshape(B * blocks, W, H, D)
-    reach = jnp.minimum(in_blocks(jnp.pad(place, ((0, 0), (0, tail)))), W - 1)  # how far back a query sees
-    back = jnp.arange(W)[:, None] + W - jnp.arange(2 * W)  # how far back from query i key j lies
-    mask = (back >= 0) & (back <= reach[..., None])
-    o = jax.nn.dot_product_attention(q, two_blocks(k), two_blocks(v), mask=mask.reshape(-1, 1, W, 2 * W))
-    return o.reshape(B, blocks * W, H, D)[:, :T]
+        q, place, of_q = (in_blocks(x) for x in (q, place, of_q))
+        k, v, of_k = (two_blocks(x) for x in (k, v, of_k))
+
+    # How far back from query i key j lies, and how far back the query sees: [B, blocks, H, queries, keys].
+    back = (jnp.arange(C)[:, None] + (keys - C) - jnp.arange(keys)[None, :])[None, None, None]
+    mask = (back >= 0) & (back <= jnp.minimum(place, W - 1)[:, :, None, :, None])
+    score = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=dtype) * D**-0.5
+    if of_q is not None and of_k is not None:
+        score = score + jnp.moveaxis(of_q, -1, 2)[..., None] + jnp.moveaxis(of_k, -1, 2)[..., None, :]
+    score = jnp.where(mask, score, -jnp.inf)
+    weight = jnp.exp(score - jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
+    weight = jnp.where(mask, weight, 0)
+    weight = jnp.where(mask, weight / jnp.sum(weight, axis=-1, keepdims=True), 0)
+    o = jnp.einsum("bnhqk,bnkhd->bnqhd", weight.astype(v.dtype), v, preferred_element_type=dtype)
+    return o.reshape(B, -1, H, D)[:, :T].astype(q.dtype)
+
+
+def _contained(x: Array) -> tuple[Array, Array]:
+    """x [..., D] with zeros where it is not finite, and NaN for each such vector, 0 for others [...]."""
+    finite = jnp.isfinite(x)
+    spoiled = jnp.where(jnp.all(finite, axis=-1), 0, jnp.nan)
+    return jnp.where(finite, x, 0), spoiled.astype(accumulator(x.dtype))

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
-def elu_plus_one(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+def elu_plus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """elu(x) + 1, which is positive: x + 1 above 0, exp(x) below.
 
     Source: Katharopoulos et al. 2020 (arXiv 2006.16236).
@@ -19,7 +19,7 @@ def elu_plus_one(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
         >>> frugax.layers.elu_plus_one(jnp.array([0.0, 2.0])).tolist()
         [1.0, 3.0]
     """
-    return jax.nn.elu(x) + 1
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))  # -1 + 1 would lose what exp leaves
 
 
 def taylor(x: Float[Array, "*n d"]) -> Float[Array, "*n f"]:

@@ -1,6 +1,9 @@
 """Rotary position embedding, and the positions it takes: counted within each document, across calls."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator
@@ -62,8 +65,44 @@ def rotary(
     if D % 2:
         raise ValueError(f"x: got heads of {D} channels; expected an even number")
     dtype = accumulator(x.dtype)
-    frequency = base ** (-jnp.arange(0, D, 2, dtype=dtype) / D)
-    angle = positions[:, :, None, None].astype(dtype) * frequency
+    frequency = float(base) ** (-np.arange(0, D, 2) / D)
+    angle = angles(positions[:, :, None, None], frequency[None, None, None], dtype)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
+
+
+def angles(
+    positions: Int[Array, "..."], frequency: np.ndarray | Array, dtype: DTypeLike
+) -> Float[Array, "..."]:
+    """positions * frequency radians up to whole turns, exact to `dtype` at any int32 position.
+
+    A float32 product is off by radians at positions of millions. Here turns are counted in integers, which
+    wrap around as turns do, so that two positions' angles differ as the positions do, wherever they are.
+
+    Args:
+      positions: integers, that broadcast with the frequency.
+      frequency: radians a position, a numpy array or one to differentiate in.
+      dtype: float32 or float64, of the result.
+    """
+    if dtype == jnp.float64:
+        return positions.astype(dtype) * jnp.asarray(frequency, dtype)
+    places = positions.astype(jnp.uint32)
+    high, low = _turns(frequency)
+    # The upper 32 of 48 fractional bits of places * turns: sums modulo 2^32 leave whole turns out.
+    phase = places * high + (places >> 16) * low + (((places & 0xFFFF) * low) >> 16)
+    angle = jax.lax.bitcast_convert_type(phase, jnp.int32).astype(dtype) * (2 * np.pi * 2.0**-32)
+    if isinstance(frequency, np.ndarray):
+        return angle
+    return angle + positions.astype(dtype) * (frequency - jax.lax.stop_gradient(frequency)).astype(dtype)
+
+
+def _turns(frequency: np.ndarray | Array) -> tuple[Array, Array]:
+    """The fraction of frequency / 2 pi as two integers: the first 32 bits behind the point, and 16 more."""
+    if isinstance(frequency, np.ndarray):
+        bits = np.floor(frequency / (2 * np.pi) % 1 * 2.0**48).astype(np.uint64)
+        return jnp.asarray((bits >> 16).astype(np.uint32)), jnp.asarray((bits % 2**16).astype(np.uint32))
+    turns = jax.lax.stop_gradient(frequency).astype(jnp.float32) / (2 * np.pi)
+    turns = (turns - jnp.floor(turns)) * 2.0**32
+    high = jnp.floor(turns)
+    return high.astype(jnp.uint32), jnp.floor((turns - high) * 2.0**16).astype(jnp.uint32)

@@ -9,17 +9,20 @@ import frugax
 from tests.errors import assert_close
 from tests.kernels.rnn import definition
 
-from .mixers import make
+from .mixers import whole
 
 
-@pytest.mark.parametrize("cell", ["lstm", "slstm"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, marks=pytest.mark.xdist_group(f"mixer FlashRNN-{cell}"))
+        for cell in ("lstm", "slstm")
+    ],
+)
 def test_is_projections_around_the_definition(cell):
-    with jax.enable_x64(True):
-        module, variables, x = make(f"FlashRNN-{cell}")
-        y, state = jax.jit(module.apply)(variables, x)
-    p = jax.tree.map(np.asarray, variables["params"])
+    p, x, y, state = whole(f"FlashRNN-{cell}")
     B, T, W = x.shape
-    gates = (np.asarray(x) @ p["gates"]["kernel"]).reshape(B, T, 2, 4, W // 2)
+    gates = (x @ p["gates"]["kernel"]).reshape(B, T, 2, 4, W // 2)
     start = np.zeros((B, definition.CELLS[cell][2], 2, W // 2))
     h, want_state = definition.rnn(gates, p["recurrent"], p["bias"], start, cell)
     h = h - h.mean(-1, keepdims=True)

@@ -6,20 +6,27 @@ import numpy as np
 import pytest
 
 import frugax
+from frugax.layers.modules.rotary import angles
 from tests.errors import assert_close
 
-from .mixers import make
+from .mixers import TIME, WIDTH, make, whole
 
-T, D = 13, 12
+T, D = TIME, WIDTH
 
 
-def call(name, **arguments):
-    """(the parameters as numpy, x [B, T, D], the mixer's y) in float64; arguments go to the call."""
+def together(name):
+    """Run a test in the worker that compiles this mixer's call for test_mixers.py."""
+    return pytest.mark.xdist_group(f"mixer {name}")
+
+
+def call(name, **by_layer):
+    """(the parameters as numpy, x [B, T, D], the mixer's y) in float64; `by_layer` goes to the call."""
+    if not by_layer:
+        return whole(name)[:3]
     with jax.enable_x64(True):
         module, variables, x = make(name)
-        arguments = jax.tree.map(jnp.asarray, arguments)
-        y, _ = jax.jit(lambda v, x: module.apply(v, x, **arguments))(variables, x)
-        return jax.tree.map(np.asarray, variables["params"]), np.asarray(x), np.asarray(y)
+        y, _ = module.apply(variables, x, **jax.tree.map(jnp.asarray, by_layer))
+        return jax.tree.map(np.asarray, (variables["params"], x, y))
 
 
 def check(y, expected, dtype="float64"):
@@ -87,7 +94,13 @@ def features(name, x, p, which):
     return x
 
 
-@pytest.mark.parametrize("name", ["elu+1", "taylor", "learned", "sum"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=together(f"LinearAttention-{name}"))
+        for name in ("elu+1", "taylor", "learned", "sum")
+    ],
+)
 def test_linear_attention(name):
     p, x, y = call(f"LinearAttention-{name}")
     H, V = 2, D // 2
@@ -114,34 +127,47 @@ def test_taylor_map_is_the_polynomial():
         assert_close(jnp.sum(fx * fz, axis=-1), 1 + dots + dots**2 / 2, jnp.float64)
 
 
-@pytest.mark.parametrize(("name", "H"), [("LightningAttention", 3), ("LightningAttention-lrpe", 2)])
-@pytest.mark.parametrize("fraction", [None, 0.75])
-def test_lightning_attention(name, H, fraction):
-    p, x, y = call(name, fraction=fraction)
+@pytest.mark.parametrize(
+    ("name", "by_layer"),
+    [
+        pytest.param("LightningAttention", {}, marks=together("LightningAttention")),
+        pytest.param("LightningAttention-lrpe", {"fraction": 0.75}),
+    ],
+)
+def test_lightning_attention(name, by_layer):
+    p, x, y = call(name, **by_layer)
+    H, fraction = 2, by_layer.get("fraction", 0)
     q, k, v, u = np.split(x @ p["qkvu"]["kernel"], 4, axis=-1)
     q, k, v = heads(silu(q), H), heads(silu(k), H), heads(v, H)
-    if H == 2:
+    if name.endswith("lrpe"):
         angle = np.arange(T)[:, None, None] * p["theta"]
         q, k = (np.concatenate([z * np.cos(angle), z * np.sin(angle)], axis=-1) for z in (q, k))
-    slopes = np.array({2: [2**-4, 2**-8], 3: [2**-4, 2**-8, 2**-2]}[H])  # ALiBi's of 2 heads; of 4, the first
-    o = masked(q, k, v, decayed(np.exp(-slopes * (1 - (fraction or 0) + 1e-5))))
+    slopes = np.array([2**-4, 2**-8])  # ALiBi's of 2 heads
+    o = masked(q, k, v, decayed(np.exp(-slopes * (1 - fraction + 1e-5))))
     check(y, (u * rms_norm(merge(o))) @ p["out"]["kernel"])
 
 
 def test_slopes_of_eight_heads_are_alibis():
     assert frugax.layers.decay_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    assert frugax.layers.decay_slopes(3).tolist() == [
+        2.0**-4,
+        2.0**-8,
+        2.0**-2,
+    ]  # of 2 heads; of 4, the first
     with pytest.raises(ValueError, match="heads: got 0"):
         frugax.layers.decay_slopes(0)
 
 
+@together("Retention")
 def test_retention():
     p, x, y = call("Retention")
-    H = 3
+    H = 2
     q, k, v, g = np.split(x @ p["qkv_gate"]["kernel"], [D, 2 * D, 4 * D], axis=-1)
     o = masked(rotate(heads(q, H)), rotate(heads(k, H)), heads(v, H), decayed(1 - 2.0 ** (-5 - np.arange(H))))
     check(y, merge(rms_norm(o / np.sqrt(D // H)) * silu(heads(g, H))) @ p["out"]["kernel"])
 
 
+@together("GatedLinearAttention")
 def test_gated_linear_attention():
     p, x, y = call("GatedLinearAttention")
     H = 2
@@ -152,6 +178,7 @@ def test_gated_linear_attention():
     check(y, merge(rms_norm(o) * p["norm"]["weight"] * silu(heads(g, H))) @ p["out"]["kernel"])
 
 
+@together("GatedLinearAttention-conv")
 def test_gated_linear_attention_with_a_convolution():
     p, x, y = call("GatedLinearAttention-conv")
     H = 2
@@ -167,22 +194,24 @@ def convolved(x, taps):
     return sum(w * padded[:, i : i + x.shape[1]] for i, w in enumerate(taps))
 
 
-@pytest.mark.parametrize("floor", [None, np.linspace(0.1, 0.9, D)])
-def test_hgrn2(floor):
-    p, x, y = call("HGRN2", floor=floor)
-    H = 3
+@together("HGRN2")
+@pytest.mark.parametrize("by_layer", [{}, {"floor": np.linspace(0.1, 0.9, D)}], ids=["alone", "floor"])
+def test_hgrn2(by_layer):
+    p, x, y = call("HGRN2", **by_layer)
+    H = 2
     q, f, i = np.split(x @ p["qfi"]["kernel"], 3, axis=-1)
-    low = 0 if floor is None else floor
+    low = by_layer.get("floor", 0)
     f = low + (1 - low) * sigmoid(f)
     o = recurrent(heads(silu(q), H), heads(1 - f, H), heads(i, H), heads(f, H), scale=(D // H) ** -0.5)
     check(y, (rms_norm(merge(o)) * p["norm"]["weight"]) @ p["out"]["kernel"])
 
 
-@pytest.mark.parametrize("floor", [None, np.linspace(0.1, 0.9, D)])
-def test_mlgru(floor):
-    p, x, y = call("MLGRU", floor=floor)
+@together("MLGRU")
+@pytest.mark.parametrize("by_layer", [{}, {"floor": np.linspace(0.1, 0.9, D)}], ids=["alone", "floor"])
+def test_mlgru(by_layer):
+    p, x, y = call("MLGRU", **by_layer)
     f, c, g = np.split(x @ p["fcg"]["kernel"], 3, axis=-1)
-    low = 0 if floor is None else floor
+    low = by_layer.get("floor", 0)
     f, c = low + (1 - low) * sigmoid(f), silu(c)
     h, hs = np.zeros((2, D)), []
     for t in range(T):
@@ -192,6 +221,7 @@ def test_mlgru(floor):
     check(y, o @ p["out"]["kernel"])
 
 
+@together("RWKV6")
 def test_rwkv6():
     p, x, y = call("RWKV6")
     H, K, rank = 2, D // 2, 3
@@ -223,11 +253,15 @@ def windowed(p, x, H, window):
 
 
 @pytest.mark.parametrize(
-    ("name", "H", "window"), [("SlidingWindowAttention", 2, 4), ("SlidingWindowAttention-long", 3, 20)]
+    ("name", "window"),
+    [
+        pytest.param("SlidingWindowAttention", 4, marks=together("SlidingWindowAttention")),
+        pytest.param("SlidingWindowAttention-long", 20, marks=together("SlidingWindowAttention-long")),
+    ],
 )
-def test_sliding_window_attention(name, H, window):
+def test_sliding_window_attention(name, window):
     p, x, y = call(name)
-    check(y, windowed(p, x, H, window), "float32")  # which jax.nn.dot_product_attention has its weights in
+    check(y, windowed(p, x, 2, window))
 
 
 def test_a_window_of_one_token_is_the_values():
@@ -238,14 +272,16 @@ def test_a_window_of_one_token_is_the_values():
         assert_close(y, x @ p["qkv"]["kernel"][:, 2 * D :] @ p["out"]["kernel"], jnp.float64)
 
 
+@together("Based")
 def test_based_is_its_two_halves():
     p, x, y = call("Based")
     with jax.enable_x64(True):
         half = frugax.layers.LinearAttention(
             heads=2, feature_map="taylor", key_size=3, param_dtype=jnp.float64
         )
-        linear, _ = half.apply({"params": p["linear"]}, jnp.asarray(x))
-    check(y, np.asarray(linear) + windowed(p["window"], x, 2, 4), "float32")
+        params = jax.tree.map(jnp.asarray, p["linear"])
+        linear, _ = half.apply({"params": params}, jnp.asarray(x))
+    check(y, np.asarray(linear) + windowed(p["window"], x, 2, 4))
 
 
 @pytest.mark.parametrize(("d", "window"), [(4, 8), (16, 64)])
@@ -259,6 +295,7 @@ def test_bytes_that_based_carries(d, window):
     assert nbytes == 4 * B * (H * (linear + 2 * (window - 1) * V) + 1)  # and how long the document is
 
 
+@together("GatedConvolution")
 def test_gated_convolution():
     p, x, y = call("GatedConvolution")
     inner, gate = np.split(x @ p["in_gate"]["kernel"], 2, axis=-1)
@@ -284,6 +321,24 @@ def test_rotary_sees_only_differences():
         assert_close(frugax.layers.rotary(q, places), rotate_at(np.asarray(q), [0, 5, 700]), jnp.float64)
 
 
+def test_rotary_at_millions_of_tokens_sees_only_differences():
+    """float32: in the plain product position * frequency the angle is off by radians there."""
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 2, 64)).astype(np.float32)
+    want = np.sum(rotate_at(q.astype(np.float64), [5]) * k, axis=-1)
+    theta = jnp.asarray(10000.0 ** (-np.arange(64) / 64), jnp.float32)
+    both = []
+    for p in (10**6, 10**7, 2**31 - 1):
+        places = jnp.array([[p]]), jnp.array([[p - 5]])
+        turned = [frugax.layers.rotary(jnp.asarray(x), at) for x, at in zip((q, k), places, strict=True)]
+        assert_close(jnp.sum(turned[0] * turned[1], axis=-1), want, "float32")
+        learned = [angles(at[..., None, None], theta[None, None, None], jnp.float32) for at in places]
+        both.append(jnp.cos(learned[0] - learned[1]))
+    assert_close(both, [np.cos(5 * np.asarray(theta, np.float64))[None, None, None]] * 3, "float32")
+    assert jax.grad(lambda f: angles(jnp.array([[7]]), f, jnp.float32).sum())(theta[None]).tolist() == [
+        [7.0] * 64
+    ]
+
+
 def rotate_at(x, places):
     half = x.shape[-1] // 2
     z = x[..., :half] + 1j * x[..., half:]
@@ -299,6 +354,24 @@ def test_positions_count_within_documents_and_across_calls():
     place, offset = frugax.layers.positions(None, None, (2, 3))
     assert place.tolist() == [[0, 1, 2]] * 2
     assert offset.tolist() == [3, 3]
+
+
+def test_a_positive_map_stays_positive_in_few_bits():
+    """exp(x) itself: elu(x) + 1 is 0 in bfloat16 from x = -6 down, in float32 from -17 down."""
+    for dtype, x in (("bfloat16", -8.0), ("float32", -20.0)):
+        assert_close(frugax.layers.elu_plus_one(jnp.asarray(x, dtype)), np.exp(x), dtype)
+    slopes = jax.vmap(jax.grad(frugax.layers.elu_plus_one))(jnp.array([-20.0, 0.0, 200.0]))
+    assert_close(slopes, np.array([np.exp(-20.0), 1, 1]), "float32")
+
+
+def test_one_decoded_token_costs_its_window():
+    """Its projections and one query against 2048 keys: 2.6 MFLOP; in blocks of a window it took 8,800."""
+    mixer = frugax.layers.SlidingWindowAttention(heads=4, window=2048)
+    x = jax.ShapeDtypeStruct((1, 1, 256), jnp.float32)
+    (_, state), variables = jax.eval_shape(mixer.init_with_output, jax.random.key(0), x)
+    step = jax.jit(lambda v, x, state: mixer.apply(v, x, state=state)).lower(variables, x, state)
+    needed = 2 * 4 * 256**2 + 2 * 2 * 2048 * 256
+    assert needed <= step.cost_analysis()["flops"] < 1.2 * needed
 
 
 def test_floored_gates_stay_finite_and_exact():

@@ -8,15 +8,17 @@ import pytest
 import frugax
 from tests.errors import assert_close
 
-from .mixers import WIDTH, make
+from .mixers import WIDTH, whole
 
 
 def call(name):
     """(the parameters as numpy, x [B, T, D], the mixer's y) in float64."""
-    with jax.enable_x64(True):
-        module, variables, x = make(name)
-        y, _ = jax.jit(module.apply)(variables, x)
-        return jax.tree.map(np.asarray, variables["params"]), np.asarray(x), np.asarray(y)
+    return whole(name)[:3]
+
+
+def grouped(name):
+    """Run a test in the worker that compiles this mixer's call for test_mixers.py."""
+    return pytest.mark.xdist_group(f"mixer {name}")
 
 
 def silu(x):
@@ -37,7 +39,13 @@ def rms_norm(x, epsilon):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon)
 
 
-@pytest.mark.parametrize(("name", "rank", "E"), [("Mamba", 2, 24), ("Mamba-norms", 1, 18)])
+@pytest.mark.parametrize(
+    ("name", "rank", "E"),
+    [
+        pytest.param("Mamba", 2, 16, marks=grouped("Mamba")),
+        pytest.param("Mamba-norms", 1, 12, marks=grouped("Mamba-norms")),
+    ],
+)
 def test_mamba(name, rank, E):
     p, x, y = call(name)
     u, z = np.split(x @ p["in_gate"]["kernel"], [E], axis=-1)
@@ -54,9 +62,10 @@ def test_mamba(name, rank, E):
     assert_close(y, (np.stack(out, axis=1) * silu(z)) @ p["out"]["kernel"], "float64")
 
 
+@grouped("Mamba-constant")
 def test_without_selection_it_is_one_convolution_for_all_inputs():
     p, x, y = call("Mamba-constant")
-    E, time = 24, x.shape[1]
+    E, time = 16, x.shape[1]
     u, z = np.split(x @ p["in_gate"]["kernel"], [E], axis=-1)
     u = silu(convolved(u, p["conv"]))
     dt = softplus(p["dt_bias"])
@@ -67,9 +76,10 @@ def test_without_selection_it_is_one_convolution_for_all_inputs():
     assert_close(y, (np.moveaxis(out, 1, 2) * silu(z)) @ p["out"]["kernel"], "float64")
 
 
+@grouped("Mamba2")
 def test_mamba2():
     p, x, y = call("Mamba2")
-    E, H, G, N = 24, 4, 2, 3
+    E, H, G, N = 16, 4, 2, 3
     z, uBC, dt = np.split(x @ p["gate_in_dt"]["kernel"], [E, 2 * E + 2 * G * N], axis=-1)
     u, B, C = np.split(silu(convolved(uBC, p["conv"])), [E, E + G * N], axis=-1)
     dt = softplus(dt + p["dt_bias"])

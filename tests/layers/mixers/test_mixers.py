@@ -1,6 +1,6 @@
 """What holds for every sequence mixer: one call serves training, prefill, decoding and packed rows."""
 
-import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,119 +10,137 @@ import pytest
 import frugax
 from tests.errors import assert_close
 
-from .mixers import MIXERS, VARIANTS, WIDTH, make
+from .mixers import MIXERS, TIME, VARIANTS, WIDTH, calls, floats, make, together, whole
 
-every_mixer = pytest.mark.parametrize("name", MIXERS)
-
-
-# A mixer's tests run in one worker, which compiles `whole` once for them.
-def together(*, full=()):
-    def marks(name):
-        return [pytest.mark.xdist_group(f"mixer {name}"), *([pytest.mark.full] if name in full else [])]
-
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in MIXERS])
+# Mixers on operations that let a NaN pass by a product with zero: to later tokens' place, or other documents.
+LINEAR = {"LinearAttention", "LightningAttention", "Retention", "GatedLinearAttention", "HGRN2", "RWKV6"}
+NAN_GOES_BACK = LINEAR | {"Mamba2", "Based"}
+NAN_CROSSES = NAN_GOES_BACK | {"MLGRU", "Mamba"}
 
 
-def dtype_of(name):
-    """float64; but float32 where jax.nn.dot_product_attention has its weights in that whatever it gets."""
-    return jnp.float32 if MIXERS[name][0] in ("SlidingWindowAttention", "Based") else jnp.float64
-
-
-def in_chunks(module, variables, x, lengths, state=None, **arguments):
-    outputs, start = [], 0
-    for length in lengths:
-        piece = {key: a[:, start : start + length] for key, a in arguments.items()}
-        y, state = module.apply(variables, x[:, start : start + length], state=state, **piece)
-        outputs.append(y)
-        start += length
-    assert start == x.shape[1]
-    return jnp.concatenate(outputs, axis=1), state
-
-
-def by_token(module, variables, x):
-    """The first token without a state, the others in a scan that carries it."""
-    y, state = module.apply(variables, x[:, :1])
-
-    def step(state, x_BD):
-        y, state = module.apply(variables, x_BD[:, None], state=state)
-        return state, y[:, 0]
-
-    state, rest = jax.lax.scan(step, state, jnp.moveaxis(x[:, 1:], 1, 0))
-    return jnp.concatenate([y, jnp.moveaxis(rest, 0, 1)], axis=1), state
-
-
-def value_and_grads(run, variables, x):
-    """(y, state) and the gradient of their random combination in the variables and in x."""
-
-    def loss(variables, x):
-        out = run(variables, x)
-        rng = np.random.default_rng(2)
-        floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
-        return sum(jnp.vdot(a, jnp.asarray(rng.standard_normal(a.shape), a.dtype)) for a in floats), out
-
-    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
-    return {"out": out, "grads": grads}
-
-
-@functools.cache
-def whole_call(name):
-    """One call with all tokens: (y, state) and gradients, as numpy arrays, in float64."""
-    with jax.enable_x64(True):
-        module, variables, x = make(name)
-        return jax.tree.map(np.asarray, value_and_grads(module.apply, variables, x))
+def starts_of(ids):
+    """Where a document starts, the call's first token left out, which goes on with an earlier one."""
+    return jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
 
 
 @together()
-def test_whole_is_chunked_is_token_by_token(name):
-    whole = whole_call(name)
+def test_whole_is_token_by_token(name):
     with jax.enable_x64(True):
-        module, variables, x = make(name)
-        chunks = value_and_grads(lambda v, x: in_chunks(module, v, x, (8, 5)), variables, x)
-        tokens = value_and_grads(lambda v, x: by_token(module, v, x), variables, x)
-        assert_close(chunks, whole, dtype_of(name), name="chunks")
-        assert_close(tokens, whole, dtype_of(name), name="tokens")
+        mine = calls(name)
+        x = mine.x[:, 3:]
+        none = jnp.zeros(x.shape[:2], bool)
+        out, grads = mine.token_by_token(x, mine.nothing_read, none, mine.cotangents())
+        got, got_grads = mine.whole(x)
+        assert_close(got, out, "float64", name="whole")
+        assert_close(got_grads[:2], grads[:2], "float64", name="gradients")
 
 
-@together(full=VARIANTS)
-def test_packed_is_separate(name):
-    # (row, start) of the documents of each length: row 0 holds 3 + 1 + 9 tokens, row 1 holds 9 + 3 + 1.
-    documents = {3: [(0, 0), (1, 9)], 1: [(0, 3), (1, 12)], 9: [(0, 4), (1, 0)]}
-    ids = jnp.array([np.repeat([7, 2, 7], (3, 1, 9)), np.repeat([0, 1, 0], (9, 3, 1))])
-
-    def separate(variables, x):
-        rows = [{}, {}]
-        for length, places in documents.items():
-            alone = jnp.stack([x[row, start : start + length] for row, start in places])
-            y, _ = module.apply(variables, alone)
-            for y_TD, (row, start) in zip(y, places, strict=True):
-                rows[row][start] = y_TD
-        return jnp.stack([jnp.concatenate([row[start] for start in sorted(row)]) for row in rows])
-
-    def packed(variables, x):
-        return module.apply(variables, x, segment_ids=ids)[0]
-
+@together()
+def test_packed_rows_that_go_on_are_token_by_token(name):
+    """Of a state and several documents: (3 +) 2, 1 and 4 tokens in row 0, (3 +) 5 and 2 in row 1."""
     with jax.enable_x64(True):
-        module, variables, x = make(name)
-        want = value_and_grads(separate, variables, x)
-        assert_close(value_and_grads(packed, variables, x), want, dtype_of(name), name="packed")
-        # The cut after 6 tokens is inside a document in both rows, in row 0 after two others.
-        chunks, _ = jax.jit(lambda v, x: in_chunks(module, v, x, (6, 7), segment_ids=ids))(variables, x)
-        assert_close(chunks, want["out"], dtype_of(name), name="chunks")
+        mine = calls(name)
+        none = jnp.zeros((2, 3), bool)
+        _, state = mine.token_by_token(mine.x[:, :3], mine.nothing_read, none)
+        x, starts = mine.x[:, 3:], starts_of(mine.ids)
+        want = mine.token_by_token(x, state, starts, mine.cotangents())
+        assert_close(mine.packed(x, state, mine.ids), want, "float64", name="packed")
+
+
+@together()
+def test_outputs_do_not_see_what_comes_later(name):
+    """The same bits, whatever stands at token 4 and after: other values, or NaN."""
+    with jax.enable_x64(True):
+        mine = calls(name)
+        x = mine.x[:, 3:]
+        for run in (mine.whole, lambda x: mine.packed(x, mine.nothing_read, mine.ids)):
+            (y, _), _ = run(x)
+            for later in (-3.0, jnp.nan)[: 1 if MIXERS[name][0] in NAN_GOES_BACK else 2]:
+                (other, _), _ = run(x.at[:, 4:].multiply(later))
+                assert (other[:, :4] == y[:, :4]).all()
+
+
+@together()
+def test_documents_do_not_see_each_other(name):
+    """Another value or a NaN in one: the others' outputs, gradients and the last state are the same bits."""
+    with jax.enable_x64(True):
+        mine = calls(name)
+        x, (of_y, of_state) = mine.x[:, 3:], mine.cotangents()
+        bad = np.zeros((2, TIME), bool)
+        bad[0, 2] = bad[1, :5] = True
+        of_y = jnp.where(bad[..., None], 0, of_y)
+        (y, state), (_, of_x, _) = mine.packed(x, mine.nothing_read, mine.ids, (of_y, of_state))
+        for other in (-3.0, jnp.nan)[: 1 if MIXERS[name][0] in NAN_CROSSES else 2]:
+            spoiled = x.at[0, 2].multiply(other).at[1, 3].multiply(other)
+            got, (_, of_spoiled, _) = mine.packed(spoiled, mine.nothing_read, mine.ids, (of_y, of_state))
+            assert (np.asarray(got[0])[~bad] == np.asarray(y)[~bad]).all()
+            assert (np.asarray(of_spoiled)[~bad] == np.asarray(of_x)[~bad]).all()
+            for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(state), strict=True):
+                assert (a == b).all()
 
 
 @together(full=VARIANTS)
 def test_half_precision_in_half_precision_out(name):
-    module, variables, x = make(name, dtype=jnp.float32)
-    want, _ = whole_call(name)["out"]
-    y, state = jax.jit(module.apply)(variables, x.astype(jnp.bfloat16))
+    module, variables, x = make(name, dtype=jnp.float32, time=3 + TIME)
+    y, state = jax.jit(module.apply)(variables, x[:, 3:].astype(jnp.bfloat16))
     assert jax.eval_shape(module.apply, variables, x)[0].dtype == jnp.float32
     assert y.dtype == jnp.bfloat16
     # A dozen roundings in a row: x, the projections, q and k, the output, norm and gate, the last product.
-    assert_close(y, want, jnp.bfloat16, times=12)
+    assert_close(y, whole(name)[2], jnp.bfloat16, times=12)
     for leaf in jax.tree.leaves(state):
         assert leaf.shape[0] == 2, "every leaf of a state has the batch in front"
     forced = type(module)(**{**MIXERS[name][1], "dtype": jnp.bfloat16})
     assert jax.eval_shape(forced.apply, variables, x)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MIXERS)
+def test_long_rows_in_pieces(name):
+    """Rows longer than any chunk of the kernels: whole is in pieces is a scan over tokens, gradients too."""
+    T, cut = 150, 77
+
+    def pieces(variables, x):
+        first, state = module.apply(variables, x[:, :cut])
+        second, state = module.apply(variables, x[:, cut:], state=state)
+        return jnp.concatenate([first, second], axis=1), state
+
+    def tokens(variables, x):
+        y, state = module.apply(variables, x[:, :1])
+
+        def step(state, x_BD):
+            y, state = module.apply(variables, x_BD[:, None], state=state)
+            return state, y[:, 0]
+
+        state, rest = jax.lax.scan(step, state, jnp.moveaxis(x[:, 1:], 1, 0))
+        return jnp.concatenate([y, jnp.moveaxis(rest, 0, 1)], axis=1), state
+
+    def packed(variables, x):
+        ids = jnp.array([np.repeat([7, 2, 7], (70, 1, T - 71)), np.repeat([0, 1, 0], (9, 100, T - 109))])
+        return module.apply(variables, x, segment_ids=ids)[0]
+
+    def separate(variables, x):
+        rows = [
+            [module.apply(variables, x[row : row + 1, a:b])[0] for a, b in itertools.pairwise(ends)]
+            for row, ends in enumerate([(0, 70, 71, T), (0, 9, 109, T)])
+        ]
+        return jnp.concatenate([jnp.concatenate(row, axis=1) for row in rows])
+
+    def with_gradient(run):
+        def loss(variables, x):
+            out = run(variables, x)
+            rng = np.random.default_rng(2)
+            return sum(
+                jnp.vdot(a, jnp.asarray(rng.standard_normal(a.shape), a.dtype)) for a in floats(out)
+            ), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
+
+    with jax.enable_x64(True):
+        module, variables, x = make(name, time=T)
+        want = with_gradient(module.apply)
+        for run in (pieces, tokens):
+            assert_close(with_gradient(run), want, "float64", name=run.__name__)
+        assert_close(with_gradient(packed), with_gradient(separate), "float64", name="packed")
 
 
 @pytest.mark.parametrize("name", ["GatedLinearAttention-conv", "MLGRU"])  # each kernel once
@@ -138,35 +156,25 @@ def test_forward_mode_with_xla(name):
         assert_close(forward, jnp.vdot(jax.jit(jax.grad(loss))(x), tangent), jnp.float64)
 
 
-@every_mixer
-@pytest.mark.parametrize(
-    ("x", "fits"),
-    [
-        (jnp.ones((3, WIDTH)), r"x: got float32\[3, 12\]"),
-        (jnp.ones((2, 0, WIDTH)), r"x: got float32\[2, 0, 12\]"),
-        (jnp.ones((2, 3, WIDTH), jnp.int32), r"x: got int32\[2, 3, 12\]"),
-    ],
-)
-def test_inputs_that_cannot_be_right(name, x, fits):
-    class_name, arguments = MIXERS[name]
-    with pytest.raises(ValueError, match=fits):
-        getattr(frugax.layers, class_name)(**arguments).init(jax.random.key(0), x)
-
-
-@every_mixer
-def test_segment_ids_that_cannot_be_right(name):
-    class_name, arguments = MIXERS[name]
-    module, x = getattr(frugax.layers, class_name)(**arguments), jnp.ones((2, 3, WIDTH))
+@pytest.mark.parametrize("name", sorted({class_name for class_name, _ in MIXERS.values()}))
+def test_inputs_that_cannot_be_right(name):
+    module = getattr(frugax.layers, name)(
+        **next(arguments for class_name, arguments in MIXERS.values() if class_name == name)
+    )
+    for x, message in [
+        (jnp.ones((3, WIDTH)), r"x: got float32\[3, 8\]"),
+        (jnp.ones((2, 0, WIDTH)), r"x: got float32\[2, 0, 8\]"),
+        (jnp.ones((2, 3, WIDTH), jnp.int32), r"x: got int32\[2, 3, 8\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            module.init(jax.random.key(0), x)
     for ids in (jnp.ones((2, 4), jnp.int32), jnp.ones((2, 3))):
         with pytest.raises(ValueError, match=r"segment_ids: got .* expected integers \[2, 3\]"):
-            module.init(jax.random.key(0), x, segment_ids=ids)
-
-
-@pytest.mark.parametrize("name", sorted({c for c, a in MIXERS.values() if "heads" in a}))
-@pytest.mark.parametrize("heads", [5, 0])
-def test_heads_that_do_not_divide_the_width(name, heads):
-    with pytest.raises(ValueError, match=f"heads: got {heads}; expected a number >= 1 that divides width"):
-        getattr(frugax.layers, name)(heads=heads).init(jax.random.key(0), jnp.ones((1, 2, WIDTH)))
+            module.init(jax.random.key(0), jnp.ones((2, 3, WIDTH)), segment_ids=ids)
+    for heads in (3, 0) if hasattr(module, "heads") else ():
+        match = f"heads: got {heads}; expected a number >= 1 that divides width"
+        with pytest.raises(ValueError, match=match):
+            getattr(frugax.layers, name)(heads=heads).init(jax.random.key(0), jnp.ones((1, 2, WIDTH)))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +182,7 @@ def test_heads_that_do_not_divide_the_width(name, heads):
     [
         ("LinearAttention", {"feature_map": "cosine"}, "feature_map: got 'cosine'; expected one of elu"),
         ("SlidingWindowAttention", {"window": 0}, "window: got 0"),
-        ("Retention", {"heads": 12}, "heads of 1 channels; expected an even number"),
+        ("Retention", {"heads": 8}, "heads of 1 channels; expected an even number"),
         ("GatedConvolution", {"width": 0}, "width: got 0"),
         ("GatedConvolution", {"expand": 0}, "expand: got 0"),
         ("MLGRU", {"backend": "cuda"}, "backend: got 'cuda'"),
