@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...formats import quantize
-from ..common.slicewise import eigenvectors, left_singular_vectors, orthonormal
+from ..common.slicewise import eigenvectors, left_singular_vectors, orthonormal, slicewise
 
 
 @runtime_checkable
@@ -371,8 +371,22 @@ class DCT(_Rowwise):
 
     def choose(self, g: Array) -> Array:
         """The columns that g has most of, in ascending order."""
-        energy = jnp.sum(jax.scipy.fft.dct(g, axis=-2, norm="ortho") ** 2, axis=-1)
-        return jnp.sort(jax.lax.top_k(energy, self.rank)[1], axis=-1)
+        return jnp.sort(jax.lax.top_k(slicewise(self._energies, g), self.rank)[1], axis=-1)
+
+    def _energies(self, g_MN: Array) -> Array:
+        """The squared norm of each column's product with g_MN.
+
+        Even columns are mirrored at the middle, odd ones too but for the sign: either needs half the rows.
+        """
+        m = g_MN.shape[0]
+        half = m // 2
+        top, middle, bottom = g_MN[:half], g_MN[half : m - half], g_MN[m - half :][::-1]
+        even = self.basis(m, jnp.arange(0, m, 2), g_MN.dtype)[: m - half]
+        odd = self.basis(m, jnp.arange(1, m, 2), g_MN.dtype)[:half]  # zero in the middle, if there is one
+        even_parts = _down(_rows(even), jnp.concatenate([top + bottom, middle]))
+        odd_parts = _down(_rows(odd), top - bottom)
+        energies = jnp.zeros(m, g_MN.dtype).at[::2].set(jnp.sum(even_parts**2, axis=-1))
+        return energies.at[1::2].set(jnp.sum(odd_parts**2, axis=-1))
 
     def basis(self, m: int, kept: Array, dtype: Any) -> Array:
         """The chosen columns [..., m, r]."""
