@@ -1,6 +1,7 @@
 """The Legendre delay system of the LMU: a window of the past as a few polynomial coefficients."""
 
 import functools
+from functools import partial
 from typing import Literal
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from .common.arguments import accumulator, as_shaped, reject
 from .common.documents import documents
 from .common.operation import Choice, record_choice
+from .common.rows import outputs_at, rows
 
 Method = Literal["fft", "recurrent"]
 
@@ -27,8 +29,11 @@ def lmu(
     *,
     initial_state: Float[Array, "b d n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+    reverse: bool = False,
     method: Method | None = None,
-) -> tuple[Float[Array, "b t d n"], Float[Array, "b d n"]]:
+) -> tuple[Float[Array, "b t d n"], Float[Array, "b *m d n"]]:
     """Legendre memory of each channel's last `theta` samples, m_t = A m_{t-1} + B u_t.
 
     A and B discretize the delay system by zero-order hold with one token as the step. The window is read off
@@ -42,6 +47,11 @@ def lmu(
       initial_state: the memory before the first token [B, D, N]; None means zeros.
       segment_ids: the document of each token; the memory restarts wherever the id changes. The initial state
         belongs to the first token's document. A convolution knows no documents: "recurrent" alone takes them.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
+        nothing that stands there matters; their outputs are zeros.
+      segment_states: return the states after each of a row's first N documents [B, N, ...] instead of its
+        last; zeros for documents that a row does not have.
+      reverse: read each row from its last real token to its first.
       method: "fft" (a convolution, parallel over time) or "recurrent" (a loop); None takes the loop on CPU,
         elsewhere for streams and segment_ids alone.
 
@@ -66,8 +76,11 @@ def lmu(
     """
     u, initial_state, segment_ids = map(as_shaped, (u, initial_state, segment_ids))
     _check(u, order, theta, initial_state, segment_ids, method)
-    wide = u.astype(accumulator(u.dtype))
     B, T, D = u.shape
+    read = rows((B, T), segment_ids, lengths, segment_states, reverse)
+    if read is not None:
+        u, segment_ids = read.read(u), read.ids
+    wide = u.astype(accumulator(u.dtype))
     m0 = jnp.zeros((B, D, order)) if initial_state is None else initial_state
     m0 = m0.astype(wide.dtype)
 
@@ -86,7 +99,9 @@ def lmu(
         m = on_cpu(wide, m0)
     else:
         m = jax.lax.platform_dependent(wide, m0, cpu=on_cpu, default=elsewhere)
-    return m.astype(u.dtype), m[:, -1]
+    if read is None:
+        return m.astype(u.dtype), m[:, -1]
+    return read.write(m.astype(u.dtype)), read.states_by_place(m[:, -1], partial(outputs_at, m, m0))
 
 
 def _methods(u, segment_ids, method: Method | None) -> dict[str, Method]:

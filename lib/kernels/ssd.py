@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from .common.arguments import accumulator, as_shaped, reject
 from .common.operation import Backend
+from .common.rows import rows
 from .linear_attention import linear_attention
 
 
@@ -23,8 +24,11 @@ def ssd(
     dt_softplus: bool = False,
     initial_state: Float[Array, "b h n p"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+    reverse: bool = False,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t h p"], Float[Array, "b h n p"]]:
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b *m h n p"]]:
     """Mamba-2's recurrence, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T and y_t = C_t h_t + D x_t.
 
     Args:
@@ -39,6 +43,11 @@ def ssd(
       initial_state: the state before the first token [B, H, N, P]; None means zeros.
       segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
         belongs to the first token's document.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
+        nothing that stands there matters; their outputs are zeros.
+      segment_states: return the states after each of a row's first N documents [B, N, ...] instead of its
+        last; zeros for documents that a row does not have.
+      reverse: read each row from its last real token to its first.
       backend: as in `linear_attention`, which does the work.
 
     A positive A, or a negative dt, is caught under `jax.experimental.checkify`, as in `linear_attention`.
@@ -66,6 +75,10 @@ def ssd(
         as_shaped, (x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids)
     )
     check(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    real = rows(x.shape[:2], segment_ids, lengths)
+    if real is not None:
+        x, dt, B, C = map(real.read, (x, dt, B, C))
+        z = None if z is None else real.read(z)
     v_BTHP, log_decay_BTH = _values_and_decay(x, dt, A, dt_bias, dt_softplus)
     y, state = linear_attention(
         C.astype(x.dtype),
@@ -75,6 +88,9 @@ def ssd(
         scale=1.0,
         initial_state=initial_state,
         segment_ids=segment_ids,
+        lengths=lengths,
+        segment_states=segment_states,
+        reverse=reverse,
         backend=backend,
     )
     wide = accumulator(x.dtype)
@@ -83,7 +99,8 @@ def ssd(
         y = y.astype(wide) + (D[:, None] if D.ndim == 1 else D) * x
     if z is not None:
         y = y.astype(wide) * jax.nn.silu(z.astype(wide))
-    return y.astype(x.dtype), state
+    y = y.astype(x.dtype)
+    return (y if real is None else real.write(y)), state
 
 
 def _values_and_decay(x, dt, A, dt_bias, dt_softplus: bool) -> tuple[Array, Array]:

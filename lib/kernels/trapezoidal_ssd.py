@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, Int
 from .common.arguments import accumulator, as_shaped, operand_dtype, reject
 from .common.documents import Documents, documents
 from .common.operation import Backend
-from .linear_attention import linear_attention
+from .common.rows import outputs_at, rows
+from .linear_attention import inputs, linear_attention
 from .linear_attention.inputs import repeat_heads
+from .linear_attention.states import states_at
 from .ssd import check
 
 
@@ -33,6 +35,9 @@ def trapezoidal_ssd(
     *,
     initial_state: TrapezoidalState | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+    reverse: bool = False,
     backend: Backend | None = None,
 ) -> tuple[Float[Array, "b t h p"], TrapezoidalState]:
     """Mamba-3's recurrence with the exponential trapezoidal rule, y_t = C_t h_t + D x_t with
@@ -54,6 +59,11 @@ def trapezoidal_ssd(
       initial_state: what the last call returned; None starts afresh.
       segment_ids: the document of each token; nothing passes from one to the next. The initial state belongs
         to the first token's document.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
+        nothing that stands there matters; their outputs are zeros.
+      segment_states: return the states after each of a row's first N documents [B, N, ...] instead of its
+        last; zeros for documents that a row does not have.
+      reverse: read each row from its last real token to its first.
       backend: as in `linear_attention`.
 
     Returns:
@@ -82,7 +92,11 @@ def trapezoidal_ssd(
     checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; expected <= 0")
     checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; expected >= 0")
     wide, H = accumulator(x.dtype), x.shape[2]
-    dt, A, mix = (rows.astype(wide) for rows in (dt, A, mix))
+    read = rows(x.shape[:2], segment_ids, lengths, segment_states, reverse)
+    if read is not None:
+        x, dt, A, B, C, mix = map(read.read, (x, dt, A, B, C, mix))
+        segment_ids = read.ids
+    dt, A, mix = (y.astype(wide) for y in (dt, A, mix))
 
     a_BTH, own_BTH = jnp.exp(dt * A), mix * dt
     weight_BTH = a_BTH * (jnp.pad(own_BTH[:, :-1], ((0, 0), (1, 0), (0, 0))) + (1 - mix) * dt)
@@ -90,24 +104,42 @@ def trapezoidal_ssd(
     packed = documents(segment_ids, *x.shape[:2])
     operand = operand_dtype(x.dtype)
     B_late, x_late = _a_token_late(B, B_first, packed), _a_token_late(x, x_first, packed)
-    y, memory = linear_attention(
+    qkvg = (
         C.astype(operand),
         B_late.astype(operand),
         (weight_BTH[..., None] * x_late.astype(wide)).astype(operand),
         dt * A,
-        scale=1.0,
-        initial_state=memory,
-        segment_ids=segment_ids,
-        backend=backend,
     )
+    how = {"initial_state": memory, "segment_ids": segment_ids, "lengths": lengths}
+    y, entered = linear_attention(*qkvg, scale=1.0, **how, backend=backend)
     B_wide, x_wide = B.astype(wide), x.astype(wide)
     skip_BTH = own_BTH * repeat_heads(jnp.sum(C.astype(wide) * B_wide, axis=-1), H)
     if D is not None:
         skip_BTH = skip_BTH + D.astype(wide)[None, None]
-    y = y.astype(wide) + skip_BTH[..., None] * x_wide
-    last = repeat_heads(B_wide[:, -1], H, 1)[..., None] * x_wide[:, -1, :, None]
-    memory = memory + own_BTH[:, -1, :, None, None] * last
-    return y.astype(x.dtype), TrapezoidalState(memory, B[:, -1], x[:, -1])
+    y = (y.astype(wide) + skip_BTH[..., None] * x_wide).astype(x.dtype)
+    per_token = {"own": own_BTH, "B": B, "x": x}
+    firsts = {"own": None, "B": B_first, "x": x_first}
+
+    def at(places: Array) -> dict[str, Array]:
+        return {n: outputs_at(z, firsts[n], places) for n, z in per_token.items()}
+
+    def states(places: Array) -> TrapezoidalState:
+        call = inputs.check(*qkvg, None, memory, segment_ids)
+        return _after(states_at(call, places), **at(places))
+
+    if lengths is None:
+        last = {n: z[:, -1] for n, z in per_token.items()}
+    else:
+        last = {n: z[:, 0] for n, z in at(jnp.asarray(lengths)[:, None] - 1).items()}
+    state = _after(entered, **last)
+    return (y, state) if read is None else (read.write(y), read.states(state, states))
+
+
+def _after(entered: Array, own: Array, B: Array, x: Array) -> TrapezoidalState:
+    """The state after a token: `entered` [..., H, N, P] lacks what the token itself adds."""
+    wide = entered.dtype
+    B_HN = repeat_heads(B.astype(wide), x.shape[-2], B.ndim - 2)
+    return TrapezoidalState(entered + (own[..., None] * B_HN)[..., None] * x.astype(wide)[..., None, :], B, x)
 
 
 def _a_token_late(x: Array, first: Array | None, packed: Documents | None) -> Array:
@@ -119,6 +151,6 @@ def _a_token_late(x: Array, first: Array | None, packed: Documents | None) -> Ar
 
 def _check_rows(dt, A, mix) -> None:
     """Raise ValueError unless A and mix have a number for each token and head, as dt does."""
-    for name, rows in (("A", A), ("mix", mix)):
-        if rows.shape != dt.shape or not jnp.issubdtype(rows.dtype, jnp.floating):
-            reject(name, rows, f"floating {list(dt.shape)}")
+    for name, y in (("A", A), ("mix", mix)):
+        if y.shape != dt.shape or not jnp.issubdtype(y.dtype, jnp.floating):
+            reject(name, y, f"floating {list(dt.shape)}")

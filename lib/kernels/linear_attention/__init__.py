@@ -1,12 +1,16 @@
 """Linear attention with every kind of decay: the public function."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
 from ..common.operation import Backend, Operation
-from .inputs import Inputs, check
+from ..common.rows import rows
+from .inputs import Inputs, check, in_reading_order
+from .states import states_at
 
 OPERATION = Operation(
     "linear_attention",
@@ -27,8 +31,11 @@ def linear_attention(
     scale: float | None = None,
     initial_state: Float[Array, "b h k v"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+    reverse: bool = False,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b *n h k v"]]:
     """Causal linear attention, S_t = diag(exp(log_decay_t)) S_{t-1} + k_t v_t^T and o_t = scale * q_t S_t.
 
     Args:
@@ -43,6 +50,11 @@ def linear_attention(
       initial_state: the state before the first token; None means zeros.
       segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
         belongs to the first token's document.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
+        nothing that stands there matters; their outputs are zeros.
+      segment_states: return the states after each of a row's first N documents [B, N, ...] instead of its
+        last; zeros for documents that a row does not have.
+      reverse: read each row from its last real token to its first.
       backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
         "pallas_gpu". A Pallas backend named on CPU runs interpreted.
 
@@ -69,4 +81,8 @@ def linear_attention(
     call = check(*(as_shaped(x) for x in (q, k, v, log_decay, bonus, initial_state, segment_ids)))
     if call.log_decay is not None:
         checkify.debug_check(jnp.all(call.log_decay <= 0), "log_decay: a value is positive; expected <= 0")
-    return OPERATION(call, backend, scale=call.q.shape[-1] ** -0.5 if scale is None else float(scale))
+    read = rows(call.q.shape[:2], segment_ids, lengths, segment_states, reverse)
+    if read is not None:
+        call = in_reading_order(call, read)
+    out, state = OPERATION(call, backend, scale=call.q.shape[-1] ** -0.5 if scale is None else float(scale))
+    return (out, state) if read is None else (read.write(out), read.states(state, partial(states_at, call)))

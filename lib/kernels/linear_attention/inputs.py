@@ -7,6 +7,7 @@ from jax import Array
 
 from ..common.arguments import reject
 from ..common.documents import documents
+from ..common.rows import Rows
 
 
 class Inputs(NamedTuple):
@@ -68,3 +69,19 @@ def check(q, k, v, log_decay, bonus, initial_state, segment_ids) -> Inputs:
     packed = documents(segment_ids, B, T)
     runs = None if packed is None else packed.index
     return Inputs(q, k, v, log_decay, bonus, initial_state, runs)
+
+
+def in_reading_order(call: Inputs, read: Rows) -> Inputs:
+    """The call as its rows are read: tokens past a row's end leave the state as it is."""
+    B, T = read.shape
+    g = call.log_decay
+    if g is not None and g.ndim == 1 and read.lengths is not None:
+        g = jnp.broadcast_to(g, (B, T, *g.shape))
+    packed = documents(read.ids, B, T)
+    return call._replace(
+        q=read.read(call.q),
+        k=read.read(call.k),
+        v=read.read(call.v),
+        log_decay=g if g is None or g.ndim == 1 else read.read(g),
+        runs=None if packed is None else packed.index,
+    )

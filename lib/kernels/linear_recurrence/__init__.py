@@ -1,9 +1,12 @@
 """The elementwise linear recurrence: the public function."""
 
+from functools import partial
+
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
 from ..common.operation import Backend, Operation
+from ..common.rows import outputs_at, rows
 from .inputs import Inputs, check
 
 OPERATION = Operation(
@@ -21,9 +24,11 @@ def linear_recurrence(
     *,
     initial_state: Float[Array, "b d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
     reverse: bool = False,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+) -> tuple[Float[Array, "b t d"], Float[Array, "b *n d"]]:
     """First-order linear recurrence along time, h_t = a_t * h_{t-1} + b_t, one for each channel.
 
     Args:
@@ -32,7 +37,11 @@ def linear_recurrence(
       initial_state: the state before the first token read; None means zeros.
       segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
         belongs to the document of the first token read.
-      reverse: read from the last token to the first, so h_t = a_t * h_{t+1} + b_t.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
+        nothing that stands there matters; their outputs are zeros.
+      segment_states: return the states after each of a row's first N documents [B, N, D] instead of its last;
+        zeros for documents that a row does not have.
+      reverse: read from the last real token to the first, so h_t = a_t * h_{t+1} + b_t.
       backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
         "pallas_gpu". A Pallas backend named on CPU runs interpreted.
 
@@ -56,5 +65,13 @@ def linear_recurrence(
         >>> h.shape, state.shape
         ((2, 100, 64), (2, 64))
     """
-    call = check(as_shaped(a), as_shaped(b), as_shaped(initial_state), as_shaped(segment_ids), bool(reverse))
-    return OPERATION(call, backend, reverse=bool(reverse))
+    a, b, initial_state, segment_ids = map(as_shaped, (a, b, initial_state, segment_ids))
+    call = check(a, b, initial_state, segment_ids, bool(reverse))
+    read = rows(call.b.shape[:2], segment_ids, lengths, segment_states, reverse)
+    if read is None or (read.lengths is None and read.segment_states is None):
+        return OPERATION(call, backend, reverse=bool(reverse))
+    wide = b if segment_states is None else b.astype(call.initial_state.dtype)
+    call = check(read.read(a, 1), read.read(wide), initial_state, read.ids, False)
+    h, state = OPERATION(call, backend, reverse=False)
+    states = read.states(state, partial(outputs_at, h, call.initial_state))
+    return read.write(h).astype(b.dtype), states

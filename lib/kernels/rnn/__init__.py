@@ -1,10 +1,14 @@
 """Recurrent networks with a matrix for each head: the public function."""
 
+from functools import partial
+
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
 from ..common.operation import Backend, Operation
-from .inputs import Inputs, check
+from ..common.rows import rows
+from .inputs import Inputs, check, in_reading_order
+from .states import states_at
 
 OPERATION = Operation(
     "rnn",
@@ -25,8 +29,11 @@ def rnn(
     cell: str = "lstm",
     initial_state: Float[Array, "b s h d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+    reverse: bool = False,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t h d"], Float[Array, "b s h d"]]:
+) -> tuple[Float[Array, "b t h d"], Float[Array, "b *n s h d"]]:
     """A recurrent network over time, whose heads each have a recurrent matrix for every gate.
 
     With x_g = gates[..., g, :], R_g h = h @ recurrent[head, g], y_g = x_g + R_g h_{t-1} + b_g, s = sigmoid:
@@ -49,6 +56,11 @@ def rnn(
         sLSTM's c and m are not read where its n is zero: nothing was read yet.
       segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
         belongs to the first token's document.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
+        nothing that stands there matters; their outputs are zeros.
+      segment_states: return the states after each of a row's first N documents [B, N, ...] instead of its
+        last; zeros for documents that a row does not have.
+      reverse: read each row from its last real token to its first.
       backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
         "pallas_gpu". A Pallas backend named on CPU runs interpreted. Kernels hold a head's R on chip: an
         LSTM's up to D = 2048 in bfloat16 on TPU, 128 on Hopper, which takes bfloat16 alone; larger heads get
@@ -77,4 +89,10 @@ def rnn(
         ((2, 100, 4, 32), (2, 2, 4, 32))
     """
     arrays = [as_shaped(x) for x in (gates, recurrent, bias, initial_state, segment_ids)]
-    return OPERATION(check(*arrays, cell=cell), backend)
+    call = check(*arrays, cell=cell)
+    read = rows(call.gates.shape[:2], segment_ids, lengths, segment_states, reverse)
+    if read is None:
+        return OPERATION(call, backend)
+    call = in_reading_order(call, read)
+    h, state = OPERATION(call, backend)
+    return read.write(h), read.states_by_place(state, partial(states_at, call, h))

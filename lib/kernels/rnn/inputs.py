@@ -7,6 +7,7 @@ from jax import Array
 
 from ..common.arguments import accumulator, reject
 from ..common.documents import documents
+from ..common.rows import Rows
 from .cells import CELLS, Cell, find
 
 
@@ -53,3 +54,9 @@ def check(gates, recurrent, bias, initial_state, segment_ids, *, cell: str) -> I
     state = jnp.zeros((B, S, H, D), dtype) if initial_state is None else initial_state.astype(dtype)
     bias = jnp.zeros((H, G, D), gates.dtype) if bias is None else bias
     return Inputs(gates, recurrent, bias, state, starts)
+
+
+def in_reading_order(call: Inputs, read: Rows) -> Inputs:
+    """The call as its rows are read, with zeros past their ends."""
+    packed = documents(read.ids, *read.shape)
+    return call._replace(gates=read.read(call.gates), starts=None if packed is None else packed.starts)

@@ -1,12 +1,16 @@
 """Mamba's selective scan: the public function."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
 from ..common.arguments import as_shaped
 from ..common.operation import Backend, Operation
-from .inputs import Inputs, check, step_size
+from ..common.rows import rows
+from .inputs import Inputs, check, in_reading_order, step_size
+from .states import states_at
 
 OPERATION = Operation(
     "selective_scan",
@@ -31,8 +35,11 @@ def selective_scan(
     dt_softplus: bool = False,
     initial_state: Float[Array, "b d n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+    reverse: bool = False,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t d"], Float[Array, "b d n"]]:
+) -> tuple[Float[Array, "b t d"], Float[Array, "b *m d n"]]:
     """Mamba's recurrence, h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t and y_t = (C_t h_t + D x_t) silu(z_t).
 
     Args:
@@ -49,6 +56,11 @@ def selective_scan(
       initial_state: the state before the first token; None means zeros.
       segment_ids: the document of each token; the state restarts wherever the id changes. The initial state
         belongs to the first token's document.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
+        nothing that stands there matters; their outputs are zeros.
+      segment_states: return the states after each of a row's first N documents [B, N, ...] instead of its
+        last; zeros for documents that a row does not have.
+      reverse: read each row from its last real token to its first.
       backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
         "pallas_gpu". A Pallas backend named on CPU runs interpreted.
 
@@ -79,4 +91,12 @@ def selective_scan(
     checkify.debug_check(jnp.all(call.A <= 0), "A: a value is positive; expected <= 0")
     if not softplus:
         checkify.debug_check(jnp.all(step_size(call, False) >= 0), "dt: a value is negative; expected >= 0")
-    return OPERATION(call, backend, softplus=softplus)
+    read = rows(call.x.shape[:2], segment_ids, lengths, segment_states, reverse)
+    if read is not None:
+        call = in_reading_order(call, read, softplus)
+    y, state = OPERATION(call, backend, softplus=softplus)
+    return (
+        (y, state)
+        if read is None
+        else (read.write(y), read.states(state, partial(states_at, call, softplus)))
+    )

@@ -8,6 +8,7 @@ from jax import Array
 
 from ..common.arguments import accumulator, reject
 from ..common.documents import documents
+from ..common.rows import Rows
 from ..common.sharding import vary_like
 
 KEPT = 128  # tokens between the states that the TPU's forward pass keeps for its gradient
@@ -49,6 +50,22 @@ def finish(call: Inputs, y_BTD: Array) -> Array:
     if call.z is not None:
         y_BTD = y_BTD * jax.nn.silu(call.z.astype(y_BTD.dtype))
     return y_BTD.astype(call.x.dtype)
+
+
+def in_reading_order(call: Inputs, read: Rows, softplus: bool) -> Inputs:
+    """The call as its rows are read: tokens past a row's end have dt = 0, which leaves the state as it is."""
+    packed = documents(read.ids, *read.shape)
+    if read.lengths is not None and not softplus:
+        call = call._replace(dt=step_size(call, False), dt_bias=jnp.zeros_like(call.dt_bias))
+    return call._replace(
+        x=read.read(call.x),
+        # The softplus of -1e4 is 0, and its slope, with any bias that a model has.
+        dt=read.read(call.dt, -1e4 if softplus else 0),
+        B=read.read(call.B),
+        C=read.read(call.C),
+        z=None if call.z is None else read.read(call.z),
+        starts=None if packed is None else packed.starts.astype(jnp.int32),
+    )
 
 
 def check(x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids) -> Inputs:
