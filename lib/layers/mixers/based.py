@@ -6,7 +6,7 @@ from flax import linen as nn
 from jax import Array
 
 from .linear_attention import LinearAttention, LinearAttentionState
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 from .sliding_window import SlidingWindowAttention, WindowState
 
 
@@ -44,10 +44,7 @@ class Based(Mixer):
     window: int = 64
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: BasedState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, BasedState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: BasedState | None, rows: RowArguments) -> tuple[Array, BasedState]:
         shared = {
             "heads": self.heads,
             "param_dtype": self.param_dtype,
@@ -57,6 +54,6 @@ class Based(Mixer):
         linear = LinearAttention(feature_map="taylor", key_size=self.key_size, **shared, name="linear")
         window = SlidingWindowAttention(window=self.window, **shared, name="window")
         before = BasedState(None, None) if state is None else state
-        y_linear, linear_state = linear(x, state=before.linear, segment_ids=segment_ids)
-        y_window, window_state = window(x, state=before.window, segment_ids=segment_ids)
+        y_linear, linear_state = linear(x, state=before.linear, **rows)
+        y_window, window_state = window(x, state=before.window, **rows)
         return y_linear + y_window, BasedState(linear_state, window_state)

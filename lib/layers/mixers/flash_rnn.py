@@ -10,7 +10,7 @@ from ...kernels import rnn
 from ...kernels.rnn.cells import find
 from ..modules.heads import head_size, merge_heads
 from ..modules.norms import HeadLayerNorm
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class FlashRNNState(NamedTuple):
@@ -47,10 +47,7 @@ class FlashRNN(Mixer):
     normalize: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: FlashRNNState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, FlashRNNState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: FlashRNNState | None, rows: RowArguments) -> tuple[Array, FlashRNNState]:
         W, H, G = x.shape[-1], self.heads, find(self.cell).gates
         D = head_size("width", W, H)
         second = self.cell == "gru"  # whose n has one bias inside its reset gate, and one outside
@@ -64,7 +61,7 @@ class FlashRNN(Mixer):
             bias.astype(x.dtype),
             cell=self.cell,
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         if self.normalize:

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import Array
 
 from ..modules.short_conv import ShortConv
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class ConvolutionState(NamedTuple):
@@ -38,15 +38,12 @@ class GatedConvolution(Mixer):
     expand: int = 2
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: ConvolutionState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, ConvolutionState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: ConvolutionState | None, rows: RowArguments) -> tuple[Array, ConvolutionState]:
         D = x.shape[-1]
         if self.expand < 1:
             raise ValueError(f"expand: got {self.expand}; expected a whole number >= 1")
         inner, gate = jnp.split(self.dense(x, 2 * self.expand * D, "in_gate"), 2, axis=-1)
         before = None if state is None else state.conv
         conv = ShortConv(self.width, "silu", self.param_dtype, self.backend, name="conv")
-        y, last = conv(inner, state=before, segment_ids=segment_ids)
+        y, last = conv(inner, state=before, **rows)
         return self.output(y * gate, D), ConvolutionState(last)

@@ -12,7 +12,7 @@ from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import GatedNorm
 from ..modules.short_conv import ShortConv
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class GLAState(NamedTuple):
@@ -55,10 +55,7 @@ class GatedLinearAttention(Mixer):
     conv_width: int | None = None
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: GLAState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, GLAState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: GLAState | None, rows: RowArguments) -> tuple[Array, GLAState]:
         D, H = x.shape[-1], self.heads
         K = head_size("width * expand_k", D * self.expand_k, H)
         V = head_size("width * expand_v", D * self.expand_v, H)
@@ -70,7 +67,7 @@ class GatedLinearAttention(Mixer):
         if self.conv_width is not None:
             conv_in = None if state is None else state.conv
             short_conv = ShortConv(self.conv_width, "silu", self.param_dtype, self.backend, name="conv")
-            qkv, conv = short_conv(qkv, state=conv_in, segment_ids=segment_ids)
+            qkv, conv = short_conv(qkv, state=conv_in, **rows)
         q_BTHK, k_BTHK, v_BTHV = (split_heads(y, H) for y in _split(qkv, (H * K, H * K, H * V)))
         forget = self.dense(low, H * K, "forget", use_bias=True)
         log_decay = jax.nn.log_sigmoid(forget.astype(accumulator(x.dtype))) / self.gate_temperature
@@ -81,7 +78,7 @@ class GatedLinearAttention(Mixer):
             v_BTHV,
             split_heads(log_decay, H),
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         o_BTHV = GatedNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV, split_heads(gate, H))

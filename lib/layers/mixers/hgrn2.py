@@ -12,7 +12,7 @@ from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import RMSNorm
 from ..modules.over_depth import ForgetFloors, floored_gate
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class HGRN2State(NamedTuple):
@@ -47,15 +47,9 @@ class HGRN2(Mixer):
     over_depth = ForgetFloors
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        *,
-        state: HGRN2State | None = None,
-        segment_ids: Array | None = None,
-        floor: Array | None = None,
+    def mix(
+        self, x: Array, state: HGRN2State | None, rows: RowArguments, floor: Array | None = None
     ) -> tuple[Array, HGRN2State]:
-        x = self.prepare(x, segment_ids)
         D, H = x.shape[-1], self.heads
         head_size("width", D, H)
         q, f, i = jnp.split(self.dense(x, 3 * D, "qfi"), 3, axis=-1)
@@ -66,7 +60,7 @@ class HGRN2(Mixer):
             split_heads(i, H),
             split_heads(log_f, H),
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         o = RMSNorm(param_dtype=self.param_dtype, name="norm")(merge_heads(o_BTHV))

@@ -15,7 +15,7 @@ from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import SimpleRMSNorm
 from ..modules.over_depth import LayerFraction
 from ..modules.rotary import angles, positions
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class LightningState(NamedTuple):
@@ -79,15 +79,9 @@ class LightningAttention(Mixer):
     over_depth = LayerFraction
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        *,
-        state: LightningState | None = None,
-        segment_ids: Array | None = None,
-        fraction: Array | None = None,
+    def mix(
+        self, x: Array, state: LightningState | None, rows: RowArguments, fraction: Array | None = None
     ) -> tuple[Array, LightningState]:
-        x = self.prepare(x, segment_ids)
         D, H = x.shape[-1], self.heads
         head_size("width", D, H)
         q, k, v, u = jnp.split(self.dense(x, 4 * D, "qkvu"), 4, axis=-1)
@@ -95,7 +89,7 @@ class LightningAttention(Mixer):
 
         offset = None
         if self.lrpe:
-            place, offset = positions(None if state is None else state.offset, segment_ids, x.shape[:2])
+            place, offset = positions(None if state is None else state.offset, shape=x.shape[:2], **rows)
             theta_HK = self.param("theta", _init_theta, (H, D // H), self.param_dtype)
             angle = angles(place[:, :, None, None], theta_HK[None, None], accumulator(x.dtype))
             cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -112,7 +106,7 @@ class LightningAttention(Mixer):
             log_decay_H,
             scale=1.0,
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         o = SimpleRMSNorm()(merge_heads(o_BTHV))

@@ -11,7 +11,7 @@ from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
 from ..modules.feature_maps import LearnedMap, elu_plus_one, taylor
 from ..modules.heads import head_size, merge_heads, split_heads
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 FEATURE_MAPS = ("elu+1", "relu", "taylor", "learned")
 
@@ -52,10 +52,7 @@ class LinearAttention(Mixer):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: LinearAttentionState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, LinearAttentionState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: LinearAttentionState | None, rows: RowArguments) -> tuple[Array, LinearAttentionState]:
         D, H = x.shape[-1], self.heads
         V = head_size("width", D, H)
         K = self.key_size or (16 if self.feature_map == "taylor" else V)
@@ -72,7 +69,7 @@ class LinearAttention(Mixer):
             v_BTHV,
             scale=1.0 if self.normalize else None,
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         if self.normalize:

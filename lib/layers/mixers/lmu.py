@@ -10,7 +10,7 @@ from jax import Array
 from ...kernels import lmu
 from ..modules.norms import RMSNorm
 from ..modules.spiking import lif
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class LMUState(NamedTuple):
@@ -56,10 +56,7 @@ class LMU(Mixer):
     spiking: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: LMUState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, LMUState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: LMUState | None, rows: RowArguments) -> tuple[Array, LMUState]:
         if self.signals < 1:
             raise ValueError(f"signals: got {self.signals}; expected a number >= 1")
         B, T, D = x.shape
@@ -67,7 +64,7 @@ class LMU(Mixer):
         potentials = []
 
         def fire(current, threshold=1.0):
-            spikes, v = lif(current, threshold=threshold, initial_state=next(before), segment_ids=segment_ids)
+            spikes, v = lif(current, threshold=threshold, initial_state=next(before), **rows)
             potentials.append(v)
             return spikes
 
@@ -83,7 +80,7 @@ class LMU(Mixer):
             self.order,
             self.theta,
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
         )
         m = m.reshape(B, T, -1)
         if self.spiking:

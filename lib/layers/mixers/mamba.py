@@ -12,7 +12,7 @@ from ...kernels import selective_scan
 from ...kernels.common.arguments import accumulator
 from ..modules.norms import rms_normalize
 from ..modules.short_conv import ShortConv
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class MambaState(NamedTuple):
@@ -59,10 +59,7 @@ class Mamba(Mixer):
     selective: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: MambaState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, MambaState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: MambaState | None, rows: RowArguments) -> tuple[Array, MambaState]:
         width, N = x.shape[-1], self.state_size
         E = inner_width(width, self.expand)
         rank = math.ceil(width / 16) if self.dt_rank is None else self.dt_rank
@@ -73,7 +70,7 @@ class Mamba(Mixer):
 
         u, z = jnp.split(self.dense(x, 2 * E, "in_gate"), 2, axis=-1)
         short_conv = ShortConv(self.conv_width, "silu", self.param_dtype, self.backend, True, name="conv")
-        u, conv = short_conv(u, state=conv, segment_ids=segment_ids)
+        u, conv = short_conv(u, state=conv, **rows)
         dt, B, C = self._selected(u, rank) if self.selective else self._constant(u)
 
         A_log = self.param("A_log", init_rates, (E, N), self.param_dtype)
@@ -88,7 +85,7 @@ class Mamba(Mixer):
             dt_bias=self.param("dt_bias", init_dt_bias, (E,), self.param_dtype),
             dt_softplus=True,
             initial_state=memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         return self.output(y, width), MambaState(memory, conv)

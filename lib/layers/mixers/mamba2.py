@@ -13,7 +13,7 @@ from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import rms_normalize
 from ..modules.short_conv import ShortConv
 from .mamba import init_dt_bias, inner_width
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class Mamba2State(NamedTuple):
@@ -59,10 +59,7 @@ class Mamba2(Mixer):
     norm_epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: Mamba2State | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, Mamba2State]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: Mamba2State | None, rows: RowArguments) -> tuple[Array, Mamba2State]:
         width, H, N, G = x.shape[-1], self.heads, self.state_size, self.groups
         E = inner_width(width, self.expand)
         head_size("width * expand", E, H)
@@ -75,7 +72,7 @@ class Mamba2(Mixer):
         edges = (E, 2 * (E + G * N))
         z, uBC, dt = jnp.split(self.dense(x, edges[1] + H, "gate_in_dt"), edges, axis=-1)
         short_conv = ShortConv(self.conv_width, "silu", self.param_dtype, self.backend, True, name="conv")
-        uBC, conv = short_conv(uBC, state=conv, segment_ids=segment_ids)
+        uBC, conv = short_conv(uBC, state=conv, **rows)
         u, B, C = jnp.split(uBC, (E, E + G * N), axis=-1)
 
         A_log = self.param("A_log", _init_rates, (H,), self.param_dtype)
@@ -90,7 +87,7 @@ class Mamba2(Mixer):
             dt_bias=self.param("dt_bias", init_dt_bias, (H,), self.param_dtype),
             dt_softplus=True,
             initial_state=memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         y = merge_heads(rms_normalize(split_heads(merge_heads(y_BTHP), G), self.norm_epsilon))

@@ -11,7 +11,7 @@ from ...kernels import linear_recurrence
 from ...kernels.common.arguments import accumulator
 from ..modules.norms import RMSNorm
 from ..modules.over_depth import ForgetFloors, floored_gate
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class MLGRUState(NamedTuple):
@@ -41,15 +41,9 @@ class MLGRU(Mixer):
     over_depth = ForgetFloors
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        *,
-        state: MLGRUState | None = None,
-        segment_ids: Array | None = None,
-        floor: Array | None = None,
+    def mix(
+        self, x: Array, state: MLGRUState | None, rows: RowArguments, floor: Array | None = None
     ) -> tuple[Array, MLGRUState]:
-        x = self.prepare(x, segment_ids)
         D = x.shape[-1]
         f, c, g = jnp.split(self.dense(x, 3 * D, "fcg"), 3, axis=-1)
         wide = accumulator(x.dtype)  # near 1, bfloat16 can't tell a long memory from an endless one
@@ -58,7 +52,7 @@ class MLGRU(Mixer):
             jnp.exp(log_f),
             inward * jax.nn.silu(c.astype(wide)),
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         o = RMSNorm(param_dtype=self.param_dtype, name="norm")(jax.nn.sigmoid(g) * h.astype(x.dtype))

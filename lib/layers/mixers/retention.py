@@ -12,7 +12,7 @@ from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import GatedNorm
 from ..modules.rotary import positions, rotary
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class RetentionState(NamedTuple):
@@ -47,17 +47,14 @@ class Retention(Mixer):
     expand_v: int | float = 2.0
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: RetentionState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, RetentionState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: RetentionState | None, rows: RowArguments) -> tuple[Array, RetentionState]:
         D, H = x.shape[-1], self.heads
         head_size("width", D, H)
         values = H * head_size("width * expand_v", D * self.expand_v, H)
         q, k, v, gate = jnp.split(
             self.dense(x, 2 * D + 2 * values, "qkv_gate"), [D, 2 * D, 2 * D + values], axis=-1
         )
-        place, offset = positions(None if state is None else state.offset, segment_ids, x.shape[:2])
+        place, offset = positions(None if state is None else state.offset, shape=x.shape[:2], **rows)
         q_BTHK, k_BTHK = (rotary(split_heads(y, H), place) for y in (q, k))
 
         log_decay_H = jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(H)))), accumulator(x.dtype))
@@ -67,7 +64,7 @@ class Retention(Mixer):
             split_heads(v, H),
             log_decay_H,
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         o_BTHV = GatedNorm(affine=False, name="norm")(o_BTHV, split_heads(gate, H))

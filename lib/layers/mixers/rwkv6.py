@@ -13,7 +13,7 @@ from ...kernels.common.documents import documents
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import HeadLayerNorm
 from ..modules.over_depth import LayerFraction
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class RWKV6State(NamedTuple):
@@ -55,15 +55,9 @@ class RWKV6(Mixer):
     over_depth = LayerFraction
 
     @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        *,
-        state: RWKV6State | None = None,
-        segment_ids: Array | None = None,
-        fraction: Array | None = None,
+    def mix(
+        self, x: Array, state: RWKV6State | None, rows: RowArguments, fraction: Array | None = None
     ) -> tuple[Array, RWKV6State]:
-        x = self.prepare(x, segment_ids)
         D, H = x.shape[-1], self.heads
         K = head_size("width", D, H)
         start = _Start(0.0 if fraction is None else fraction)
@@ -91,7 +85,7 @@ class RWKV6(Mixer):
             bonus=u_HK,
             scale=1.0,
             initial_state=None if state is None else state.memory,
-            segment_ids=segment_ids,
+            **rows,
             backend=self.backend,
         )
         o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV))

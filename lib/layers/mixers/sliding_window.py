@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.rotary import positions, rotary
-from .mixer import Mixer
+from .mixer import Mixer, RowArguments
 
 
 class WindowState(NamedTuple):
@@ -43,10 +43,7 @@ class SlidingWindowAttention(Mixer):
     window: int = 64
 
     @nn.compact
-    def __call__(
-        self, x: Array, *, state: WindowState | None = None, segment_ids: Array | None = None
-    ) -> tuple[Array, WindowState]:
-        x = self.prepare(x, segment_ids)
+    def mix(self, x: Array, state: WindowState | None, rows: RowArguments) -> tuple[Array, WindowState]:
         B, T, D = x.shape
         H, W = self.heads, self.window
         N = head_size("width", D, H)
@@ -99,7 +96,8 @@ def window_attention(
         of_k = spoiled_k + spoiled_v
     if isinstance(T, int) and T <= W:  # T may be symbolic
         C, keys = T, W - 1 + T
-        q, place, of_q, k, v, of_k = (x if x is None else x[:, None] for x in (q, place, of_q, k, v, of_k))
+        q, place, k, v = (x[:, None] for x in (q, place, k, v))
+        of_q, of_k = (x if x is None else x[:, None] for x in (of_q, of_k))
     else:
         C, keys, blocks = W, 2 * W, -(-T // W)
         tail = blocks * W - T

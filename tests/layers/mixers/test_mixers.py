@@ -10,7 +10,8 @@ import pytest
 import frugax
 from tests.errors import assert_close
 
-from .mixers import MIXERS, TIME, VARIANTS, WIDTH, calls, floats, make, together, whole
+from ..calls import floats
+from .mixers import MIXERS, TIME, VARIANTS, WIDTH, calls, make, together, whole
 
 # Mixers on operations that let a NaN pass by a product with zero: to later tokens' place, or other documents.
 LINEAR = {"LinearAttention", "LightningAttention", "Retention", "GatedLinearAttention", "HGRN2", "RWKV6"}
@@ -18,19 +19,13 @@ NAN_GOES_BACK = LINEAR | {"Mamba2", "Based"}
 NAN_CROSSES = NAN_GOES_BACK | {"MLGRU", "Mamba"}
 
 
-def starts_of(ids):
-    """Where a document starts, the call's first token left out, which goes on with an earlier one."""
-    return jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-
-
 @together()
 def test_whole_is_token_by_token(name):
     with jax.enable_x64(True):
         mine = calls(name)
-        x = mine.x[:, 3:]
-        none = jnp.zeros(x.shape[:2], bool)
-        out, grads = mine.token_by_token(x, mine.nothing_read, none, mine.cotangents())
-        got, got_grads = mine.whole(x)
+        none = jnp.zeros(mine.ids.shape, bool)
+        out, grads = mine.token_by_token(mine.now, mine.nothing_read, none, mine.cotangents())
+        got, got_grads = mine.whole(mine.now)
         assert_close(got, out, "float64", name="whole")
         assert_close(got_grads[:2], grads[:2], "float64", name="gradients")
 
@@ -40,11 +35,9 @@ def test_packed_rows_that_go_on_are_token_by_token(name):
     """Of a state and several documents: (3 +) 2, 1 and 4 tokens in row 0, (3 +) 5 and 2 in row 1."""
     with jax.enable_x64(True):
         mine = calls(name)
-        none = jnp.zeros((2, 3), bool)
-        _, state = mine.token_by_token(mine.x[:, :3], mine.nothing_read, none)
-        x, starts = mine.x[:, 3:], starts_of(mine.ids)
-        want = mine.token_by_token(x, state, starts, mine.cotangents())
-        assert_close(mine.packed(x, state, mine.ids), want, "float64", name="packed")
+        state = mine.before()
+        want = mine.token_by_token(mine.now, state, mine.starts(), mine.cotangents())
+        assert_close(mine.packed(mine.now, state), want, "float64", name="packed")
 
 
 @together()
@@ -52,11 +45,10 @@ def test_outputs_do_not_see_what_comes_later(name):
     """The same bits, whatever stands at token 4 and after: other values, or NaN."""
     with jax.enable_x64(True):
         mine = calls(name)
-        x = mine.x[:, 3:]
-        for run in (mine.whole, lambda x: mine.packed(x, mine.nothing_read, mine.ids)):
-            (y, _), _ = run(x)
+        for run in (mine.whole, lambda x: mine.packed(x, mine.nothing_read)):
+            (y, _), _ = run(mine.now)
             for later in (-3.0, jnp.nan)[: 1 if MIXERS[name][0] in NAN_GOES_BACK else 2]:
-                (other, _), _ = run(x.at[:, 4:].multiply(later))
+                (other, _), _ = run(mine.now.at[:, 4:].multiply(later))
                 assert (other[:, :4] == y[:, :4]).all()
 
 
@@ -65,18 +57,28 @@ def test_documents_do_not_see_each_other(name):
     """Another value or a NaN in one: the others' outputs, gradients and the last state are the same bits."""
     with jax.enable_x64(True):
         mine = calls(name)
-        x, (of_y, of_state) = mine.x[:, 3:], mine.cotangents()
+        of_y, of_state = mine.cotangents()
         bad = np.zeros((2, TIME), bool)
         bad[0, 2] = bad[1, :5] = True
-        of_y = jnp.where(bad[..., None], 0, of_y)
-        (y, state), (_, of_x, _) = mine.packed(x, mine.nothing_read, mine.ids, (of_y, of_state))
+        cotangents = jnp.where(bad[..., None], 0, of_y), of_state
+        (y, state), (_, (of_x,), _) = mine.packed(mine.now, mine.nothing_read, cotangents)
         for other in (-3.0, jnp.nan)[: 1 if MIXERS[name][0] in NAN_CROSSES else 2]:
-            spoiled = x.at[0, 2].multiply(other).at[1, 3].multiply(other)
-            got, (_, of_spoiled, _) = mine.packed(spoiled, mine.nothing_read, mine.ids, (of_y, of_state))
+            spoiled = mine.now.at[0, 2].multiply(other).at[1, 3].multiply(other)
+            got, (_, (of_spoiled,), _) = mine.packed(spoiled, mine.nothing_read, cotangents)
             assert (np.asarray(got[0])[~bad] == np.asarray(y)[~bad]).all()
             assert (np.asarray(of_spoiled)[~bad] == np.asarray(of_x)[~bad]).all()
             for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(state), strict=True):
                 assert (a == b).all()
+
+
+@together()
+def test_extreme_inputs_have_finite_outputs_and_gradients(name):
+    """Gates that are open or closed to the last bit, either way."""
+    with jax.enable_x64(True):
+        mine = calls(name)
+        for size in (1e2, 1e5):
+            out = mine.whole(size * mine.now)
+            assert all(jnp.isfinite(a).all() for a in floats(out)), size
 
 
 @together(full=VARIANTS)
