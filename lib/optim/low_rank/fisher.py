@@ -12,7 +12,7 @@ from ..common.slicewise import slicewise
 
 
 class FisherState(NamedTuple):
-    """Steps so far, and the last gradients, each leaf [history, *its shape]."""
+    """Steps so far, and the last gradients: [..., history, r, n] for each leaf [..., r, n]."""
 
     step: Array
     history: Any
@@ -44,21 +44,23 @@ def scale_by_fisher(history: int = 20, damping: Any = 1e-3) -> optax.GradientTra
     size = static_size("history", history)
 
     def init(params: Any) -> FisherState:
-        zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), params)
-        return FisherState(jnp.zeros((), jnp.int32), zeros)
+        past = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], size, *x.shape[-2:]), x.dtype), params)
+        return FisherState(jnp.zeros((), jnp.int32), past)
 
     def update(updates: Any, state: FisherState, params: Any = None) -> tuple[Any, FisherState]:
         place = state.step % size
-        remember = lambda h, g: h.at[place].set(g)  # noqa: E731
-        past = jax.tree.map(remember, state.history, updates)
 
-        def precondition(g: Array, h: Array) -> Array:
-            gram = jnp.einsum("i...rn,j...rn->...ij", h, h)
-            newest = jnp.zeros(size, g.dtype).at[place].set(1)
-            damped = gram + damping * jnp.eye(size, dtype=g.dtype)
+        def remember(h: Array, g: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(h, g, place, h.ndim - 3)
+
+        def precondition(h: Array) -> Array:
+            gram = slicewise(lambda h_SK: h_SK @ h_SK.T, h.reshape(*h.shape[:-2], -1))
+            damped = gram + damping * jnp.eye(size, dtype=h.dtype)
+            newest = jnp.zeros(size, h.dtype).at[place].set(1)
             weights = slicewise(lambda a: jnp.linalg.solve(a, newest), damped)
-            return jnp.einsum("...i,i...rn->...rn", weights, h)
+            return jnp.einsum("...i,...irn->...rn", weights, h)
 
-        return jax.tree.map(precondition, updates, past), FisherState(optax.safe_increment(state.step), past)
+        past = jax.tree.map(remember, state.history, updates)
+        return jax.tree.map(precondition, past), FisherState(optax.safe_increment(state.step), past)
 
     return optax.GradientTransformation(init, update)

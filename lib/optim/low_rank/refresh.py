@@ -157,7 +157,8 @@ def refresh_some(
 def _transported(state: Any, change: Array, n: int) -> Any:
     """Inner's moments [..., r, n] in the new basis; second moments by the squares of `change` [..., r, r].
 
-    Second moments are what is called `nu`, and codes of a format without negative values.
+    Second moments are what is called `nu`, and codes of a format without negative values. A history of
+    moments [..., history, r, n] turns as each of them does.
     """
 
     def move(path, leaf):
@@ -172,6 +173,7 @@ def _transported(state: Any, change: Array, n: int) -> Any:
 
     def turned(moment, is_second):
         c = change.astype(moment.dtype)
+        c = jnp.expand_dims(c, tuple(range(c.ndim - 2, moment.ndim - 2)))
         return (c * c if is_second else c) @ moment
 
     return jax.tree_util.tree_map_with_path(move, state, is_leaf=lambda x: isinstance(x, QuantizedTensor))

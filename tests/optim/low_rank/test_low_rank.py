@@ -252,6 +252,19 @@ def test_moments_in_codes_are_transported_as_what_they_stand_for(inner):
     assert jnp.abs(got_v - (0.999 * (c * c) @ v + 0.001 * r * r)).max() < 0.02 * jnp.abs(got_v).max()
 
 
+def test_a_history_of_gradients_is_transported():
+    """A stack of two, whose projected gradients of the first step turn with the basis at the second."""
+    first, second = (jnp.asarray(g, jnp.float32) for g in gradients((2, 4, 6), 2))
+    opt = low_rank(optim.SVD(4), optim.scale_by_fisher(history=3), refresh=1, moments="transport")
+    _, before = opt.update({"w": first}, opt.init({"w": first}))
+    _, after = opt.update({"w": second}, before)
+    old, new = before.leaves["w"], after.leaves["w"]
+    history = new.inner.history
+    assert_close(new.projector @ history[:, 0], old.projector @ old.inner.history[:, 0], "float32")
+    assert_close(history[:, 1], jnp.swapaxes(new.projector, 1, 2) @ second, "float32")
+    assert not history[:, 2].any()
+
+
 def test_draws_depend_on_seed_leaf_and_turn():
     def rows(seed, path, step):
         opt = low_rank(
