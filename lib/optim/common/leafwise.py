@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import math
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,14 +14,20 @@ import numpy as np
 import optax
 from jax import Array
 
-from .matrix_spec import Decision, MatrixSpec, View
+from .containers import Names, find, named_leaves, nested
+from .matrix_spec import BY_DEFAULT, Decision, MatrixAxes, MatrixSpec, View
 from .placement import automatic, placed
+from .state_bytes import state_bytes
 
 _log = logging.getLogger("frugax.optim")
 
 
 class LeafwiseState(NamedTuple):
-    """The steps so far, and the tree of params with each leaf replaced by its own state.
+    """The steps so far, and the state of each leaf of params, in nested dicts by the leaf's path.
+
+    For params in nested dicts, that is the tree of params with each leaf replaced by its own state. To map
+    over such states beside a tree of shardings, say so to Optax:
+    `optax.tree_utils.tree_map_params(tx, f, state, shardings, is_leaf=lambda x: not isinstance(x, dict))`.
 
     Example:
         >>> import frugax, jax.numpy as jnp
@@ -89,11 +97,11 @@ def leafwise(
         return u.astype(g.dtype), state
 
     @functools.lru_cache(maxsize=16)
-    def expected(tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> list[tuple[Decision, Any]]:
+    def expected(leaves: tuple[tuple[Names, jax.ShapeDtypeStruct], ...]) -> list[tuple[Decision, Any]]:
         """Decide for each leaf, with the shapes of its state; worked out once for a tree of shapes."""
         states: dict[Any, Any] = {}
         found = []
-        for decision, leaf in zip(spec.decisions(tree.unflatten(leaves), side), leaves, strict=True):
+        for decision, (_, leaf) in zip(spec.decisions_of(list(leaves), side), leaves, strict=True):
             kind = (decision.view, leaf)
             if kind not in states:
                 states[kind] = jax.eval_shape(functools.partial(init_leaf, decision), leaf)
@@ -101,26 +109,35 @@ def leafwise(
         return found
 
     def init(params: Any) -> LeafwiseState:
-        leaves, tree = _flat(params)
+        leaves, step = named_leaves(params), jnp.zeros((), jnp.int32)
+        if not leaves:  # nothing but a placeholder, by which Optax asks where params are in a state
+            return LeafwiseState(step, params)
         _say_once(spec.table(params, side))
-        made = [init_leaf(*pair) for pair in zip(spec.decisions(params, side), leaves, strict=True)]
-        return LeafwiseState(jnp.zeros((), jnp.int32), tree.unflatten(made))
+        made = []
+        for decision, (_, leaf) in zip(spec.decisions_of(leaves, side), leaves, strict=True):
+            if decision.why == BY_DEFAULT and decision.view.is_like_heads:
+                _warn_of_heads(decision, leaf, init_leaf)
+            made.append(init_leaf(decision, leaf))
+        return LeafwiseState(step, nested([names for names, _ in leaves], made))
 
     def update(updates: Any, state: LeafwiseState, params: Any = None) -> tuple[Any, LeafwiseState]:
-        gradients, tree = _flat(updates)
-        decided = expected(tree, tuple(jax.ShapeDtypeStruct(g.shape, g.dtype) for g in gradients))
-        weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
-        states = tree.flatten_up_to(state.leaves)
+        gradients, (_, tree) = named_leaves(updates), _flat(updates)
+        decided = expected(tuple((names, jax.ShapeDtypeStruct(g.shape, g.dtype)) for names, g in gradients))
+        weights = dict(named_leaves(params))
+        states = [find(state.leaves, names) for names, _ in gradients]
         for (decision, shapes), leaf_state in zip(decided, states, strict=True):
             _check_state(decision, shapes, leaf_state)
         many = sum(decision.view is not None for decision, _ in decided)
         done, number = [], 0
-        for (decision, _), g, w, leaf_state in zip(decided, gradients, weights, states, strict=True):
+        for (decision, _), (names, g), leaf_state in zip(decided, gradients, states, strict=True):
+            if params is not None and names not in weights:
+                raise ValueError(f"params: got nothing at {decision.path}; expected {list(g.shape)}")
             path_hash = np.uint32(zlib.crc32(decision.path.encode()))
             turn = Turn(np.int32(number), np.int32(many), state.step, path_hash)
-            done.append(update_leaf(decision.view, turn, g, w, leaf_state))
+            done.append(update_leaf(decision.view, turn, g, weights.get(names), leaf_state))
             number += decision.view is not None
-        after = LeafwiseState(optax.safe_increment(state.step), tree.unflatten([s for _, s in done]))
+        leaves = nested([names for names, _ in gradients], [s for _, s in done]) if done else state.leaves
+        after = LeafwiseState(optax.safe_increment(state.step), leaves)
         return tree.unflatten([u for u, _ in done]), after
 
     return optax.GradientTransformation(init, update)
@@ -133,6 +150,25 @@ def _flat(tree: Any) -> tuple[list[Any], Any]:
 @functools.lru_cache(maxsize=64)
 def _say_once(table: str) -> None:
     _log.info("which leaves are matrices, and why:\n%s", table)
+
+
+def _warn_of_heads(decision: Decision, leaf: Any, init_leaf: Callable[[Decision, Any], Any]) -> None:
+    """Warn of a kernel [width, heads, head size] that is taken for `width` small matrices."""
+    view: Any = decision.view
+    axes = MatrixAxes((-3,), (-2, -1))
+    flat = decision._replace(view=MatrixSpec().view_of(decision.path, view.shape, axes, "short"))
+    try:
+        now, then = (
+            state_bytes(jax.eval_shape(functools.partial(init_leaf, d), leaf)) for d in (decision, flat)
+        )
+    except ValueError:  # of a rank that these small matrices don't have: it names the leaf
+        return
+    *batch, m, n = view.matrices
+    warnings.warn(
+        f"{decision.path} of shape {list(view.shape)} is taken for {math.prod(batch)} matrices of {m} x {n} "
+        f"and keeps {now} bytes; with the rule {decision.path!r}: {axes} it keeps {then}",
+        stacklevel=4,
+    )
 
 
 def _check_state(decision: Decision, expected: Any, state: Any) -> None:

@@ -12,7 +12,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from .containers import Names, named_leaves
+from .leaf_names import MATRICES, PLAIN, is_plain, is_vector
+
 SIDES = ("short", "long", "rows", "cols", "unsharded")
+BY_DEFAULT = "its name and shape"  # the reason why a leaf is a matrix that no rule names
+LEAST_SIDE = 32  # of a matrix by an unusual name
 
 
 class MatrixAxes(NamedTuple):
@@ -27,6 +32,8 @@ class MatrixAxes(NamedTuple):
     rows: tuple[int, ...] = (-2,)
     cols: tuple[int, ...] = (-1,)
 
+
+LAST_TWO = MatrixAxes()
 
 # A rule's value for leaves [layers, ...] of any rank: each layer is a matrix, or is treated as one.
 STACKED = MatrixAxes((), ())
@@ -57,6 +64,11 @@ class View(NamedTuple):
         m, n = (math.prod(self.shape[axis] for axis in axes) for axes in self.axes)
         return (*(self.shape[axis] for axis in self.batch), *((n, m) if self.swapped else (m, n)))
 
+    @property
+    def is_like_heads(self) -> bool:
+        """True for shapes such as [width, heads, head size]: the axis before the matrices is the longest."""
+        return bool(self.batch) and self.shape[self.batch[-1]] > max(self.matrices[-2:])
+
     def split(self, x: Array) -> Array:
         """The leaf as matrices."""
         return jnp.transpose(x, self.order).reshape(self.matrices)
@@ -79,20 +91,28 @@ class Decision(NamedTuple):
 class MatrixSpec:
     r"""Rules for which leaves are matrices: your own first, then by name, shape and size.
 
-    Without rules, a leaf is a matrix where its own name is in `names`, no part of its path is in `plain`, it
-    has two axes or more, and its shorter side is at least `min_side`. Its last two axes are rows and columns;
-    those before them, which `nn.scan` or experts bring, are batch. That is right for [in, out] kernels,
-    stacked or not. A kernel of more axes (`nn.DenseGeneral`, convolutions) needs a rule to be seen as it
-    should be.
+    Without rules, a leaf is a matrix where it has two axes or more and no word of its path says that it is an
+    embedding, a head, a norm, a bias or a convolution. Words are whole and of any case: `LayerNorm_0` is a
+    norm, `normal_mlp` is none. A leaf named kernel, weight, w or w1, w2... needs sides of at least
+    `min_side`, any other name sides of at least 32, which stacked vectors seldom have.
+
+    Its last two axes are rows and columns; those before them, which `nn.scan` or experts bring, are batch.
+    That is right for kernels [in, out], stacked or not. A kernel of more axes (`nn.DenseGeneral`, attention)
+    needs a rule to be seen as it should be; a warning says what such a kernel costs without one.
 
     Args:
       rules: regexes of the path, each with `MatrixAxes` or None for no matrix; the first that is found in
         "a/b/c" decides. Each must match something.
-      names: regex that the last part of the path must match in full.
-      plain: regex that no part of the path may match in full: embeddings, heads, norms, convolutions.
+      names: regex that a leaf's own name must match in full; None: the names above.
+      plain: regex that must not be found in the path, which is written in words for it, such as
+        "encoder/layer norm 0/scale".
       min_side: matrices with a shorter side below it are no matrices.
       clamp: lower a rank to the shorter side where it is above it, instead of raising.
       partition: regexes, each with a PartitionSpec, for `side="unsharded"`; the first that is found decides.
+      axes: of leaves that no rule names. Rows are a layer's inputs and columns its outputs, as in kernels
+        [in, out]; for weights [out, in], as Equinox and PyTorch have them, say
+        `MatrixAxes(rows=(-1,), cols=(-2,))`. It matters where an optimizer or a `side` tells inputs from
+        outputs: to `trion`, "rows", "cols", and to square matrices.
 
     Raises:
       ValueError: a rule or an entry of `partition` matches nothing, or names axes the leaf doesn't have; no
@@ -108,11 +128,12 @@ class MatrixSpec:
     """
 
     rules: Mapping[str, MatrixAxes | None] | tuple = ()
-    names: str = r"kernel|weight|w"
-    plain: str = r".*(embed|norm|conv).*|((lm|output)_)?head|logits|router"
+    names: str | None = None
+    plain: str = PLAIN
     min_side: int = 2
     clamp: bool = False
     partition: Mapping[str, PartitionSpec] | tuple = ()
+    axes: MatrixAxes = LAST_TWO
 
     def __post_init__(self):
         for field in ("rules", "partition"):
@@ -121,6 +142,7 @@ class MatrixSpec:
             object.__setattr__(self, field, tuple((pattern, value) for pattern, value in pairs))
         rules = [(pattern, axes and MatrixAxes(*map(tuple, axes))) for pattern, axes in self._pairs("rules")]
         object.__setattr__(self, "rules", tuple(rules))  # tuples throughout: a spec is a key of caches
+        object.__setattr__(self, "axes", MatrixAxes(*map(tuple, self.axes)))
 
     def _pairs(self, field: str) -> tuple[tuple[str, Any], ...]:
         return getattr(self, field)
@@ -133,49 +155,53 @@ class MatrixSpec:
           side: which side of a matrix m is: "short", "long", "rows", "cols", or "unsharded" (the one that
             `partition` doesn't shard, else the short one), so that projecting it needs no collective.
         """
-        leaves, tree = jax.tree.flatten(params)
-        shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)
-        return list(_decisions(self, side, tree, shapes))
+        return self.decisions_of(named_leaves(params), side)
 
-    def _of_shapes(self, params: Any, side: str) -> list[Decision]:
+    def decisions_of(self, leaves: list[tuple[Names, Any]], side: str) -> list[Decision]:
+        """Decide as `decisions` does, for leaves with their names."""
+        return list(_decisions(self, side, tuple(("/".join(names), x.shape, x.dtype) for names, x in leaves)))
+
+    def _of_shapes(self, leaves: tuple[tuple[str, tuple[int, ...], Any], ...], side: str) -> list[Decision]:
         if side not in SIDES:
             raise ValueError(f"side: got {side!r}; expected one of {', '.join(SIDES)}")
-        leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-        for path, leaf in leaves:
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise ValueError(f"params: got {leaf.dtype}{list(leaf.shape)} at {path}; expected floats")
+        for path, shape, dtype in leaves:
+            if not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"params: got {dtype}{list(shape)} at {path}; expected floats")
         for field in ("rules", "partition"):
             for pattern, _ in self._pairs(field):
-                if not any(re.search(pattern, path) for path, _ in leaves):
-                    paths = ", ".join(path for path, _ in leaves)
+                if leaves and not any(re.search(pattern, path) for path, *_ in leaves):
+                    paths = ", ".join(path for path, *_ in leaves)
                     raise ValueError(f"{field}: {pattern!r} matches no leaf; expected one of {paths}")
-        found = [self._decide(path, leaf.shape, side) for path, leaf in leaves]
+        found = [self._decide(path, shape, side) for path, shape, _ in leaves]
         if leaves and all(decision.view is None for decision in found):
             raise ValueError(
-                f"spec: no leaf is a matrix; expected rules that name some:\n{_table(found, leaves)}"
+                "spec: no leaf is a matrix; expected rules that name some:\n"
+                + _table(found, [shape for _, shape, _ in leaves])
             )
         return found
 
     def table(self, params: Any, side: str = "short") -> str:
         """Make a table of each leaf's matrices and the reason. "(T)": transposed, so that m comes first."""
-        leaves = [(leaf_path(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-        return _table(self.decisions(params, side), leaves)
+        leaves = named_leaves(params)
+        return _table(self.decisions_of(leaves, side), [leaf.shape for _, leaf in leaves])
 
     def _decide(self, path: str, shape: tuple[int, ...], side: str) -> Decision:
         for pattern, axes in self._pairs("rules"):
             if re.search(pattern, path):
-                view = None if axes is None else self._view(path, shape, axes, side)
+                view = None if axes is None else self.view_of(path, shape, axes, side)
                 return Decision(path, view, f"rule {pattern!r}")
-        parts = path.split("/")
-        if not re.fullmatch(self.names, parts[-1]) or any(re.fullmatch(self.plain, p) for p in parts):
+        usual = re.fullmatch(self.names or MATRICES, path.split("/")[-1], re.IGNORECASE)
+        if is_plain(path, self.plain) or not (usual or (self.names is None and not is_vector(path))):
             return Decision(path, None, "its name")
         if len(shape) < 2:
             return Decision(path, None, "its shape")
-        if min(shape[-2:]) < self.min_side:
-            return Decision(path, None, f"a side below {self.min_side}")
-        return Decision(path, self._view(path, shape, MatrixAxes(), side), "its name and shape")
+        least = self.min_side if usual else max(self.min_side, LEAST_SIDE)
+        if min(shape[-2:]) < least:
+            return Decision(path, None, f"a side below {least}")
+        return Decision(path, self.view_of(path, shape, self.axes, side), BY_DEFAULT)
 
-    def _view(self, path: str, shape: tuple[int, ...], axes: MatrixAxes, side: str) -> View:
+    def view_of(self, path: str, shape: tuple[int, ...], axes: MatrixAxes, side: str) -> View:
+        """The view of a leaf with these axes."""
         if axes == STACKED and shape:
             axes = MatrixAxes(tuple(range(1, min(2, len(shape)))), tuple(range(2, len(shape))))
             return View(axes, tuple(shape), False)
@@ -209,14 +235,14 @@ class MatrixSpec:
             return min(rank, most)
         raise ValueError(
             f"rank: got {rank}; expected 1 to {most} for {path} of shape {list(view.shape)} "
-            "(or MatrixSpec(clamp=True), or a rule that leaves the leaf out)"
+            "(or MatrixSpec(clamp=True), or a rule that leaves the leaf out or names its axes)"
         )
 
 
 @functools.lru_cache(maxsize=64)
-def _decisions(spec: MatrixSpec, side: str, tree: Any, shapes: tuple) -> list[Decision]:
-    """`MatrixSpec.decisions` of a tree of shapes: asked at each trace, worked out once."""
-    return spec._of_shapes(tree.unflatten(shapes), side)
+def _decisions(spec: MatrixSpec, side: str, leaves: tuple) -> list[Decision]:
+    """`MatrixSpec.decisions` of paths, shapes and dtypes: asked at each trace, worked out once."""
+    return spec._of_shapes(leaves, side)
 
 
 def leaf_path(path: tuple) -> str:
@@ -224,15 +250,15 @@ def leaf_path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _table(decisions: list[Decision], leaves: list[tuple[str, Any]]) -> str:
+def _table(decisions: list[Decision], shapes: list[tuple[int, ...]]) -> str:
     rows = [("leaf", "shape", "matrices", "why")]
-    for (path, view, why), (_, leaf) in zip(decisions, leaves, strict=True):
+    for (path, view, why), shape in zip(decisions, shapes, strict=True):
         seen = "-"
         if view is not None:
             *batch, m, n = view.matrices
             many = f"{math.prod(batch)} of " if batch else ""
             seen = f"{many}{m} x {n}{' (T)' if view.swapped else ''}"
-        rows.append((path, str(list(leaf.shape)), seen, why))
+        rows.append((path, str(list(shape)), seen, why))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines = ("  ".join((*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[3])) for r in rows)
     return "\n".join(line.rstrip() for line in lines)

@@ -10,6 +10,7 @@ from jax import Array
 
 from ...formats import Format, QuantizedTensor, format_named, quantize
 from ..common.chains import finish, static_size
+from ..common.containers import find, named_leaves
 from ..common.leafwise import LeafwiseState
 from ..common.matrix_spec import MatrixSpec
 from ..common.placement import automatic
@@ -99,9 +100,10 @@ def _with_feedback(
 
     def update(updates: Any, state: LeafwiseState, params: Any = None) -> tuple[Any, LeafwiseState]:
         tree: Any = jax.tree.structure(updates)
-        gradients, leaves, total = tree.flatten_up_to(updates), tree.flatten_up_to(state.leaves), []
-        for decision, g, leaf in zip(spec.decisions(updates, side), gradients, leaves, strict=True):
+        total = []
+        for decision, (names, g) in zip(spec.decisions(updates, side), named_leaves(updates), strict=True):
             if decision.view is not None:
+                leaf = find(state.leaves, names)
 
                 def add(g: Array, _: None, kept: QuantizedTensor, step: Any, join=decision.view.join):
                     return g + join(kept.dequantize(g.dtype)), kept

@@ -29,6 +29,72 @@ def test_a_decoder_of_this_library():
     assert matrices == {path for path in found if path.endswith("/kernel")}
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "matrices"),
+    [
+        ("w1", (32, 64), (32, 64)),  # any name, where sides are no vectors'
+        ("mixing", (3, 48, 64), (3, 48, 64)),
+        ("mixing", (16, 64), None),  # 16 layers' vectors, perhaps
+        ("w12", (4, 6), (4, 6)),
+        ("Kernel", (4, 6), (4, 6)),
+        ("linear/w", (4, 6), (4, 6)),
+        ("normal_mlp/kernel", (4, 6), (4, 6)),
+        ("conversion/kernel", (4, 6), (4, 6)),
+        ("unembedded_mlp/kernel", (4, 6), (4, 6)),
+        ("MultiHeadDotProductAttention_0/out/kernel", (4, 6), (4, 6)),
+        ("headless/kernel", (4, 6), (4, 6)),
+        ("LayerNorm_0/kernel", (64, 64), None),
+        ("RMSNorm/weight", (64, 64), None),
+        ("layers/ln_1/weight", (64, 64), None),
+        ("Conv_0/kernel", (3, 64, 64), None),
+        ("causal_conv1d/weight", (64, 64), None),
+        ("TokenEmbed/weight", (64, 64), None),
+        ("wte", (64, 64), None),
+        ("lm_head/kernel", (64, 64), None),
+        ("Head_0/kernel", (64, 64), None),
+        ("layers/dt_bias", (64, 64), None),
+        ("layers/linear/b", (64, 64), None),
+        ("layers/A_log", (64, 64), None),
+        ("layers/scale", (64, 64), None),
+    ],
+)
+def test_leaves_by_name_and_shape(path, shape, matrices):
+    names = path.split("/")
+    tree = {"other": {"kernel": jnp.ones((2, 2))}}
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name in reversed(names):
+        leaf = {name: leaf}
+    assert seen(MatrixSpec(), tree | leaf)[path] == matrices
+
+
+def test_weights_that_say_which_axis_is_the_input():
+    """Equinox and PyTorch have [out, in]: it is told, not guessed, and decides where the two differ."""
+    params = {"weight": jnp.arange(12.0).reshape(2, 6)}
+    spec = MatrixSpec(axes=MatrixAxes(rows=(-1,), cols=(-2,)))
+    assert seen(spec, params, "rows") == seen(MatrixSpec(), params, "cols") == {"weight": (6, 2)}
+    g = jax.random.normal(jax.random.key(0), (4, 6))
+
+    def updates(g, spec):
+        rule = frugax.optim.trion(1.0, rank=2, spec=spec)
+        return rule.update({"weight": g}, rule.init({"weight": g}))[0]["weight"]
+
+    np.testing.assert_allclose(updates(g.T, spec).T, updates(g, None), rtol=1e-5, atol=1e-6)
+    gain = jnp.linalg.norm(updates(g, None)) / jnp.linalg.norm(updates(g, spec))
+    np.testing.assert_allclose(gain, 1.5**0.5, rtol=1e-5)  # sqrt(outputs / inputs)
+
+
+def test_attention_kernels_without_a_rule_are_warned_of():
+    params = {"query": {"kernel": jax.ShapeDtypeStruct((512, 8, 64), jnp.float32)}}
+    init = frugax.optim.galore(1e-3, rank=4).init
+    apart, whole = 512 * 4 * (8 * 4 + 2 * 4 * 64) + 4, 4 * (512 * 4 + 2 * 4 * 512) + 4
+    says = rf"query/kernel of shape \[512, 8, 64\] .*512 matrices of 8 x 64 .*{apart} bytes.*{whole}"
+    with pytest.warns(UserWarning, match=says):
+        jax.eval_shape(init, params)
+    rules = {"query/kernel": MatrixAxes((-3,), (-2, -1))}  # as it says; warnings fail tests
+    state = jax.eval_shape(frugax.optim.galore(1e-3, rank=4, spec=MatrixSpec(rules=rules)).init, params)
+    assert frugax.optim.state_bytes(state[0].leaves) == whole
+
+
 def test_axes_and_sides():
     x = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
     spec = MatrixSpec(
