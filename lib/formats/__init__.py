@@ -6,7 +6,7 @@ A format is a value of this module (`frugax.formats.int4`) or its name (`"int4"`
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .dynamic import Dynamic
+from .dynamic import Dynamic, PositiveDynamic
 from .format import Format
 from .integer import Integer
 from .quantized_tensor import QuantizedTensor, quantize_array
@@ -15,14 +15,20 @@ from .segmented import Segmented
 int2, int3, int4, int5, int6, int7, int8 = (Integer(f"int{n}", n, True) for n in range(2, 9))
 dynamic8 = Dynamic("dynamic8", 8, signed=True)
 udynamic8 = Dynamic("udynamic8", 8, signed=False)
+udynamic8_positive = PositiveDynamic("udynamic8_positive", 8, signed=False)
 mulaw8 = Segmented("mulaw8", 8, signed=True)
 ufp8_e4m4 = Segmented("ufp8_e4m4", 8, signed=False)
 
 _BY_NAME = {
-    f.name: f for f in (int2, int3, int4, int5, int6, int7, int8, dynamic8, udynamic8, mulaw8, ufp8_e4m4)
+    f.name: f
+    for f in (
+        *(int2, int3, int4, int5, int6, int7, int8),
+        *(dynamic8, udynamic8, udynamic8_positive),
+        *(mulaw8, ufp8_e4m4),
+    )
 }
 
-__all__ = ["Format", "QuantizedTensor", "format_named", "quantize"]
+__all__ = ["Format", "QuantizedTensor", "above_zero", "format_named", "quantize"]
 
 
 def format_named(format: Format | str) -> Format:
@@ -46,6 +52,31 @@ def format_named(format: Format | str) -> Format:
     return _BY_NAME[format]
 
 
+def above_zero(format: Format | str) -> Format:
+    """Find the format in which to store a second moment: no positive number becomes zero in it.
+
+    Args:
+      format: a format without negative values; in the place of "udynamic8" comes "udynamic8_positive".
+
+    Raises:
+      ValueError: small numbers become zero in this format.
+
+    Example:
+        >>> import frugax
+        >>> frugax.formats.above_zero("udynamic8").name, frugax.formats.above_zero("ufp8_e4m4").name
+        ('udynamic8_positive', 'ufp8_e4m4')
+    """
+    format = format_named(format)
+    if format == udynamic8:
+        return udynamic8_positive
+    if format not in (udynamic8_positive, ufp8_e4m4):
+        raise ValueError(
+            f"format: got {format.name} for a second moment, in which small ones become zero and updates too "
+            "large; expected ufp8_e4m4 or udynamic8"
+        )
+    return format
+
+
 def quantize(
     x: Float[Array, "..."],
     format: Format | str,
@@ -59,7 +90,8 @@ def quantize(
     Args:
       x: a floating array with at least one axis.
       format: a format or its name: int2..int8 (symmetric); dynamic8 and udynamic8 (the dynamic map of 8-bit
-        optimizers, udynamic8 for values >= 0); mulaw8 and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
+        optimizers, udynamic8 for values >= 0, udynamic8_positive for those that must not become 0); mulaw8
+        and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
       axis: the axis that is cut into groups; for a matrix, the contracted one. Codes below 8 bits are packed
         along it.
       group_size: elements of a group; the last group may have fewer. None: the whole axis is one group.

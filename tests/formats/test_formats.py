@@ -10,7 +10,7 @@ from frugax.formats.integer import Integer
 from frugax.formats.lookup import lookup
 
 INTEGERS = [f"int{n}" for n in range(2, 9)]
-EVERY = [*INTEGERS, "dynamic8", "udynamic8", "mulaw8", "ufp8_e4m4"]
+EVERY = [*INTEGERS, "dynamic8", "udynamic8", "udynamic8_positive", "mulaw8", "ufp8_e4m4"]
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -30,6 +30,8 @@ def table(name: str) -> np.ndarray:
         edges = np.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1)
         positive.extend(10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2)
     positive = np.array(positive)
+    if name == "udynamic8_positive":
+        return np.sort([positive[0] / 2, *positive, 1])
     return np.sort(np.concatenate([-positive if signed else [], [0], positive, [1]]))
 
 
@@ -68,7 +70,7 @@ def test_the_nearest_code_is_chosen(name):
     np.testing.assert_array_equal(format.encode(jnp.asarray(x)), nearest)
 
 
-@pytest.mark.parametrize("name", ["int8", "dynamic8", "udynamic8", "mulaw8", "ufp8_e4m4"])
+@pytest.mark.parametrize("name", ["int8", *EVERY[len(INTEGERS):]])
 def test_tables_are_the_arithmetic(name):
     """Tables do as arithmetic does, on both sides of every middle and for zeros and tiny numbers."""
     format, values = frugax.formats.format_named(name), table(name)

@@ -1,5 +1,7 @@
 """Invalid arguments are refused before a step is taken, with the argument's and the leaf's name."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,6 +36,37 @@ def test_a_rank_that_inject_hyperparams_made_an_array():
     plain = optim.galore(1e-3, rank=2)
     expected, _ = jax.jit(plain.update)(TREE, plain.init(TREE), TREE)
     assert jnp.allclose(updates["a"]["kernel"], expected["a"]["kernel"], rtol=1e-5)
+
+
+INJECTED = {
+    optim.frugal: ("density",),
+    optim.q_galore: ("group_size", "min_size", "queue", "rank"),
+    optim.natural_galore: ("history", "rank"),
+    optim.cosmos: ("ns_steps", "rank"),
+    optim.trion: ("ns_steps", "rank"),
+    **dict.fromkeys((optim.galore, optim.fira, optim.apollo, optim.apollo_mini, optim.dct_adamw), ("rank",)),
+    **dict.fromkeys((optim.adamw_8bit, optim.lion_8bit, optim.sgdm_8bit, optim.adafactor_8bit), ()),
+    optim.lion: (),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("make", INJECTED, ids=lambda make: make.__name__)
+def test_what_inject_hyperparams_may_not_trace_says_so(make):
+    """The error names the argument; with those that decide shapes named, all others may be traced."""
+    needed = []
+    takes_rank = "rank" in INJECTED[make]
+    for _ in range(5):
+        made = optax.inject_hyperparams(make, static_args=needed)(
+            learning_rate=1e-3, **({"rank": 1} if takes_rank else {})
+        )
+        try:
+            state = jax.eval_shape(made.init, TREE)
+            jax.eval_shape(made.update, TREE, state, TREE)
+            break
+        except ValueError as error:
+            needed += re.findall(r"name it in static_args=\('(\w+)',\)", str(error))
+    assert tuple(sorted(needed)) == INJECTED[make]
 
 
 @pytest.mark.parametrize(
@@ -78,5 +111,5 @@ def test_refreshes_that_are_none():
         optim.galore(1e-3, rank=2, update_interval=0)
     with pytest.raises(ValueError, match="stagger: got True with a threshold"):
         optim.Refresh(9, stagger=True, threshold=0.4)
-    with pytest.raises(ValueError, match=r"threshold, queue: got 1\.5 and 5"):
+    with pytest.raises(ValueError, match=r"threshold: got 1\.5; expected a cosine"):
         optim.q_galore(1e-3, rank=2, threshold=1.5)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ...formats import Format, QuantizedTensor, format_named
+from ...formats import Format, QuantizedTensor, above_zero, format_named
 from ...kernels.quantized_update import quantized_update
 from ...kernels.quantized_update.rules import RULES, scalars
+from ..common.containers import named_leaves, without_variables
 from .quantized import quantized_state
 
 Scalar = float | Array  # an array where `optax.inject_hyperparams` traces it
@@ -37,7 +38,11 @@ class EightBit:
       signed: the format of moments that may be negative. "mulaw8" is about as exact as the paper's
         "dynamic8" down to a thousandth of a group's largest number, for half the work; that reaches to a
         millionth.
-      unsigned: the format of second moments: "ufp8_e4m4", or the paper's "udynamic8".
+      unsigned: the format of second moments: "ufp8_e4m4", or the paper's "udynamic8". They are squares, so
+        of gradients they see half as many digits: Adam's update is within a tenth of the exact one where
+        gradients have at least 1/200 of their group's largest, and smaller than the exact one below that (a
+        quarter at a thousandth). With the paper's two formats it is within a third down to 1/500. In the
+        place of "udynamic8", in which small moments would become zero, comes "udynamic8_positive".
       backend: of `frugax.kernels.quantized_update`.
 
     Example:
@@ -59,6 +64,7 @@ class EightBit:
         for name in ("signed", "unsigned"):
             if format_named(getattr(self, name)).bits != 8:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a format of 8 bits")
+        above_zero(self.unsigned)
 
     def group_size_of(self, row: int) -> int:
         """The number of elements that share a scale, in a row of `row` elements."""
@@ -110,7 +116,7 @@ def scale_by_adam_8bit(
     return _scale_by(
         "adam",
         lambda t: (b1, b2, eps, _unbiasing(b1, t), _unbiasing(b2, t)),
-        (moments.signed, moments.unsigned),
+        (moments.signed, above_zero(moments.unsigned)),
         moments,
     )
 
@@ -293,8 +299,8 @@ def _scale_by(
     """A rule of `quantized_update` over a tree; leaves kept in float32 take the same rule."""
 
     def init(params):
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        leaves, tree = named_leaves(params), jax.tree.structure(params)
+        names = ["/".join(path) for path, _ in leaves]
         for name, (_, p) in zip(names, leaves, strict=True):
             if not jnp.issubdtype(p.dtype, jnp.floating):
                 raise ValueError(f"params: got {p.dtype}{list(p.shape)} at {name}; expected a floating dtype")
@@ -302,34 +308,38 @@ def _scale_by(
         if leaves and how.full_precision is not None and not any(whole):
             raise ValueError(f"full_precision: matches none of {', '.join(names)}")
 
-        def moment(format):
-            states = iter(whole)
+        def zeros(p, is_whole, format):
+            if is_whole or p.size < how.min_size or p.ndim == 0:
+                return jnp.zeros_like(p, jnp.float32)
+            return _zeros(p, format_named(format), how.group_size_of(p.shape[-1]))
 
-            def zeros(p):
-                if next(states) or p.size < how.min_size or p.ndim == 0:
-                    return jnp.zeros_like(p, jnp.float32)
-                return _zeros(p, format_named(format), how.group_size_of(p.shape[-1]))
-
-            return jax.tree.map(zeros, params)
-
-        return EightBitState(jnp.zeros((), jnp.int32), tuple(moment(f) for f in formats))
+        moments = tuple(
+            tree.unflatten([zeros(p, w, format) for (_, p), w in zip(leaves, whole, strict=True)])
+            for format in formats
+        )
+        return EightBitState(jnp.zeros((), jnp.int32), moments)
 
     def update(updates, state, params=None):
         del params
         count = optax.safe_increment(state.count)
         now = hyper(count)
         grads, tree = jax.tree.flatten(updates)
+        stored, trees = zip(*(jax.tree.flatten(m, is_leaf=_is_codes) for m in state.moments), strict=True)
         results = []
-        for g, *moments in zip(grads, *(tree.flatten_up_to(m) for m in state.moments), strict=True):
-            if isinstance(moments[0], QuantizedTensor):
+        for g, *moments in zip(grads, *stored, strict=True):
+            if _is_codes(moments[0]):
                 results.append(quantized_update(rule, g, tuple(moments), now, backend=how.backend))
             else:
                 u, moments = RULES[rule].apply(g.astype(jnp.float32), tuple(moments), list(scalars(now)))
                 results.append((u.astype(g.dtype), moments))
-        new = tuple(tree.unflatten([m[i] for _, m in results]) for i in range(len(formats)))
+        new = tuple(kind.unflatten([m[i] for _, m in results]) for i, kind in enumerate(trees))
         return tree.unflatten([u for u, _ in results]), EightBitState(count, new)
 
-    return optax.GradientTransformation(init, update)
+    return without_variables(optax.GradientTransformation(init, update))
+
+
+def _is_codes(x: Any) -> bool:
+    return isinstance(x, QuantizedTensor)
 
 
 def _unbiasing(b: Scalar, t: Array) -> Array:
@@ -339,7 +349,8 @@ def _unbiasing(b: Scalar, t: Array) -> Array:
 
 
 def _zeros(p: Array, format: Format, group_size: int) -> QuantizedTensor:
-    zero = format.encode(jnp.zeros(())).astype(format.code_dtype)
+    zero = format.encode(jnp.zeros((), jnp.float32)).astype(format.code_dtype)
     codes = jnp.full_like(p, zero, dtype=format.code_dtype)
     groups = -(-p.shape[-1] // group_size)
-    return QuantizedTensor(codes, jnp.zeros((*p.shape[:-1], groups)), format, -1, group_size)
+    scales = jnp.zeros((*p.shape[:-1], groups), jnp.float32)
+    return QuantizedTensor(codes, scales, format, -1, group_size)

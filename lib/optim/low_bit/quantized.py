@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ...formats import Format, QuantizedTensor, format_named, quantize
+from ...formats import Format, QuantizedTensor, above_zero, format_named, quantize
 from ..common.chains import static_size
+from ..common.containers import without_variables
+
+# What Optax calls second moments in its states.
+SECOND_MOMENTS = ("nu", "nu_max", "v_row", "v_col", "exp_avg_sq", "sum_of_squares")
 
 # One program where `init` runs outside of jit, instead of one for each of a hundred operations.
 _quantize = jax.jit(quantize, static_argnames=("format", "axis", "group_size"))
@@ -29,7 +33,8 @@ def quantized_state(
       inner: any transformation or chain. For Adam, Lion and momentum `scale_by_adam_8bit` and its siblings
         are faster.
       format: of every moment; or a mapping from the name of a field of the state to a format, such as
-        {"mu": "dynamic8", "nu": "udynamic8"}: fields without a name in it stay as they are.
+        {"mu": "dynamic8", "nu": "udynamic8"}: fields without a name in it stay as they are. Second moments
+        need "ufp8_e4m4" or "udynamic8" (they become "udynamic8_positive"): others have too large a zero.
       group_size: elements that share a scale, along the last axis.
       min_size: arrays with fewer elements stay as they are, as do integers and scalars.
       chunks: above 1 for an `inner` that is elementwise (what becomes of a number depends on that number's
@@ -41,8 +46,8 @@ def quantized_state(
       A transformation whose state is `inner`'s with a `QuantizedTensor` in place of each such array.
 
     Raises:
-      ValueError: a name in `format` matches no field of the state; `chunks` for an inner whose state has
-        arrays of other shapes than the leaves.
+      ValueError: a name in `format` matches no field of the state, or a format is none for second moments;
+        `chunks` for an inner whose state has arrays of other shapes than the leaves.
 
     Source: Dettmers et al. 2022 (arXiv 2110.02861).
 
@@ -70,6 +75,8 @@ def quantized_state(
                 or x.size < min_size
             ):
                 return x
+            if is_second_moment(path):
+                chosen = above_zero(chosen)
             return _quantize(x, chosen, axis=-1, group_size=group_size)
 
         stored = jax.tree_util.tree_map_with_path(store, state)
@@ -90,7 +97,13 @@ def quantized_state(
         _check_elementwise(updates, state)
         return _in_parts(step, parts, updates, state, params)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return without_variables(optax.GradientTransformationExtraArgs(init, update))
+
+
+def is_second_moment(path: tuple[Any, ...]) -> bool:
+    """Test if a path in an optimizer's state leads through a field by a name of second moments."""
+    fields = (key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey))
+    return any(name in SECOND_MOMENTS for name in fields)
 
 
 def _in_parts(step: Callable[..., Any], parts: int, updates: Any, state: Any, params: Any) -> Any:

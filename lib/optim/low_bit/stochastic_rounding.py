@@ -15,14 +15,16 @@ def apply_updates_stochastic(params: Any, updates: Any, key: Key[Array, ""]) -> 
     Args:
       params: a tree of floating arrays and `QuantizedTensor`s. bfloat16, float16 and quantized leaves are
         rounded at random; float32 and wider ones as ever.
-      updates: like params, with an array for each quantized leaf.
+      updates: like params, with an array for each quantized leaf; in float32 for leaves that are rounded, as
+        optimizers make them of gradients in float32. Those of bfloat16 gradients are rounded before, to the
+        nearest: a weight decay that is small beside the rest is lost in them.
       key: fresh at every step.
 
     Returns:
       New params, each leaf in its old format.
 
     Raises:
-      ValueError: an update has another shape than its parameter.
+      ValueError: an update has another shape than its parameter, or is rounded already.
 
     Source: Zhang et al. 2024, Q-GaLore (arXiv 2407.08296): INT8 weights with stochastic rounding.
 
@@ -41,6 +43,12 @@ def apply_updates_stochastic(params: Any, updates: Any, key: Key[Array, ""]) -> 
         if u.shape != p.shape:
             raise ValueError(
                 f"updates: got {list(u.shape)} for a parameter {list(p.shape)}; expected the same shape"
+            )
+        exact = not is_leaf(p) and p.dtype.itemsize >= 4
+        if u.dtype.itemsize < 4 and not exact:
+            raise ValueError(
+                f"updates: got {u.dtype}{list(u.shape)}, rounded to the nearest already; expected float32 "
+                "(give the optimizer gradients in float32)"
             )
         new.append(_apply(p, u, jax.random.fold_in(key, i)))
     return tree.unflatten(new)

@@ -48,7 +48,8 @@ def apollo(
       weight_decay: decoupled, as in `optax.adamw`.
       mask: which leaves decay, as in `optax.adamw`.
       per: "column" (of the long side) or "matrix".
-      limit: how much a matrix's update may grow in norm from one step to the next.
+      limit: how much a matrix's update may grow in norm from one step to the next, above a tenth of the
+        norm that signs in the subspace would have (see `Scaled`).
       projector: "random" is the paper's; "svd" its variant with a basis that is found and kept.
       seed: of P.
       side: which side of a matrix is projected; "short" is the paper's.

@@ -77,7 +77,10 @@ def frugal(
     if residual not in RESIDUALS:
         raise ValueError(f"residual: got {residual!r}; expected one of {', '.join(RESIDUALS)}")
     if not isinstance(density, int | float) or not 0 <= density <= 1:
-        raise ValueError(f"density: got {density!r}; expected a number from 0 to 1, not a traced one")
+        raise ValueError(
+            f"density: got {density!r}; expected a number from 0 to 1: it decides shapes. Under "
+            "optax.inject_hyperparams, name it in static_args=('density',)"
+        )
     rule = low_rank(
         make_projector(
             projector, float(density) if rank is None else static_size("rank", rank), orthonormal=True

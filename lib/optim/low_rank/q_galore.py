@@ -23,7 +23,7 @@ def q_galore(
     weight_decay: Any = 0.0,
     *,
     mask: Any = None,
-    threshold: float = 0.4,
+    threshold: Any = 0.4,
     queue: int = 5,
     projector: str = "gram",
     format: str = "int4",

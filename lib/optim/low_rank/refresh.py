@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from ...formats import QuantizedTensor, quantize
+from ..common.chains import static_size
 from ..common.leafwise import Turn
 from .projectors import Projector
 
@@ -41,7 +42,7 @@ class Refresh:
 
     every: Any = 200
     stagger: bool = False
-    threshold: float | None = None
+    threshold: Any = None
     queue: int = 5
 
     def __post_init__(self):
@@ -51,9 +52,9 @@ class Refresh:
             return
         if self.stagger:
             raise ValueError("stagger: got True with a threshold; expected one of the two")
-        if not 0 < self.threshold <= 1 or self.queue < 1:
-            got = f"{self.threshold} and {self.queue}"
-            raise ValueError(f"threshold, queue: got {got}; expected a cosine in (0, 1] and a count >= 1")
+        static_size("queue", self.queue)
+        if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:  # else it is traced
+            raise ValueError(f"threshold: got {self.threshold}; expected a cosine in (0, 1]")
 
 
 class Waiting(NamedTuple):

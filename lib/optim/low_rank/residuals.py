@@ -8,6 +8,7 @@ A residual rule is a frozen value with
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -73,8 +74,11 @@ class Scaled:
       whole: scale the whole gradient and let that be the update (APOLLO); False: what is left out (Fira).
       limit: how much the norm of what it returns may grow from one step to the next; None: at will. Keeps one
         number a matrix.
+      floor: share of the norm sqrt(r n) that signs would have, up to which it may grow at will. Without it, a
+        hundred steps of vanishing gradients would take a thousand to come back from.
 
-    Source: Fira, Chen et al. 2024 (arXiv 2410.01623); APOLLO, Zhu et al. 2024 (2412.05270).
+    Source: Fira, Chen et al. 2024 (arXiv 2410.01623); APOLLO, Zhu et al. 2024 (2412.05270). The floor is
+    ours: the authors' code adds 1e-8.
 
     Example:
         >>> import frugax
@@ -85,6 +89,7 @@ class Scaled:
     per: str = "column"
     whole: bool = False
     limit: Any = 1.01
+    floor: Any = 0.1
 
     def __post_init__(self):
         if self.per not in ("column", "matrix"):
@@ -102,7 +107,9 @@ class Scaled:
         # The norm of factor * rest, without computing that: the matrix is read twice in all, written once.
         norm = _norm(factor * _norm(rest, axes), (-2, -1))
         before = state[..., None, None]
-        most = jnp.where(before > 0, self.limit * before, norm)  # the first step has nothing to grow from
+        least = self.floor * math.prod(r.shape[-2:]) ** 0.5
+        # The first step has nothing to grow from.
+        most = jnp.where(before > 0, jnp.maximum(self.limit * before, least), norm)
         shrink = jnp.where(norm > most, most / jnp.where(norm > 0, norm, 1), 1)
         return shrink * factor * rest, jnp.minimum(norm, most)[..., 0, 0]
 

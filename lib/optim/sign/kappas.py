@@ -1,4 +1,4 @@
-"""Gradients of convex functions of a leaf, for `lion_k`."""
+"""Gradients of convex functions of a leaf of real or complex numbers, for `lion_k`."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,13 @@ def l1(u: Array) -> Array:
 
 def l2(u: Array) -> Array:
     """The gradient of the leaf's Euclidean norm: its direction. Bounds |W|_2."""
-    return u / _nonzero(jnp.sqrt(jnp.sum(u * u)))
+    return u / _nonzero(jnp.sqrt(jnp.sum(_square(u))))
 
 
 def group(u: Array) -> Array:
     """The gradient of the sum of column norms (columns along the last axis): each column's direction."""
     axes = tuple(range(u.ndim - 1)) if u.ndim < 3 else (-2,)
-    return u / _nonzero(jnp.sqrt(jnp.sum(u * u, axis=axes, keepdims=True)))
+    return u / _nonzero(jnp.sqrt(jnp.sum(_square(u), axis=axes, keepdims=True)))
 
 
 def lp(p: float) -> Callable[[Array], Array]:
@@ -34,7 +34,12 @@ def lp(p: float) -> Callable[[Array], Array]:
 
 def huber(delta: float) -> Callable[[Array], Array]:
     """Make the gradient of the Huber function: u / delta where |u| < delta, the sign elsewhere."""
-    return lambda u: jnp.clip(u / delta, -1, 1)
+    return lambda u: u / jnp.maximum(jnp.abs(u), delta)
+
+
+def _square(u: Array) -> Array:
+    """|u|^2, also of complex numbers."""
+    return jnp.real(u * jnp.conj(u))
 
 
 def _nonzero(size: Array) -> Array:

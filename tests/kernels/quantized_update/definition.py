@@ -5,7 +5,9 @@ import numpy as np
 from tests.errors import assert_close
 from tests.formats.test_formats import table
 
-LOWEST = {"dynamic8": 0, "udynamic8": 0, "ufp8_e4m4": 0, "mulaw8": -127, "int8": -127}
+LOWEST = {"mulaw8": -127, "int8": -127} | dict.fromkeys(
+    ("dynamic8", "udynamic8", "udynamic8_positive", "ufp8_e4m4"), 0
+)
 
 
 def step(rule, g, moments, hyper):
@@ -65,3 +67,11 @@ def check_step(rule, g, before, after, update, hyper, name=""):
     assert_close(update, want, update.dtype, name=f"{name} update")
     for i, (m, e) in enumerate(zip(after, exact, strict=True)):
         check_stored(m, e, f"{name} moment {i}")
+
+
+def check_call(arguments, results, name=""):
+    """The results of a call are right."""
+    update, after = results
+    hyper, before = arguments["hyper"], arguments["moments"]
+    assert update.dtype == arguments["grad"].dtype
+    check_step(arguments["rule"], arguments["grad"], before, after, update, hyper, name)

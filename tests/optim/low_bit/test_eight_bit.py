@@ -285,9 +285,9 @@ def test_blocks_keep_what_one_scale_loses():
 
     exact = final(optax.adam(1e-2, b2=0.99))
     ours = final(frugax.optim.adam_8bit(1e-2, b2=0.99))
-    linear = EightBit(group_size=1024, signed="int8", unsigned="int8")
+    linear = EightBit(group_size=1024, signed="int8")
     assert abs(ours - exact) < 0.05 * (1 + exact)
-    assert not abs(final(frugax.optim.adam_8bit(1e-2, b2=0.99, moments=linear)) - exact) < 1
+    assert final(frugax.optim.adam_8bit(1e-2, b2=0.99, moments=linear)) > 4 * ours
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -296,6 +296,8 @@ def test_bad_input():
         EightBit(group_size=0)
     with pytest.raises(ValueError, match="signed: got int4"):
         EightBit(signed="int4")
+    with pytest.raises(ValueError, match="format: got int8 for a second moment"):
+        EightBit(unsigned="int8")
     with pytest.raises(ValueError, match="params: got int32"):
         frugax.optim.adam_8bit(1e-3).init({"w": jnp.zeros(3, jnp.int32)})
     with pytest.raises(ValueError, match="full_precision: matches none of w"):
