@@ -7,6 +7,7 @@ from jax import Array
 
 from ..common.arguments import reject
 from ..common.documents import documents
+from ..common.rows import window_at
 
 
 class Inputs(NamedTuple):
@@ -47,16 +48,7 @@ def final_state(call: Inputs) -> Array:
 
 def states_at(call: Inputs, places: Array) -> Array:
     """The states [B, N, W-1, D] after the tokens `places` [B, N]; -1 is the state before the first."""
-    (B, N), W = places.shape, call.width
-    history = with_history(call)
-    at = places[..., None] + jnp.arange(1, W)  # token t stands at t + W - 1
-    last = jnp.take_along_axis(history, at.reshape(B, -1, 1), axis=1).reshape(B, N, W - 1, -1)
-    if call.reach is None:
-        return last
-    reach = jnp.take_along_axis(call.reach, jnp.maximum(places, 0), axis=1)
-    back = jnp.arange(W - 2, -1, -1)
-    within = (back <= reach[..., None]) | (places < 0)[..., None]
-    return jnp.where(within[..., None], last, 0)
+    return window_at(with_history(call), call.width - 1, call.reach, places)
 
 
 def check(x, weight, bias, initial_state, segment_ids) -> Inputs:

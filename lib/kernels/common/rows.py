@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,14 @@ class Rows:
         return jnp.where(_like(self._real, x), x, jnp.asarray(past_end, x.dtype))
 
 
+class RowArguments(TypedDict):
+    """What an operation is told of its rows: `linear_attention(..., **rows)`."""
+
+    segment_ids: Array | None
+    lengths: Array | None
+    segment_states: int | None
+
+
 def rows(
     shape: tuple[int, ...],
     segment_ids: Any,
@@ -185,6 +193,39 @@ def outputs_at(h: Array, initial: Array | None, places: Array) -> Array:
     picked = _pick(h, jnp.maximum(places, 0))
     first = jnp.zeros((), h.dtype) if initial is None else initial[:, None].astype(h.dtype)
     return jnp.where(_like(places >= 0, picked), picked, first)
+
+
+def last_output(
+    h: Array,
+    initial: Array | None,
+    *,
+    segment_ids: Array | None,
+    lengths: Array | None,
+    segment_states: int | None,
+) -> Array:
+    """h [B, T, ...] at each row's last real token or its documents' last; `initial` where there is none."""
+    read = rows(h.shape[:2], segment_ids, lengths, segment_states)
+    last = h[:, -1]
+    return last if read is None else read.states_by_place(last, lambda at: outputs_at(h, initial, at))
+
+
+def window_at(history: Array, width: int, reach: Array | None, places: Array) -> Array:
+    """The last `width` inputs up to some tokens [B, N, width, ...], zeros for those of earlier documents.
+
+    Args:
+      history: the `width` inputs before the call, then the call's [B, width + T, ...].
+      width: how many.
+      reach: how many tokens of its document precede a token [B, T]; None means `width` or more.
+      places: int [B, N] in [-1, T); -1 is before the first token.
+    """
+    B, N = places.shape
+    at = (places[..., None] + jnp.arange(1, width + 1)).reshape(B, N * width)  # token t stands at t + width
+    last = _pick(history, at).reshape(B, N, width, *history.shape[2:])
+    if reach is None:
+        return last
+    back = jnp.arange(width - 1, -1, -1)
+    within = (back <= _pick(reach, jnp.maximum(places, 0))[..., None]) | (places < 0)[..., None]
+    return jnp.where(within.reshape(*within.shape, *[1] * (last.ndim - 3)), last, 0)
 
 
 def _pick(x: Array, places: Array) -> Array:

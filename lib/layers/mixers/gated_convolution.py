@@ -38,7 +38,9 @@ class GatedConvolution(Mixer):
     expand: int = 2
 
     @nn.compact
-    def mix(self, x: Array, state: ConvolutionState | None, rows: RowArguments) -> tuple[Array, ConvolutionState]:
+    def mix(
+        self, x: Array, state: ConvolutionState | None, rows: RowArguments
+    ) -> tuple[Array, ConvolutionState]:
         D = x.shape[-1]
         if self.expand < 1:
             raise ValueError(f"expand: got {self.expand}; expected a whole number >= 1")

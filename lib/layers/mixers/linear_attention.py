@@ -52,7 +52,9 @@ class LinearAttention(Mixer):
     epsilon: float = 1e-6
 
     @nn.compact
-    def mix(self, x: Array, state: LinearAttentionState | None, rows: RowArguments) -> tuple[Array, LinearAttentionState]:
+    def mix(
+        self, x: Array, state: LinearAttentionState | None, rows: RowArguments
+    ) -> tuple[Array, LinearAttentionState]:
         D, H = x.shape[-1], self.heads
         V = head_size("width", D, H)
         K = self.key_size or (16 if self.feature_map == "taylor" else V)

@@ -1,6 +1,6 @@
 """The base class of sequence mixers: dtypes, backend, and how they make their projections."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,6 +8,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ...kernels.common.operation import Backend
+from ...kernels.common.rows import RowArguments, rows
 from ..modules.inputs import check_input
 from ..modules.scaled_dense import scaled_dense
 
@@ -16,8 +17,24 @@ class Mixer(nn.Module):
     """A sequence mixer: `mixer(x, *, state=None, segment_ids=None) -> (y, state)` over x [B, T, D].
 
     Training passes no state; chunked prefill passes the one it got; decoding is the same call with T == 1.
-    A state is a pytree of arrays whose first axis is the batch, and zeros mean "nothing read yet". It belongs
-    to the document of the call's first token; documents after that one start afresh inside the call.
+    A state is a pytree of arrays with the batch in front, and zeros mean "nothing read yet". It belongs to
+    the document of the call's first token; documents after that one start afresh inside the call.
+
+    Args of the call:
+      x: [B, T, D], floating.
+      state: what the last call returned; None starts afresh.
+      segment_ids: the document of each token [B, T]; nothing passes from one to the next.
+      lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, and
+        their outputs are zeros; the state returned is that of each row's last real token.
+      segment_states: return the states after each of a row's first N documents, with N behind every leaf's
+        batch, instead of its last; zeros for documents that a row does not have.
+      reverse: read each row from its last real token to its first. Not together with `segment_states`.
+
+    Raises:
+      ValueError: naming the argument that can't be right.
+
+    A subclass writes `mix(x, state, rows)`: x is in the order read and the compute dtype, and `rows` are
+    the arguments of operations: `linear_attention(..., **rows)`.
 
     Attributes:
       dtype: what the mixer computes and returns in; None means the input's.
@@ -28,9 +45,9 @@ class Mixer(nn.Module):
     Example:
         >>> import frugax, jax
         >>> class Mean(frugax.layers.Mixer):  # of the tokens so far: a mixer in five lines
-        ...     def __call__(self, x, *, state=None, segment_ids=None):
-        ...         total = jax.numpy.cumsum(self.prepare(x, segment_ids), axis=1)
-        ...         return total / (1 + jax.numpy.arange(x.shape[1]))[:, None], total[:, -1]
+        ...     def mix(self, x, state, rows):
+        ...         total, state = frugax.kernels.linear_recurrence(0 * x + 1, x, initial_state=state, **rows)
+        ...         return total / (1 + jax.numpy.arange(x.shape[1]))[:, None], state
         >>> y, state = Mean().apply({}, jax.numpy.ones((1, 3, 2)))
         >>> float(y[0, 2, 0]), float(state[0, 0])
         (1.0, 3.0)
@@ -43,6 +60,31 @@ class Mixer(nn.Module):
 
     # A module (depth, width) -> {keyword: [depth, ...]}: what calls of this mixer take that differs by layer.
     over_depth: ClassVar[type[nn.Module] | None] = None
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        state: Any = None,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+        segment_states: int | None = None,
+        reverse: bool = False,
+        **of_layer: Any,
+    ) -> tuple[Array, Any]:
+        x = self.prepare(x, segment_ids)
+        read = rows(x.shape[:2], segment_ids, lengths, segment_states, reverse)
+        if reverse and segment_states is not None:
+            raise ValueError(f"segment_states: got {segment_states} with reverse=True; expected None")
+        if read is not None:
+            x, segment_ids = read.read(x), read.ids
+        how = RowArguments(segment_ids=segment_ids, lengths=lengths, segment_states=segment_states)
+        y, state = self.mix(x, state, how, **of_layer)
+        return (y if read is None else read.write(y)), state
+
+    def mix(self, *args: Any, **of_layer: Any) -> tuple[Array, Any]:
+        """(x [B, T, D], state, rows) -> (y [B, T, D], state), and what differs by layer by keyword."""
+        raise NotImplementedError(f"{type(self).__name__}.mix: expected a method of this mixer")
 
     def prepare(self, x: Array, segment_ids: Array | None) -> Array:
         """The input in the compute dtype; ValueError where it can't be right."""

@@ -10,6 +10,7 @@ from jax import Array
 from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
 from ...kernels.common.documents import documents
+from ...kernels.common.rows import last_output
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import HeadLayerNorm
 from ..modules.over_depth import LayerFraction
@@ -62,7 +63,8 @@ class RWKV6(Mixer):
         K = head_size("width", D, H)
         start = _Start(0.0 if fraction is None else fraction)
 
-        step = token_shift(x, None if state is None else state.last, segment_ids) - x
+        before = None if state is None else state.last
+        step = token_shift(x, before, rows["segment_ids"]) - x
         mixed = x + step * self._param("mu_x", start.mix, (D,), x.dtype)
         low = jnp.tanh(self.dense(mixed, 5 * self.mix_rank, "mix_in"))
         low = low.reshape(*x.shape[:2], 5, self.mix_rank)
@@ -89,7 +91,7 @@ class RWKV6(Mixer):
             backend=self.backend,
         )
         o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV))
-        return self.output(o * jax.nn.silu(g), D), RWKV6State(memory, x[:, -1])
+        return self.output(o * jax.nn.silu(g), D), RWKV6State(memory, last_output(x, before, **rows))
 
     def _param(self, name: str, init, shape: tuple[int, ...], dtype) -> Array:
         return self.param(name, init, shape, self.param_dtype).astype(dtype)

@@ -8,6 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator
+from ...kernels.common.rows import rows as rows_of
+from ...kernels.common.rows import window_at
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.rotary import positions, rotary
 from .mixer import Mixer, RowArguments
@@ -51,7 +53,7 @@ class SlidingWindowAttention(Mixer):
             raise ValueError(f"window: got {W}; expected a number of tokens >= 1")
         q, k, v = (split_heads(y, H) for y in jnp.split(self.dense(x, 3 * D, "qkv"), 3, axis=-1))
         before = None if state is None else state.offset
-        place, offset = positions(before, segment_ids, (B, T))
+        place, offset = positions(before, shape=(B, T), **rows)
         q, k = rotary(q, place), rotary(k, place)
 
         if state is None:
@@ -61,7 +63,12 @@ class SlidingWindowAttention(Mixer):
         k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
         o = window_attention(q, k, v, place)
         last_k, last_v = k[:, T:], v[:, T:]
-        if segment_ids is not None and T != 1:  # keep what is of the last token's document
+        read = rows_of((B, T), **rows)
+        if read is not None:
+            last_k, last_v = read.states_by_place(
+                (last_k, last_v), lambda at: tuple(window_at(y, W - 1, place, at) for y in (k, v))
+            )
+        elif rows["segment_ids"] is not None and T != 1:  # keep what is of the last token's document
             back = jnp.arange(W - 2, -1, -1)[None, :]
             keep = (back < offset[:, None])[..., None, None]
             last_k, last_v = jnp.where(keep, last_k, 0), jnp.where(keep, last_v, 0)

@@ -8,20 +8,28 @@ from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator
 from ...kernels.common.documents import documents
+from ...kernels.common.rows import RowArguments, last_output
 
 
 def positions(
-    offset: Int[Array, "b"] | None, segment_ids: Int[Array, "b t"] | None, shape: tuple[int, int]
-) -> tuple[Int[Array, "b t"], Int[Array, "b"]]:
+    offset: Int[Array, "b"] | None,
+    segment_ids: Int[Array, "b t"] | None,
+    shape: tuple[int, int],
+    *,
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+) -> tuple[Int[Array, "b t"], Int[Array, "b *n"]]:
     """Each token's place in its own document, from 0.
 
     Args:
       offset: how many tokens of the first token's document came before; None means 0.
       segment_ids: the document of each token; None means one document a row.
       shape: (B, T).
+      lengths, segment_states: as in `Mixer`.
 
     Returns:
-      positions [B, T] int32, and how many tokens of the last token's document there are by now [B].
+      positions [B, T] int32, and how many tokens of the last token's document there are by now [B]; with
+      `segment_states` of each document [B, N].
 
     Example:
         >>> import jax.numpy as jnp
@@ -34,7 +42,8 @@ def positions(
     before = jnp.zeros(B, jnp.int32) if offset is None else offset.astype(jnp.int32)
     packed = documents(segment_ids, B, T)
     place = before[:, None] + jnp.arange(T, dtype=jnp.int32) if packed is None else packed.reach(before)
-    return place, place[:, -1] + 1
+    rows = RowArguments(segment_ids=segment_ids, lengths=lengths, segment_states=segment_states)
+    return place, last_output(place + 1, before, **rows)
 
 
 def rotary(

@@ -36,7 +36,13 @@ class ShortConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, *, state: Array | None = None, segment_ids: Array | None = None
+        self,
+        x: Array,
+        *,
+        state: Array | None = None,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+        segment_states: int | None = None,
     ) -> tuple[Array, Array]:
         if self.width < 1:
             raise ValueError(f"width: got {self.width}; expected a number of taps >= 1")
@@ -52,5 +58,7 @@ class ShortConv(nn.Module):
             activation=self.activation,
             initial_state=state,
             segment_ids=segment_ids,
+            lengths=lengths,
+            segment_states=segment_states,
             backend=self.backend,
         )

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator, as_shaped, reject
 from ...kernels.common.documents import documents
+from ...kernels.common.rows import outputs_at, rows
 
 _SLOPE = 4.0  # of the sigmoid whose derivative stands in for the step's
 
@@ -46,7 +47,9 @@ def lif(
     threshold: float = 1.0,
     initial_state: Float[Array, "b d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
-) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+    lengths: Int[Array, "b"] | None = None,
+    segment_states: int | None = None,
+) -> tuple[Float[Array, "b t d"], Float[Array, "b *n d"]]:
     """Leaky integrate-and-fire neurons: v_t = v_{t-1} + (x_t - v_{t-1}) / tau; a spike sets v back to 0.
 
     Args:
@@ -56,6 +59,7 @@ def lif(
       initial_state: the potentials before the first token [B, D]; None means 0.
       segment_ids: the document of each token; potentials are 0 wherever the id changes. The initial state
         belongs to the first token's document.
+      lengths, segment_states: as in `Mixer`.
 
     Returns:
       Spikes, 0 or 1, [B, T, D] in x's dtype, and the potentials after the last token [B, D] in float32
@@ -80,6 +84,9 @@ def lif(
     dtype = accumulator(x.dtype)
     B, T, D = x.shape
     v = jnp.zeros((B, D), dtype) if initial_state is None else initial_state.astype(dtype)
+    read = rows((B, T), segment_ids, lengths, segment_states)
+    if read is not None:
+        x, segment_ids = read.read(x), read.ids
     packed = documents(segment_ids, B, T)
     starts_BT = jnp.zeros((B, T), bool) if packed is None else packed.starts
 
@@ -88,11 +95,16 @@ def lif(
         v_BD = jnp.where(start_B[:, None], 0, v_BD)
         v_BD = v_BD + (x_BD - v_BD) / tau
         fired_BD = spike(v_BD - threshold)
-        return v_BD * (1 - jax.lax.stop_gradient(fired_BD)), fired_BD
+        v_BD = v_BD * (1 - jax.lax.stop_gradient(fired_BD))
+        return v_BD, (fired_BD, None if read is None else v_BD)
 
     tokens = (jnp.moveaxis(x.astype(dtype), 1, 0), jnp.moveaxis(starts_BT, 1, 0))
-    v, spikes_TBD = jax.lax.scan(step, v, tokens)
-    return jnp.moveaxis(spikes_TBD, 0, 1).astype(x.dtype), v
+    last, (spikes_TBD, v_TBD) = jax.lax.scan(step, v, tokens)
+    spikes = jnp.moveaxis(spikes_TBD, 0, 1).astype(x.dtype)
+    if read is None:
+        return spikes, last
+    v_BTD = jnp.moveaxis(v_TBD, 0, 1)
+    return read.write(spikes), read.states_by_place(last, lambda at: outputs_at(v_BTD, v, at))
 
 
 def _check(x, tau, threshold, initial_state, segment_ids) -> None:
