@@ -8,8 +8,14 @@ from .directions import displace, gaussian, only
 from .distributed import distzo2_step, one_byte_step, replay_bytes
 from .estimators import Estimate, forward_gradient, two_point
 from .offload import Pending, zo2_flush, zo2_step
-from .qzo import qzo_step
-from .sparse_mezo import magnitude_thresholds, sparse, sparse_mezo_step
+from .qzo import positive_scales, qzo_step
+from .sparse_mezo import (
+    magnitude_densities,
+    magnitude_thresholds,
+    random_subset,
+    sparse,
+    sparse_mezo_step,
+)
 from .step import StepInfo, conservative_step, mezo_step, replay, zo_gradient, zo_step
 from .subspace import history_subspace
 
@@ -23,11 +29,14 @@ __all__ = [
     "forward_gradient",
     "gaussian",
     "history_subspace",
+    "magnitude_densities",
     "magnitude_thresholds",
     "mezo_step",
     "one_byte_step",
     "only",
+    "positive_scales",
     "qzo_step",
+    "random_subset",
     "replay",
     "replay_bytes",
     "sparse",

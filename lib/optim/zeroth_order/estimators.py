@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .directions import Direction, displace, displaced_copy
+from .directions import Direction, displace, loss_along
 
 
 class Estimate(NamedTuple):
@@ -32,8 +32,9 @@ def two_point(epsilon: float, *, in_place: bool = True) -> Estimator:
 
     Args:
       epsilon: the distance to either side.
-      in_place: move the parameters there and back, as MeZO does: no second copy, and what rounding loses
-        stays lost. False: evaluate moved copies, and leave the parameters exactly as they are.
+      in_place: move the parameters there and back, as MeZO does; what rounding loses stays lost. False: move
+        them where the loss reads them, a layer at a time where it scans over layers, and leave the
+        parameters exactly as they are.
 
     Source: Spall 1992; Malladi et al. 2023, MeZO (arXiv 2305.17333).
 
@@ -51,12 +52,19 @@ def two_point(epsilon: float, *, in_place: bool = True) -> Estimator:
         # A loop of two turns, not two calls: parameters stay in their place. Each turn makes its own noise.
         def move(params, turn):
             amount, key = turn
-            moved = displaced_copy(params, key, amount, direction)
-            return (moved if in_place else params), loss_fn(moved)
+            # Behind a condition: else XLA would make the noise again in each product of it.
+            params = lax.cond(amount != 0, lambda: displace(params, key, amount, direction), lambda: params)
+            return params, loss_fn(params)
 
-        amounts = jnp.array([epsilon, -2 * epsilon if in_place else -epsilon])
-        params, (above, below) = lax.scan(move, params, (amounts, opaque_copies(key, 2)))
-        offset = -epsilon if in_place else 0.0
+        def read(_, turn):
+            return None, loss_along(loss_fn, params, turn[1], turn[0], direction)
+
+        keys, offset = opaque_copies(key, 2), -epsilon if in_place else 0.0
+        if in_place:
+            params, losses = lax.scan(move, params, (jnp.array([epsilon, -2 * epsilon]), keys))
+        else:
+            _, losses = lax.scan(read, None, (jnp.array([epsilon, -epsilon]), keys))
+        above, below = losses
         return Estimate(params, offset, (above + below) / 2, (above - below) / (2 * epsilon))
 
     return estimate
@@ -78,7 +86,7 @@ def forward_gradient() -> Estimator:
 
     def estimate(loss_fn, params, key, direction):
         def along(s):
-            return loss_fn(displace(params, key, s, direction))
+            return loss_along(loss_fn, params, key, s, direction, branch=False)
 
         loss, slope = jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),))
         return Estimate(params, 0.0, loss, slope)

@@ -14,19 +14,25 @@ from jax import Array, lax
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def normal_like(key: Array, x: Array) -> Array:
-    """float32 standard normal numbers of x's shape: `jax.random.normal(key, x.shape)`."""
-    bits = random_bits(key, x.shape)
+def normal_like(key: Array, x: Array, start: Array | int = 0) -> Array:
+    """float32 standard normal numbers of x's shape: `jax.random.normal(key, x.shape)`.
+
+    With `start` they are those of a slice of a larger array, whose number `start` is the slice's first.
+    """
+    bits = random_bits(key, x.shape, start)
     unit = lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1  # [0, 1)
     low = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
     return jnp.float32(math.sqrt(2)) * lax.erf_inv(jnp.maximum(low, unit * (1 - low) + low))
 
 
-def random_bits(key: Array, shape: tuple[int, ...]) -> Array:
-    """uint32 random bits: Threefry-2x32 with 20 rounds, of the index in row-major order."""
+def random_bits(key: Array, shape: tuple[int, ...], start: Array | int = 0) -> Array:
+    """uint32 random bits: Threefry-2x32 with 20 rounds, of the index in row-major order, from `start` on."""
     k0, k1 = _words(key)
     ks = (k0, k1, k0 ^ k1 ^ jnp.uint32(0x1BD11BDA))
-    x0, x1 = ks[0], _plus_index(ks[1], shape)  # the index's upper word is zero
+    x0, x1 = (
+        ks[0],
+        _plus_index(ks[1] + jnp.asarray(start, jnp.uint32), shape),
+    )  # the index's upper word is zero
     for i in range(5):
         for r in ROTATIONS[i % 2]:
             x0 = x0 + x1

@@ -1,39 +1,71 @@
-"""QZO: the scales of quantized weights are tuned, their codes never change."""
+"""QZO: the scales of quantized weights are tuned, their codes and codebooks never change."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Key
 
-from ...formats import QuantizedTensor
-from .directions import only
+from .directions import leaves_with_paths, only
 from .estimators import two_point
-from .step import StepInfo, zo_step
+from .step import Rate, StepInfo, zo_step
+
+
+def is_scale(path: str) -> bool:
+    """Find the scales of `QuantizedTensor`s, and of any dict or class that keeps them as "scales"."""
+    return path.split("/")[-1] == "scales"
+
+
+def positive_scales(params: Any, where: Callable[[str], bool] = is_scale) -> Any:
+    """Raise scales below the smallest normal number to it: a weight never changes its sign.
+
+    Args:
+      params: a tree with scales.
+      where: a leaf's path -> whether it is a scale.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> frugax.optim.zeroth_order.positive_scales({"scales": jnp.array([-0.6, 2.0])})["scales"].tolist()
+        [1.1754943508222875e-38, 2.0]
+    """
+    leaves = [
+        jnp.maximum(x, jnp.finfo(x.dtype).tiny) if where(p) else x for p, x in leaves_with_paths(params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def qzo_step(
-    loss_fn,
+    loss_fn: Callable[[Any], Array],
     params: Any,
     key: Key[Array, ""],
     *,
-    learning_rate: float | Array,
+    learning_rate: Rate,
     epsilon: float,
-    clip: float | None = None,
+    clip: float | None = 100.0,
+    where: Callable[[str], bool] = is_scale,
+    **options: Any,
 ) -> tuple[Any, StepInfo]:
     """A MeZO step of the quantization scales alone, with a clipped directional derivative.
 
+    scales <- max(scales - learning_rate * clip(slope) z, smallest normal number): they stay positive. So
+    `replay(..., epsilon=epsilon, direction=only(where), project=positive_scales)` rebuilds a run.
+
     Args:
       loss_fn: params -> scalar, which dequantizes where it reads.
-      params: a tree with `QuantizedTensor`s; what is not a scale of one stays as it is.
+      params: a tree with `QuantizedTensor`s of any format, or with codes, codebooks and scales in containers
+        of your own (as of AQLM). What is no scale stays as it is.
       key, learning_rate, epsilon: as in `mezo_step`.
-      clip: the largest magnitude of the slope; a step can then not run away.
+      clip: the largest magnitude of the slope; a step can then not run away. None: any.
+      where: a leaf's path -> whether it is a scale.
+      **options: count, weight_decay and decays of `zo_step`.
 
     Raises:
-      ValueError: no leaf is the scale of a `QuantizedTensor`.
+      ValueError: no leaf is a scale.
 
     Source: Shang et al. 2025, Fine-tuning Quantized Neural Networks with Zeroth-order Optimization
-    (arXiv 2505.13430).
+    (arXiv 2505.13430); the clip's default is ours.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -44,11 +76,17 @@ def qzo_step(
         >>> bool((new.codes == w.codes).all()), bool((new.scales == w.scales).any())
         (True, False)
     """
-    is_leaf = lambda x: isinstance(x, QuantizedTensor)  # noqa: E731
-    if not any(map(is_leaf, jax.tree.leaves(params, is_leaf=is_leaf))):
-        raise ValueError("params: got no QuantizedTensor; expected at least one")
-    scales = only(lambda path: path.split("/")[-1] == "scales")
-    estimator = two_point(epsilon)
-    return zo_step(
-        loss_fn, params, key, learning_rate=learning_rate, estimator=estimator, direction=scales, clip=clip
+    paths = [path for path, _ in leaves_with_paths(params)]
+    if not any(map(where, paths)):
+        raise ValueError(f"params: got {', '.join(paths)}, no scales; expected a QuantizedTensor's or others")
+    params, info = zo_step(
+        loss_fn,
+        params,
+        key,
+        learning_rate=learning_rate,
+        estimator=two_point(epsilon),
+        direction=only(where),
+        clip=clip,
+        **options,
     )
+    return positive_scales(params, where), info

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py on eight devices: DistZO2's forms and one byte a gradient."""
+"""Run by test_distributed.py on eight devices: DistZO2's forms, offloaded blocks in slices, one byte."""
 
 import re
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from frugax.formats import dynamic8
 from frugax.optim import zeroth_order as zo
+from frugax.optim.zeroth_order.one_byte import code_named
 from tests.errors import assert_close
+from tests.optim.zeroth_order.models import blocks_of_a_network
 
 
 def setup():
@@ -79,46 +80,115 @@ def distzo2():
         moved = exchanged(step.as_text())
         assert moved, "nothing was exchanged"
         assert set(moved) == {"f32[]"}, moved
+    nothing, info = step(now, x * jnp.nan, key)
+    assert info.skipped
+    jax.tree.map(np.testing.assert_array_equal, nothing, now)
     args = (loss, params, x, jax.random.key(0))
     with pytest.raises(ValueError, match="expected size 2"):
         zo.distzo2_step(*args, learning_rate=0.1, epsilon=1e-2, mesh=mesh_of(p=8), pert_axis="p")
 
 
 def one_byte():
+    """Samples of 8 workers, in both codes, against one process that takes all of their steps."""
     params, x, loss = setup()
+    x = jnp.concatenate([x, x[::-1]])
     mesh, limit, rate = mesh_of(worker=8), 1.0, 0.5
-    step = jax.jit(
-        lambda p, x, k: zo.one_byte_step(
-            loss, p, x, k, learning_rate=rate, epsilon=1e-2, limit=limit, mesh=mesh, axis="worker"
-        )
-    )
-    keys, log, now = jax.random.split(jax.random.key(0), 30), [], replicated(params, mesh)
-    step = step.lower(now, x, keys[0]).compile()
-    first = loss(params, x)
-    for key in keys:
-        before = now
-        now, codes = step(now, x, key)
-        assert codes.dtype == jnp.uint8
-        assert codes.nbytes == 8
-        log.append(codes)
-    replicas_agree(now)
-    assert loss(now, x) < 0.8 * first
-    # The last step again in one process: every worker's direction, with slopes as the bytes say.
-    estimator, want, displace = zo.two_point(1e-2, in_place=False), before, jax.jit(zo.displace)
+    estimator, displace = zo.two_point(1e-2, in_place=False), jax.jit(zo.displace)
     slope_of = jax.jit(lambda p, x, key: estimator(lambda p: loss(p, x), p, key, zo.gaussian).slope)
-    for worker, share in enumerate(jnp.split(x, 8)):
-        own = jax.random.fold_in(keys[-1], worker)
-        value = float(dynamic8.decode(jnp.int32(codes[worker]))) * limit
-        slope = np.clip(slope_of(before, share, own), -limit, limit)
-        assert abs(value - slope) < 0.01 * limit
-        want = displace(want, own, -rate * value / 8)
-    assert_close(now, want, "float32")
-    late = jax.jit(lambda k, c: zo.replay_bytes(params, k, c, learning_rate=rate, limit=limit))
-    joined = late(keys, jnp.stack(log))
-    jax.tree.map(np.testing.assert_array_equal, joined, now)
-    assert set(exchanged(step.as_text())) == {"u8[8]"}
+    for samples, code, steps in ((1, "dynamic", 30), (2, "log", 8)):
+        step = jax.jit(
+            lambda p, x, k, samples=samples, code=code: zo.one_byte_step(
+                loss, p, x, k, learning_rate=rate, epsilon=1e-2, limit=limit, mesh=mesh, axis="worker",
+                samples=samples, code=code,
+            )
+        )  # fmt: skip
+        keys, log, now = jax.random.split(jax.random.key(0), steps), [], replicated(params, mesh)
+        step = step.lower(now, x, keys[0]).compile()
+        first = loss(params, x)
+        for key in keys:
+            before = now
+            now, codes = step(now, x, key)
+            assert codes.dtype == jnp.uint8
+            assert codes.nbytes == 8 * samples
+            log.append(codes)
+        replicas_agree(now)
+        assert loss(now, x) < (0.8 if steps > 8 else 0.95) * first
+        # The last step again in one process: every direction, with slopes as the bytes say.
+        want, (_, decode) = before, code_named(code)
+        for i, share in enumerate(jnp.split(x, 8 * samples)):
+            own = jax.random.fold_in(keys[-1], i)
+            value = float(decode(codes[i])) * limit
+            slope = np.clip(slope_of(before, share, own), -limit, limit)
+            assert abs(value - slope) < (0.01 * limit if code == "dynamic" else 0.065 * abs(slope) + 1e-6)
+            want = displace(want, own, -rate * value / (8 * samples))
+        assert_close(now, want, "float32")
+        late = jax.jit(
+            lambda k, c, code=code: zo.replay_bytes(params, k, c, learning_rate=rate, limit=limit, code=code)
+        )
+        joined = late(keys, jnp.stack(log))
+        jax.tree.map(np.testing.assert_array_equal, joined, now)
+        assert set(exchanged(step.as_text())) == {f"u8[{8 * samples}]"}
+        if samples == 1:  # a worker with a NaN among its data sends 255, and the mean is that of the others
+            with_nan, codes = step(before, x.at[9].set(jnp.nan), keys[-1])
+            assert np.flatnonzero(np.asarray(codes) == 255).tolist() == [1]
+            want = before
+            for i in [0, *range(2, 8)]:
+                scalar = -rate * float(decode(codes[i])) * limit / 7
+                want = displace(want, jax.random.fold_in(keys[-1], i), scalar)
+            assert_close(with_nan, want, "float32")
+            nothing, codes = step(before, x * jnp.nan, keys[-1])
+            assert (np.asarray(codes) == 255).all()
+            jax.tree.map(np.testing.assert_array_equal, nothing, before)
+    for wrong in (dict(samples=3), dict(code="linear")):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            zo.one_byte_step(loss, params, x, keys[0], learning_rate=rate, epsilon=1e-2, limit=limit,
+                             mesh=mesh, axis="worker", **wrong)  # fmt: skip
+
+
+def sliced():
+    """Offloaded blocks: each device uploads an eighth and gathers the rest; the steps are one device's."""
+    functions, parts, batch = blocks_of_a_network()
+    parts[0] = parts[0][:, :-1]  # 8 x 63 numbers and a bias of 63: no multiples of 8
+    parts[1] = {"kernel": parts[1]["kernel"][:-1], "bias": parts[1]["bias"]}
+    functions = [functions[0], lambda w, h: jnp.tanh(h @ w["kernel"] + w["bias"]), *functions[2:]]
+    functions, parts = [*functions[:3], functions[-1]], [*parts[:3], parts[-1]]
+    keys, put, sent = jax.random.split(jax.random.key(0), 2), jax.device_put, []
+
+    def counted(x, to=None):
+        placed = put(x, to)
+        if to is not None:
+            sent.extend(s.data.nbytes for a in jax.tree.leaves(placed) for s in a.addressable_shards)
+        return placed
+
+    def run(**how):
+        blocks, pending, infos = parts, None, []
+        for key in keys:
+            blocks, pending, info = zo.zo2_step(
+                functions, blocks, batch, key, pending=pending, learning_rate=0.05, epsilon=1e-2, **how
+            )
+            infos.append(info)
+        return zo.zo2_flush(blocks, pending), infos
+
+    want, alone = run()
+    size = sum(x.nbytes for x in jax.tree.leaves(parts))
+    mesh = mesh_of(pert=2, data=4)
+    for axes in (dict(pert_axis="pert", data_axis="data"), dict(data_axis="data")):
+        sent.clear()
+        jax.device_put = counted
+        try:
+            got, infos = run(mesh=mesh, **axes)
+        finally:
+            jax.device_put = put
+        for info, expected in zip(infos, alone, strict=True):
+            assert abs(info.slope - expected.slope) < 8e-7 * abs(expected.loss) / 2e-2 + 1e-4
+        assert_close(got, want, "float32", times=10)
+        assert not any(
+            (a == b).all() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(parts), strict=True)
+        )
+        assert 2 * size <= sum(sent) < 2.1 * size  # twice over two steps, not sixteen times
 
 
 if __name__ == "__main__":
     distzo2()
     one_byte()
+    sliced()

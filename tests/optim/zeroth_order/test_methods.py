@@ -7,7 +7,9 @@ import optax
 
 import frugax
 from frugax.optim import zeroth_order as zo
+from frugax.optim.zeroth_order.directions import loss_along
 from tests.errors import assert_close
+from tests.optim.zeroth_order.models import network
 
 
 def problem(d=64):
@@ -53,19 +55,94 @@ def test_sparse_mezo_with_every_weight_is_mezo():
     assert_close(sparse[0], plain[0], "float32")
 
 
-def test_sparse_mezo_stores_no_direction():
-    """Temporaries: one moved copy of the parameters, and the mask, a byte a weight, over both passes."""
-    w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
-    thresholds = jnp.float32(1.0)
+def test_sparse_mezo_has_a_threshold_for_each_leaf():
+    """A leaf of weights a hundred times smaller moves no more of them than the others do."""
+    w, _ = problem()
+    params = {"large": 100 * w, "small": w}
+    thresholds = zo.magnitude_thresholds(params, 0.25)
+    after, _ = jax.jit(
+        lambda p: zo.sparse_mezo_step(
+            lambda p: jnp.sum(p["large"] + p["small"]), p, jax.random.key(0), learning_rate=1.0,
+            epsilon=1e-3, thresholds=thresholds,
+        )
+    )(params)  # fmt: skip
+    for name, x in params.items():
+        moves = np.abs(x) <= np.quantile(np.abs(x), 0.25)
+        np.testing.assert_array_equal(after[name] != x, moves, err_msg=name)
 
-    def loss(w):
-        return jnp.sum(jnp.tanh(jnp.ones((1, 1024)) @ w))
+
+def test_sparse_mezo_masks_inside_the_forward_pass():
+    """Beyond a forward pass of 16 scanned layers: one layer of weights, no copy of all and no mask."""
+    params, loss = network(layers=16, width=256)
+    layer = params["w"][0].nbytes
+    thresholds = zo.magnitude_thresholds(params, 0.5)
 
     def step(w, key):
         return zo.sparse_mezo_step(loss, w, key, learning_rate=0.1, epsilon=1e-3, thresholds=thresholds)
 
-    compiled = jax.jit(step, donate_argnums=0).lower(w, jax.random.key(0)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < (4 + 1) * 1024 * 1024 + 2**16
+    def temporaries(f, **donate):
+        compiled = jax.jit(f, **donate).lower(params, jax.random.key(0)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(step, donate_argnums=0) < temporaries(lambda p, key: loss(p)) + 1.1 * layer
+
+
+def test_weights_moved_where_they_are_read_are_the_moved_weights():
+    """Scans (forwards, backwards, nested, with remat), calls, leaves read twice or whole: the same loss."""
+    params = {
+        "deep": jax.random.normal(jax.random.key(1), (3, 2, 4, 4)) / 2,
+        "tied": jax.random.normal(jax.random.key(2), (6, 4)),
+        "scale": jnp.ones((3, 4)),
+    }
+    thresholds = zo.magnitude_thresholds(params, 0.5)
+
+    def loss(p):
+        @jax.checkpoint
+        def inner(h, w):
+            return jax.jit(jnp.tanh)(h @ w), jnp.sum(w)
+
+        def outer(h, layer):
+            return jax.lax.scan(inner, h * layer[1], layer[0])
+
+        h, sums = jax.lax.scan(outer, p["tied"], (p["deep"], p["scale"]), reverse=True)
+        return jnp.mean((h @ p["tied"].T) ** 2) + jnp.mean(sums), {"untouched": p["scale"]}
+
+    for direction in (zo.gaussian, zo.sparse(thresholds), zo.random_subset(0.5)):
+        key, amount = jax.random.key(4), jnp.float32(0.3)
+        got = jax.jit(lambda p, d=direction: loss_along(loss, p, key, amount, d))(params)  # noqa: B023
+        want = loss(zo.displace(params, key, amount, direction))
+        assert_close(got, want, "float32")
+        assert abs(want[0] - loss(params)[0]) > 1e-3
+
+
+def test_a_random_subset_moves_its_share():
+    """Each leaf's own share; a fresh mask with each step, or one for as long as its key is held."""
+    params = {"a": jnp.zeros(4000), "b": jnp.zeros(4000)}
+    share = {"a": 0.1, "b": 0.6}
+
+    def moved(key, **held):
+        after = zo.displace(params, jax.random.key(key), 1.0, zo.random_subset(share, **held))
+        return {k: np.asarray(x != 0) for k, x in after.items()}
+
+    first, second = moved(0), moved(1)
+    for name, density in share.items():
+        assert abs(first[name].mean() - density) < 0.03
+        assert (first[name] != second[name]).mean() > density / 2
+    held = jax.random.key(7)
+    np.testing.assert_array_equal(moved(0, mask_key=held)["b"], moved(1, mask_key=held)["b"])
+    # The direction is that of `gaussian`, where it moves.
+    after = zo.displace(params, jax.random.key(0), 1.0, zo.random_subset(share))["b"]
+    plain = zo.displace(params, jax.random.key(0), 1.0)["b"]
+    np.testing.assert_array_equal(after[first["b"]], plain[first["b"]])
+    assert abs(np.corrcoef(first["b"], plain)[0, 1]) < 0.06
+
+
+def test_global_sparsity_gives_small_leaves_more():
+    params = {"large": 11 + jnp.arange(30.0), "small": jnp.arange(1.0, 11.0)}
+    assert zo.magnitude_densities(params, 0.25) == {"large": 0.0, "small": 1.0}
+    found = zo.magnitude_densities(params, 0.5)
+    assert found["small"] == 1.0
+    assert abs(found["large"] - 1 / 3) < 1e-6
 
 
 def quantized_model():
@@ -82,7 +159,7 @@ def test_qzo_estimates_the_gradient_of_the_scales():
     n = 4000
     slopes = jax.jit(
         lambda keys: jax.lax.map(
-            lambda k: zo.qzo_step(loss, params, k, learning_rate=-1.0, epsilon=1e-3), keys
+            lambda k: zo.qzo_step(loss, params, k, learning_rate=-1e-3, epsilon=1e-3, clip=None), keys
         )
     )(jax.random.split(jax.random.key(0), n))[0]
     estimate = np.asarray(slopes["q"].scales - params["q"].scales, np.float64).mean(0)
@@ -134,6 +211,22 @@ def test_a_conservative_step_never_raises_the_loss():
     assert not plain[1].loss[-1] < losses[0]
     keys = jax.random.split(jax.random.key(0), 100)
     assert_close(jax.jit(zo.replay)(w, keys, info.scalar), after, "float32")
+
+
+def test_a_conservative_step_takes_the_way_back_where_that_is_lower():
+    """A slope that points uphill: of stay, there and back, back has the least loss."""
+    wrong = lambda loss_fn, p, key, direction: zo.Estimate(  # noqa: E731
+        p, 0.0, loss_fn(p), -zo.forward_gradient()(loss_fn, p, key, direction).slope
+    )
+    w, loss = problem(3)
+
+    def step(estimator):
+        return zo.conservative_step(loss, w, jax.random.key(0), learning_rate=0.01, estimator=estimator)
+
+    (back, info), (there, right) = step(wrong), step(zo.forward_gradient())
+    assert loss(there) < loss(w)
+    assert_close(back, there, "float32")
+    assert_close(info.scalar, right.scalar, "float32")
 
 
 def test_the_history_subspace_is_pca():

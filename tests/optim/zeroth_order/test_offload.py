@@ -1,9 +1,14 @@
 """ZO2: blocks that stay on the host take the steps of blocks in memory, and visit one at a time."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 
+import frugax
 from frugax.optim import zeroth_order as zo
 from tests.devices import run_alone
+from tests.errors import assert_close
 from tests.optim.zeroth_order.models import WIDTH, blocks_of_a_network
 
 
@@ -29,3 +34,45 @@ def test_one_trip_a_block_and_few_blocks_at_once(monkeypatch):
     assert sum(uploads) == sum(x.nbytes for x in jax.tree.leaves(parts))
     hidden = 4 * 16 * WIDTH * 4
     assert max(present) < 3 * size + hidden + 4096  # before the next one arrives
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_blocks_travel_in_few_bits_and_no_step_is_too_small(kept, monkeypatch):
+    """Worked on in float32: the slope is that of the wide weights, and on average steps arrive whole."""
+    functions = [lambda w, x: x @ w, lambda w, h: jnp.sum(h * w)]
+    rng = np.random.default_rng(0)
+    wide = [1 + rng.random((64, 8)).astype(np.float32), np.ones(8, np.float32)]
+
+    def store(x):
+        if kept == "bfloat16":
+            return np.asarray(jnp.asarray(x, jnp.bfloat16))
+        return jax.tree.map(np.asarray, frugax.formats.quantize(jnp.asarray(x), kept))
+
+    def read(x):
+        return np.asarray(x, np.float64) if kept == "bfloat16" else np.asarray(x.dequantize(), np.float64)
+
+    blocks, sent, put = [store(x) for x in wide], [], jax.device_put
+    monkeypatch.setattr(jax, "device_put", lambda x: (sent.extend(jax.tree.leaves(x)), put(x))[1])
+    before, key, batch = [read(x) for x in blocks], jax.random.key(1), jnp.asarray(rng.random((2, 64)))
+    step = dict(pending=None, learning_rate=1e-7, epsilon=1e-2, dtype=jnp.float32)
+    blocks, pending, info = zo.zo2_step(functions, blocks, batch, key, **step)
+    assert sum(x.nbytes for x in sent) < (0.51 if kept == "bfloat16" else 0.4) * sum(x.nbytes for x in wide)
+
+    def loss(side):
+        z = [np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), 0), x.shape))
+             for i, x in enumerate(wide)]  # fmt: skip
+        w, v = (x + side * 1e-2 * n for x, n in zip(before, z, strict=True))
+        return np.sum(np.asarray(batch, np.float64) @ w * v), z[0]
+
+    slope = (loss(1)[0] - loss(-1)[0]) / 2e-2
+    assert_close(info.slope, slope, "float32", times=50)  # of losses of a thousand, a difference of some
+    # A step below half of the format's: rounded at random, its mean over many keys is the step.
+    pending = pending._replace(scalar=jnp.float32(5e-4))
+    moved = []
+    for i in range(40):
+        noise = pending._replace(key=jax.random.key(i))
+        new = zo.zo2_flush([blocks[0]], noise, dtype=jnp.float32)[0]
+        assert jax.tree.structure(new) == jax.tree.structure(blocks[0])
+        z = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(noise.key, 0), 0), (64, 8)))
+        moved.append(np.sum((read(new) - before[0]) * z) / np.sum(z * z))
+    assert abs(np.mean(moved) - 5e-4) < 1.5e-4
