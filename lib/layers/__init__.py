@@ -11,6 +11,7 @@ from flax.linen import LayerNorm
 
 from .block import Block
 from .channel.mlp import GLU, MLP
+from .channel.rwkv_channel import RWKVChannel
 from .mixers.based import Based
 from .mixers.flash_rnn import FlashRNN
 from .mixers.gated_convolution import GatedConvolution
@@ -24,6 +25,7 @@ from .mixers.mamba2 import Mamba2
 from .mixers.mixer import Mixer
 from .mixers.mlgru import MLGRU
 from .mixers.retention import Retention
+from .mixers.rwkv5 import RWKV5
 from .mixers.rwkv6 import RWKV6
 from .mixers.sliding_window import SlidingWindowAttention
 from .modules.depthwise_conv import DepthwiseConv
@@ -43,6 +45,7 @@ __all__ = [
     "LMU",
     "MLGRU",
     "MLP",
+    "RWKV5",
     "RWKV6",
     "VSS",
     "Based",
@@ -66,6 +69,7 @@ __all__ = [
     "Mamba2",
     "Mixer",
     "RMSNorm",
+    "RWKVChannel",
     "Retention",
     "SelectiveScan2D",
     "ShortConv",

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from ..kernels.common.operation import Backend
 from .mixers.mixer import Mixer
 
 NORMS = ("RMSNorm", "SimpleRMSNorm", "LayerNorm")
-CHANNELS = ("GLU", "MLP")
+CHANNELS = ("GLU", "MLP", "RWKVChannel")
 
 # What the decoder says to every module; a block's arguments can't.
 _FROM_DECODER = {"parent", "name", "dtype", "param_dtype", "backend", "out_scale"}
@@ -27,7 +27,8 @@ class Block:
 
     Attributes:
       mixer: the name of a sequence mixer in `frugax.layers`, or a subclass of `Mixer`.
-      channel: the name of a channel mixer in `frugax.layers` ("GLU", "MLP"), a module class, or None.
+      channel: the name of a channel mixer in `frugax.layers` ("GLU", "MLP", "RWKVChannel"), a module
+        class, or None. A subclass of `Mixer` has a state here too, such as the last token.
       mixer_args: the mixer's attributes that differ from its defaults, as a mapping or pairs.
       channel_args: likewise for the channel mixer.
       norm: "RMSNorm", "SimpleRMSNorm", "LayerNorm", or a module class.
@@ -75,6 +76,11 @@ class Block:
         return _find("channel", self.channel, CHANNELS, nn.Module)
 
     @property
+    def channel_has_state(self) -> bool:
+        """Whether the channel mixer is called as sequence mixers are, with a state."""
+        return self.channel is not None and _is_class(self.channel_class, Mixer)
+
+    @property
     def norm_class(self) -> type[nn.Module]:
         return _find("norm", self.norm, NORMS, nn.Module)
 
@@ -110,6 +116,13 @@ def _hashable(value: Any) -> Any:
     return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+class BlockState(NamedTuple):
+    """The state of a layer that mixes channels with a state too; others have their mixer's alone."""
+
+    mixer: Any
+    channel: Any
+
+
 class BlockLayer(nn.Module):
     """The module of one `Block`; `Decoder` makes and calls it."""
 
@@ -124,7 +137,7 @@ class BlockLayer(nn.Module):
         self,
         x: Array,
         state: Any,
-        over_depth: dict[str, Array],
+        over_depth: tuple[dict[str, Array], dict[str, Array]],
         segment_ids: Array | None,
         new_document: Array | None,
     ) -> tuple[Array, Any]:
@@ -133,17 +146,29 @@ class BlockLayer(nn.Module):
         if new_document is not None:
             state = jax.tree.map(lambda leaf: _zero_rows(leaf, new_document), state)
 
+        of_mixer, of_channel = over_depth
+        has_two = self.block.channel_has_state
+        channel_state = None
+        if has_two and state is not None:
+            state, channel_state = state
+
         mixer = self.block.mixer_class(
             **dict(self.block.mixer_args), **dtypes, backend=self.backend, out_scale=out_scale, name="mixer"
         )
         y, state = mixer(
-            self._norm("mixer_norm", dtypes)(x), state=state, segment_ids=segment_ids, **over_depth
+            self._norm("mixer_norm", dtypes)(x), state=state, segment_ids=segment_ids, **of_mixer
         )
         x = x + y
         if self.block.channel is not None:
-            args = dict(self.block.channel_args)
-            channel = self.block.channel_class(**args, **dtypes, out_scale=out_scale, name="channel")
-            x = x + channel(self._norm("channel_norm", dtypes)(x))
+            args = dict(self.block.channel_args) | dtypes | {"out_scale": out_scale, "name": "channel"}
+            normed = self._norm("channel_norm", dtypes)(x)
+            if has_two:
+                channel = self.block.channel_class(**args, backend=self.backend)
+                y, channel_state = channel(normed, state=channel_state, segment_ids=segment_ids, **of_channel)
+                state = BlockState(state, channel_state)
+            else:
+                y = self.block.channel_class(**args)(normed)
+            x = x + y
         return x, state
 
     def _norm(self, name: str, dtypes: dict[str, Any]) -> nn.Module:

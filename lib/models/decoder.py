@@ -128,15 +128,22 @@ class Decoder(nn.Module):
         )
         return logits, DecoderState(after, last_segment)
 
-    def _over_depth(self, depth: int) -> tuple[dict[str, Array], ...]:
-        """For each block, the arguments of its mixer that differ by layer, each [repeats, ...]."""
+    def _over_depth(self, depth: int) -> tuple[tuple[dict[str, Array], dict[str, Array]], ...]:
+        """For each block, the arguments of its two mixers that differ by layer, each [repeats, ...]."""
         n = len(self.blocks)
-        given = {}  # blocks of one kind share them: they are about the whole depth
-        for block in self.blocks:
-            kind = block.mixer_class.over_depth
-            if kind is not None and kind not in given:
-                given[kind] = kind(param_dtype=self.param_dtype, name=kind.__name__)(depth, self.width)
-        mine = [given.get(block.mixer_class.over_depth, {}) for block in self.blocks]
+        kinds = [
+            (block.mixer_class.over_depth, getattr(block.channel_class, "over_depth", None))
+            if block.channel is not None
+            else (block.mixer_class.over_depth, None)
+            for block in self.blocks
+        ]
+        # Blocks of one kind share them: they are about the whole depth.
+        given = {None: {}} | {
+            kind: kind(param_dtype=self.param_dtype, name=kind.__name__)(depth, self.width)
+            for kind in dict.fromkeys(kind for pair in kinds for kind in pair)
+            if kind is not None
+        }
+        mine = [(given[mixer], given[channel]) for mixer, channel in kinds]
         return tuple(jax.tree.map(lambda a, i=i: a[i::n], args) for i, args in enumerate(mine))
 
     def _check(self, tokens: Array, state: DecoderState | None, segment_ids: Array | None) -> None:

@@ -1,5 +1,7 @@
 """The decoder: one call for training, prefill, decoding and packed rows, and depth as a scan over data."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +15,20 @@ from frugax.layers import Block, Decoder
 from frugax.layers.block import BlockLayer
 from tests.errors import assert_close, bound, error
 
-V, D = 11, 12
+from ..layers.calls import Calls, zero_rows
+
+V, D = 11, 8
 
 GLA = Block("GatedLinearAttention", "GLU", {"heads": 2, "conv_width": 3, "gate_rank": 3})
 # One block of every kind of state, norm and argument that differs by layer.
 MIXED = (
     Block("HGRN2", "MLP", {"heads": 2}, norm="LayerNorm"),
     frugax.layers.transnormer_block(heads=2),
-    Block("SlidingWindowAttention", None, {"heads": 2, "window": 3}),
+    Block("SlidingWindowAttention", "RWKVChannel", {"heads": 2, "window": 3}, {"expand": 1}),
 )
+
+
+together = pytest.mark.xdist_group("decoder of mixed blocks")
 
 
 def make(blocks=(GLA,), repeats=2, *, batch=2, time=13, dtype=jnp.float32, **more):
@@ -49,41 +56,64 @@ def gradients(apply, variables):
     return {"logits": logits, "grads": grads}
 
 
-def in_pieces(model, variables, tokens, cuts, segment_ids=None):
-    state, logits = None, []
-    for start, stop in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
-        ids = None if segment_ids is None else segment_ids[:, start:stop]
-        y, state = model.apply(variables, tokens[:, start:stop], state, ids)
-        logits.append(y)
-    return jnp.concatenate(logits, axis=1)
+@functools.cache
+def mixed():
+    """The compiled calls of a decoder of mixed blocks, in float64."""
+    model, variables, tokens = make(MIXED, time=3 + 8, dtype=jnp.float64)
+    # The first document of each row goes on with that of the 3 tokens before the call.
+    ids = jnp.array([[7, 7, 2, 7, 7, 7, 7, 7], [0, 0, 0, 0, 0, 1, 1, 1]])
+
+    def call(variables, tokens, state=None, segment_ids=None):
+        if state is not None:
+            last = None if segment_ids is None else segment_ids[:, 0]
+            state = frugax.layers.DecoderState(state, last)
+        logits, state = model.apply(variables, tokens, state, segment_ids)
+        return logits, state.layers
+
+    return model, Calls(call, variables, tokens, ids, functools.partial(zero_rows, axis=1))
 
 
-@pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
-def test_whole_is_chunked_is_token_by_token(blocks):
+@together
+def test_whole_is_token_by_token():
     with jax.enable_x64(True):
-        model, variables, tokens = make(blocks, dtype=jnp.float64)
-        dtype = (
-            jnp.float64 if blocks == (GLA,) else jnp.float32
-        )  # the weights of jax.nn.dot_product_attention
-        whole = gradients(lambda v: model.apply(v, tokens)[0], variables)
-        chunks = gradients(lambda v: in_pieces(model, v, tokens, (8,)), variables)
-        assert_close(chunks, whole, dtype, name="chunks")
-
-        def by_token(variables):
-            first, state = model.apply(variables, tokens[:, :1])
-
-            def step(state, token_B):
-                logits, state = model.apply(variables, token_B[:, None], state)
-                return state, logits[:, 0]
-
-            _, rest = jax.lax.scan(step, state, tokens[:, 1:].T)
-            return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
-
-        assert_close(jax.jit(by_token)(variables), whole["logits"], dtype, name="tokens")
+        _, mine = mixed()
+        none = jnp.zeros(mine.ids.shape, bool)
+        out, grads = mine.token_by_token(mine.now, mine.nothing_read, none, mine.cotangents())
+        got, got_grads = mine.whole(mine.now)
+        assert_close(got, out, "float64", name="whole")
+        assert_close(got_grads[0], grads[0], "float64", name="gradients")
 
 
+@together
+def test_packed_is_token_by_token_wherever_calls_are_cut():
+    with jax.enable_x64(True):
+        model, mine = mixed()
+        state = mine.before()
+        want = mine.token_by_token(mine.now, state, mine.starts(), mine.cotangents())
+        assert_close(mine.packed(mine.now, state), want, "float64", name="packed")
+
+        # After 4 tokens a document goes on in both rows; another id at a cut would start afresh.
+        apply = jax.jit(model.apply)
+        logits, before = want[0][0], frugax.layers.DecoderState(state, mine.ids[:, 0])
+        first, middle = apply(mine.variables, mine.now[:, :4], before, mine.ids[:, :4])
+        assert_close(first, logits[:, :4], "float64", name="first")
+        second, _ = apply(mine.variables, mine.now[:, 4:], middle, mine.ids[:, 4:])
+        assert_close(second, logits[:, 4:], "float64", name="second")
+        # The next call's first token has another id in row 0: its document starts with the call.
+        other = mine.ids.at[0, 4:].set(9)
+        second, _ = apply(mine.variables, mine.now[:, 4:], middle, other[:, 4:])
+        starts = jnp.zeros((2, 4), bool).at[0, 0].set(True).at[1, 1].set(True)
+        afresh, _ = mine.token_by_token(mine.now[:, 4:], middle.layers, starts)
+        assert_close(second, afresh, "float64", name="afresh")
+        # A call without ids goes on with the last document.
+        logits, _ = apply(mine.variables, mine.now[:, 4:], middle)
+        want, _ = mine.token_by_token(mine.now[:, 4:], middle.layers, jnp.zeros((2, 4), bool))
+        assert_close(logits, want, "float64", name="without ids")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
-def test_packed_is_separate_wherever_calls_are_cut(blocks):
+def test_packed_is_separate(blocks):
     model, variables, tokens = make(blocks)
     ids = jnp.array([np.repeat([7, 2, 7], (3, 1, 9)), np.repeat([0, 1, 0], (9, 3, 1))])
     documents = {3: [(0, 0), (1, 9)], 1: [(0, 3), (1, 12)], 9: [(0, 4), (1, 0)]}
@@ -99,20 +129,11 @@ def test_packed_is_separate_wherever_calls_are_cut(blocks):
     want = gradients(separate, variables)
     packed = gradients(lambda v: model.apply(v, tokens, segment_ids=ids)[0], variables)
     assert_close(packed, want, jnp.float32, name="packed")
-    # After 4 tokens a document ends in row 0 and goes on in row 1; after 9 it is the other way round.
-    pieces = jax.jit(lambda v: in_pieces(model, v, tokens, (4, 9), ids))(variables)
-    assert_close(pieces, want["logits"], jnp.float32, name="pieces")
-    # A call without ids goes on with the last document.
-    logits, state = model.apply(variables, tokens[:, :5], segment_ids=ids[:, :5])
-    logits, state = model.apply(variables, tokens[:, 5:8], state)
-    assert_close(logits, want["logits"][:, 5:8], jnp.float32, name="without ids")
-    logits, _ = model.apply(variables, tokens[:, 8:], state, ids[:, 8:])
-    assert_close(logits, want["logits"][:, 8:], jnp.float32, name="with ids again")
 
 
 def test_the_scan_over_depth_is_a_loop_over_layers():
-    model, variables, tokens = make(MIXED, repeats=3)
-    params, depth = variables["params"], 9
+    model, variables, tokens = make(MIXED, repeats=2, time=8)
+    params, depth = variables["params"], 6
     steps = np.exp(np.asarray(params["ForgetFloors"]["logits"], np.float64))
     steps /= steps.sum(0)
     floors = np.cumsum(steps, axis=0) - steps[0]
@@ -123,7 +144,8 @@ def test_the_scan_over_depth_is_a_loop_over_layers():
         for layer in range(depth):
             repeat, i = divmod(layer, len(MIXED))
             mine = jax.tree.map(lambda p, repeat=repeat: p[repeat], params["layers"][f"block_{i}"])
-            by_layer = [{"floor": jnp.float32(floors[layer])}, {"fraction": jnp.float32(layer / 8)}, {}][i]
+            fraction = {"fraction": jnp.float32(layer / 5)}
+            by_layer = [({"floor": jnp.float32(floors[layer])}, {}), (fraction, {}), ({}, fraction)][i]
             module = BlockLayer(MIXED[i], depth, jnp.float32, jnp.float32, None)
             x, _ = module.apply({"params": mine}, x, None, by_layer, None, None)
         return nn_rms(x, params["norm"]["weight"]) @ params["embedding"].T
@@ -147,21 +169,21 @@ def test_floors_start_at_zero_and_rise_with_depth():
     assert floors[:, 0].tolist() == [0.0, 0.25, 0.5, 0.75]
 
 
-@pytest.mark.parametrize("blocks", [(GLA,), MIXED], ids=["gla", "mixed"])
-def test_remat_and_unrolling_change_no_number(blocks):
-    model, variables, tokens = make(blocks)
-    ids = jnp.array([np.repeat([7, 2, 7], (3, 1, 9)), np.repeat([0, 1, 0], (9, 3, 1))])
-    plain, remat, unrolled = (
-        gradients(lambda v, m=m: m.apply(v, tokens, segment_ids=ids)[0], variables)
-        for m in (model, model.clone(remat=True), model.clone(unroll=True))
-    )
-    assert_close(remat, plain, jnp.float32)
-    assert_close(unrolled, plain, jnp.float32)
+@together
+def test_remat_and_unrolling_change_no_number():
+    with jax.enable_x64(True):
+        model, mine = mixed()
+        of_y, of_state = mine.cotangents()
+        (want, _), (grads, _, _) = mine.whole(mine.now, (of_y, jax.tree.map(jnp.zeros_like, of_state)))
+        for name in ("remat", "unroll"):
+            other = model.clone(**{name: True})
+            logits, pull = jax.vjp(lambda v, m=other: jax.jit(m.apply)(v, mine.now)[0], mine.variables)
+            assert_close((logits, pull(of_y)[0]), (want, grads), "float64", name=name)
 
-    def remats(m):  # kernels have some of their own
-        return str(jax.make_jaxpr(m.apply)(variables, tokens)).count("remat")
+        def remats(m):  # kernels have some of their own
+            return str(jax.make_jaxpr(m.apply)(mine.variables, mine.now)).count("remat")
 
-    assert remats(model.clone(remat=True)) > remats(model)
+        assert remats(model.clone(remat=True)) > remats(model)
 
 
 def test_depth_adds_no_program():
@@ -215,7 +237,7 @@ def test_it_learns():
     model, variables, _ = make(batch=1)
     tokens = jnp.tile(jnp.array([[1, 5, 2, 8, 3]]), (2, 5))
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(2e-2)
 
     @jax.jit
     def step(carry, _):
@@ -235,8 +257,8 @@ def test_it_learns():
 
 
 def test_nnx_bridge_trains_a_step():
-    model = Decoder(V, D, (GLA,), repeats=2)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(V, size=(2, 9)))
+    model = Decoder(V, D, (Block("MLGRU", None),), repeats=2)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(V, size=(2, 5)))
     wrapped = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(tokens)
     optimizer = nnx.Optimizer(wrapped, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -255,6 +277,18 @@ def test_ids_outside_the_vocabulary_show():
         logits, _ = model.apply(variables, tokens.at[1, 2].set(bad))
         assert np.isnan(logits[1, 2:]).all()
         assert np.isfinite(logits[0]).all()
+
+
+def test_channel_mixers_with_a_state_are_carried():
+    """Finch whole: its channel mixing reads the last token, so its state crosses calls and starts afresh."""
+    block = Block("RWKV6", "RWKVChannel", {"heads": 2, "mix_rank": 2, "decay_rank": 2}, {"expand": 1})
+    model, variables, tokens = make((block,), time=3)
+    _, state = model.apply(variables, tokens)
+    assert [leaf.shape for leaf in jax.tree.leaves(state.layers[0].channel)] == [(2, 2, D)]
+    logits, _ = model.apply(variables, tokens[:, :1], state)
+    forgotten = state.layers[0]._replace(channel=jax.tree.map(jnp.zeros_like, state.layers[0].channel))
+    other, _ = model.apply(variables, tokens[:, :1], state._replace(layers=(forgotten,)))
+    assert error(other, logits) > 1e-3
 
 
 def test_blocks_are_values():
@@ -294,7 +328,7 @@ def test_a_mixer_of_ones_own():
     [
         ({"mixer": "Attention"}, "mixer: got 'Attention'; expected one of .*GatedLinearAttention"),
         ({"mixer": GLA}, "mixer: got Block"),
-        ({"channel": "MoE"}, "channel: got 'MoE'; expected one of GLU, MLP"),
+        ({"channel": "MoE"}, "channel: got 'MoE'; expected one of GLU, MLP, RWKVChannel"),
         ({"norm": "BatchNorm"}, "norm: got 'BatchNorm'; expected one of RMSNorm"),
         (
             {"mixer_args": {"head": 4}},

@@ -1,6 +1,6 @@
 """LMUFormer: its memory reads the past, convolution and stream agree, and its parts are their equations."""
 
-import itertools
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ import pytest
 import frugax
 from tests.errors import assert_close
 
-from ..layers.mixers.mixers import make
+from ..layers.calls import Calls, zero_rows
+from ..layers.mixers.mixers import whole
 
 
 def small(spiking, **more):
@@ -38,9 +39,7 @@ def test_the_mixer_is_its_equation():
     from frugax.kernels.lmu import _system
 
     with jax.enable_x64(True):
-        module, variables, x = make("LMU")
-        y, state = jax.jit(module.apply)(variables, x)
-        p, x = jax.tree.map(np.asarray, variables["params"]), np.asarray(x)
+        p, x, y, state = whole("LMU")
         u = np.maximum(x @ p["signal"]["kernel"] + p["signal"]["bias"], 0)
         A, B = _system(5, 6.0)
         m, memory = [], np.zeros((2, 2, 5))
@@ -77,62 +76,46 @@ def one_array(tree):
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
 
+def new_rows(state, rows):
+    """The state with zeros in rows of the batch, which stands behind the depth in those of the blocks."""
+    embedding, blocks, total = state
+    zeros = zero_rows((embedding, total), rows)
+    return type(state)(zeros[0], zero_rows(blocks, rows, axis=1), zeros[1])
+
+
+@functools.cache
+def calls(spiking):
+    model = small(spiking)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3 + 7, 3)))
+    ids = jnp.array([[7, 7, 2, 7, 7, 7, 7], [0, 0, 0, 0, 0, 1, 1]])
+    return Calls(model.apply, filled(model, x), x, ids, new_rows)
+
+
 @pytest.mark.parametrize("spiking", [False, True])
+def test_packed_rows_that_go_on_are_token_by_token(spiking):
+    with jax.enable_x64(True):
+        mine = calls(spiking)
+        state = mine.before()
+        want = mine.token_by_token(mine.now, state, mine.starts(), mine.cotangents())
+        got = mine.packed(mine.now, state)
+        assert_close(list(map(one_array, got)), list(map(one_array, want)), "float64")
+
+
+@pytest.mark.parametrize("spiking", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_convolution_chunks_and_stream_agree(spiking):
-    """40 tokens go through the FFT, chunks of 19 too, with a state; single ones go through the loop."""
+    """40 tokens go through the FFT, chunks of 20 too, with a state; single ones go through the loop."""
     with jax.enable_x64(True):
         model = small(spiking)
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 40, 3)))
-        variables = filled(model, x)
-        whole, last = jax.jit(model.apply)(variables, x)
-        assert whole.shape == (2, 40, 4)
-
-        def chunks(variables, x):
-            first, state = model.apply(variables, x[:, :19])
-            second, state = model.apply(variables, x[:, 19:38], state=state)
-            third, state = model.apply(variables, x[:, 38:], state=state)
-            return jnp.concatenate([first, second, third], axis=1), state
-
-        def stream(variables, x):
-            first, state = model.apply(variables, x[:, :1])
-
-            def step(state, token):
-                y, state = model.apply(variables, token[:, None], state=state)
-                return state, y[:, 0]
-
-            state, rest = jax.lax.scan(step, state, jnp.moveaxis(x[:, 1:], 1, 0))
-            return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1), state
-
-        want = (whole, one_array(last))
-        for name, run in (("chunks", chunks), ("stream", stream)):
-            y, state = jax.jit(run)(variables, x)
-            assert_close((y, one_array(state)), want, "float64", name=name)
-
-
-@pytest.mark.parametrize(("spiking", "ends"), [(False, (0, 4, 5, 13)), (True, (0, 4, 9))])
-def test_packed_is_separate(spiking, ends):
-    with jax.enable_x64(True):
-        model = small(spiking)
-        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, ends[-1], 3)))
-        variables = filled(model, x)
-        ids = jnp.asarray(np.repeat([7, 2, 7][: len(ends) - 1], np.diff(ends))[None])
-
-        def packed(variables, x):
-            return model.apply(variables, x, segment_ids=ids)[0]
-
-        def separate(variables, x):
-            parts = [model.apply(variables, x[:, a:b])[0] for a, b in itertools.pairwise(ends)]
-            return jnp.concatenate(parts, axis=1)
-
-        def with_gradient(run):
-            def loss(variables, x):
-                y = run(variables, x)
-                return jnp.sum(jnp.sin(y)), y
-
-            grads, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(variables, x)
-            return one_array(grads), y
-
-        assert_close(with_gradient(packed), with_gradient(separate), "float64")
+        mine = calls(spiking)
+        want, last = mine.token_by_token(x, mine.nothing_read, jnp.zeros((2, 40), bool))
+        apply = jax.jit(model.apply)
+        whole = apply(mine.variables, x)
+        assert whole[0].shape == (2, 40, 4)
+        first, state = apply(mine.variables, x[:, :20])
+        second, state = apply(mine.variables, x[:, 20:], state=state)
+        for y, after in (whole, (jnp.concatenate([first, second], axis=1), state)):
+            assert_close((y, one_array(after)), (want, one_array(last)), "float64")
 
 
 def test_the_embedding_is_a_stack_of_causal_convolutions():
@@ -159,7 +142,7 @@ def test_a_spiking_model_sends_spikes_and_learns_through_all_of_it():
         classes=3, width=16, depth=2, mixer_args={"order": 8, "theta": 20.0, "spiking": True}, spiking=True
     )
     x = jax.random.normal(jax.random.key(1), (4, 30, 5))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
 
     def loss(variables):
         logits, state = model.apply(variables, x)

@@ -9,11 +9,11 @@ from jax import Array
 
 from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
-from ...kernels.common.documents import documents
 from ...kernels.common.rows import last_output
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import HeadLayerNorm
 from ..modules.over_depth import LayerFraction
+from ..modules.token_shift import Start, log_decay, token_shift
 from .mixer import Mixer, RowArguments
 
 
@@ -61,7 +61,7 @@ class RWKV6(Mixer):
     ) -> tuple[Array, RWKV6State]:
         D, H = x.shape[-1], self.heads
         K = head_size("width", D, H)
-        start = _Start(0.0 if fraction is None else fraction)
+        start = Start(0.0 if fraction is None else fraction)
 
         before = None if state is None else state.last
         step = token_shift(x, before, rows["segment_ids"]) - x
@@ -83,7 +83,7 @@ class RWKV6(Mixer):
             split_heads(r, H),
             split_heads(k, H),
             split_heads(v, H),
-            split_heads(-jnp.exp(w), H),
+            split_heads(log_decay(w), H),
             bonus=u_HK,
             scale=1.0,
             initial_state=None if state is None else state.memory,
@@ -95,39 +95,3 @@ class RWKV6(Mixer):
 
     def _param(self, name: str, init, shape: tuple[int, ...], dtype) -> Array:
         return self.param(name, init, shape, self.param_dtype).astype(dtype)
-
-
-def token_shift(x: Array, last: Array | None, segment_ids: Array | None) -> Array:
-    """The token before each [B, T, D]: zeros before a document's first, `last` [B, D] before the call's."""
-    first = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
-    before = x[:, :-1]
-    packed = documents(segment_ids, *x.shape[:2])
-    if packed is not None:
-        before = jnp.where(packed.starts[:, 1:, None], 0, before)
-    return jnp.concatenate([first, before], axis=1)
-
-
-class _Start:
-    """Initial values that spread over channels (n in 0..1) and depend on the layer's place in depth."""
-
-    def __init__(self, fraction):
-        self.fraction = fraction
-
-    def mix(self, key, shape, dtype):
-        n = jnp.arange(shape[-1]) / shape[-1]
-        return (1 - n ** (1 - self.fraction)).astype(dtype)
-
-    def mixes(self, key, shape, dtype):  # r, k, v, g, w
-        n, p = jnp.arange(shape[-1]) / shape[-1], 1 - self.fraction
-        half, whole = 1 - n ** (0.5 * p), 1 - n**p
-        return jnp.stack([half, whole, whole - 0.3 * self.fraction, half, whole]).astype(dtype)
-
-    def decay(self, key, shape, dtype):
-        n = jnp.arange(shape[-1]) / max(shape[-1] - 1, 1)
-        return (-6 + 5 * n ** (0.7 + 1.3 * self.fraction)).astype(dtype)
-
-    def bonus(self, key, shape, dtype):
-        channels = jnp.arange(shape[0] * shape[1])
-        zigzag = 0.1 * ((channels + 1) % 3 - 1)
-        falling = self.fraction * (1 - channels / max(channels.size - 1, 1))
-        return (falling + zigzag).reshape(shape).astype(dtype)

@@ -24,6 +24,8 @@ MIXERS = {
     "GatedLinearAttention": ("GatedLinearAttention", {"heads": 2, "gate_rank": 3}),
     "GatedLinearAttention-conv": ("GatedLinearAttention", {"heads": 2, "gate_rank": 3, "conv_width": 4}),
     "HGRN2": ("HGRN2", {"heads": 2}),
+    "RWKV5": ("RWKV5", {"heads": 2}),
+    "RWKVChannel": ("RWKVChannel", {"expand": 1.5}),
     "RWKV6": ("RWKV6", {"heads": 2, "mix_rank": 3, "decay_rank": 5}),
     "MLGRU": ("MLGRU", {}),
     "FlashRNN-lstm": ("FlashRNN", {"heads": 2}),

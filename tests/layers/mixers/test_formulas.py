@@ -7,6 +7,7 @@ import pytest
 
 import frugax
 from frugax.layers.modules.rotary import angles
+from frugax.layers.modules.token_shift import log_decay
 from tests.errors import assert_close
 
 from .mixers import TIME, WIDTH, make, whole
@@ -241,6 +242,45 @@ def test_rwkv6():
         out.append(merge(o * p["norm"]["weight"] + p["norm"]["bias"]) * silu(g) @ p["out"]["kernel"])
         before = now
     check(y, np.stack(out, axis=1))
+
+
+@together("RWKV5")
+def test_rwkv5():
+    p, x, y = call("RWKV5")
+    H, K = 2, D // 2
+    S, before, out = np.zeros((2, H, K, K)), np.zeros((2, D)), []
+    w, u = np.exp(-np.exp(p["decay"])).reshape(H, K, 1), p["bonus"][..., None]
+    for t in range(T):
+        now = x[:, t]
+        mixed = [now + (before - now) * mu for mu in p["mu"]]
+        r, k, v, g = (z @ p[name]["kernel"] for z, name in zip(mixed, "rkvg", strict=True))
+        r, k, v = (heads(z, H) for z in (r, k, v))
+        kv = k[..., None] * v[..., None, :]
+        o = np.einsum("bhk,bhkv->bhv", r, S + u * kv)
+        S = w * S + kv
+        o = (o - o.mean(-1, keepdims=True)) / np.sqrt(o.var(-1, keepdims=True) + 64e-5)
+        out.append(merge(o * p["norm"]["weight"] + p["norm"]["bias"]) * silu(g) @ p["out"]["kernel"])
+        before = now
+    check(y, np.stack(out, axis=1))
+
+
+@together("RWKVChannel")
+def test_rwkv_channel_mixing():
+    p, x, y = call("RWKVChannel")
+    before = np.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    r = sigmoid((x + (before - x) * p["mu_r"]) @ p["r"]["kernel"])
+    k = np.maximum((x + (before - x) * p["mu_k"]) @ p["k"]["kernel"], 0) ** 2
+    check(y, r * (k @ p["v"]["kernel"]))
+
+
+def test_decays_beyond_the_dtype_have_finite_gradients():
+    """exp(-exp(w)) is 0 from w = 5 up; exp(w) itself is inf from 89 up, and 0 * inf is no gradient."""
+    w = jnp.array([-30.0, -1.0, 5.0, 100.0])
+    values, slopes = jax.vmap(jax.value_and_grad(lambda w: jnp.exp(log_decay(w))))(w)
+    want = np.exp(-np.exp(np.array([-30.0, -1.0, 5.0, 100.0])))
+    assert_close(values, want, "float32")
+    assert_close(slopes[:2], -np.exp(w[:2]) * want[:2], "float32")
+    assert slopes[2:].tolist() == [0, 0]
 
 
 def windowed(p, x, H, window):

@@ -14,7 +14,15 @@ from ..calls import floats
 from .mixers import MIXERS, TIME, VARIANTS, WIDTH, calls, make, together, whole
 
 # Mixers on operations that let a NaN pass by a product with zero: to later tokens' place, or other documents.
-LINEAR = {"LinearAttention", "LightningAttention", "Retention", "GatedLinearAttention", "HGRN2", "RWKV6"}
+LINEAR = {
+    "LinearAttention",
+    "LightningAttention",
+    "Retention",
+    "GatedLinearAttention",
+    "HGRN2",
+    "RWKV5",
+    "RWKV6",
+}
 NAN_GOES_BACK = LINEAR | {"Mamba2", "Based"}
 NAN_CROSSES = NAN_GOES_BACK | {"MLGRU", "Mamba"}
 
