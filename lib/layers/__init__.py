@@ -13,6 +13,7 @@ from .block import Block
 from .channel.mlp import GLU, MLP
 from .channel.rwkv_channel import RWKVChannel
 from .mixers.based import Based
+from .mixers.bidirectional import Bidirectional
 from .mixers.flash_rnn import FlashRNN
 from .mixers.gated_convolution import GatedConvolution
 from .mixers.gated_linear_attention import GatedLinearAttention
@@ -49,6 +50,7 @@ __all__ = [
     "RWKV6",
     "VSS",
     "Based",
+    "Bidirectional",
     "Block",
     "ConvEmbedding",
     "Decoder",

@@ -1,0 +1,116 @@
+"""Padded, packed and reversed rows of every mixer: as token by token, and the two-way wrapper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import frugax
+from tests.errors import assert_close
+
+from .mixers import MIXERS, WIDTH, calls, make
+
+LENGTHS = np.array([7, 5])
+# By default one mixer for each way to keep a state; the others call the same operations alike.
+KEPT = (
+    "GatedLinearAttention-conv",
+    "RWKV6",
+    "Retention",
+    "FlashRNN-slstm",
+    "SlidingWindowAttention",
+    "MLGRU",
+)
+EACH = [
+    pytest.param(
+        name, marks=[pytest.mark.xdist_group(f"mixer {name}"), *([] if name in KEPT else [pytest.mark.full])]
+    )
+    for name in MIXERS
+]
+
+
+def steps(mine, x, starts):
+    """Return y [B, T, D] of a call token by token, and the state after 0, 1, ... T tokens."""
+    states, y = [mine.nothing_read], []
+    for t in range(x.shape[1]):
+        out, state = mine._step(mine.variables, x[:, t], states[-1], starts[:, t])
+        y.append(out)
+        states.append(state)
+    return np.stack(y, axis=1), states
+
+
+def of_row(states, b: int, t: int):
+    """Return row b's state after t tokens."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf[b]), states[t])
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_rows_are_read_token_by_token(name):
+    """Both rows are padded with NaN past their ends; documents 0 and 1 of each are told apart."""
+    with jax.enable_x64(True):
+        mine = calls(name)
+        module, ids, x = make(name)[0], mine.ids, mine.now
+        past = np.arange(x.shape[1]) >= LENGTHS[:, None]
+        spoiled = jnp.where(past[..., None], jnp.nan, x)
+
+        @jax.jit
+        def run(variables, x):
+            how = {"lengths": jnp.asarray(LENGTHS)}
+            return (
+                module.apply(variables, x, segment_ids=ids, segment_states=2, **how),
+                module.apply(variables, x, segment_ids=ids, reverse=True, **how),
+            )
+
+        (y, state), (back_y, back_state) = run(mine.variables, spoiled)
+
+        want, states = steps(mine, x, mine.starts())
+        assert_close(y, np.where(past[..., None], 0, want), "float64", name="y")
+        ends = [[2, 3], [5, 5]]  # row 1 has one document before its end
+        for b, n in ((0, 0), (0, 1), (1, 0)):
+            got = jax.tree.map(lambda leaf, b=b, n=n: np.asarray(leaf[b, n]), state)
+            assert_close(got, of_row(states, b, ends[b][n]), "float64", name=f"state {b} {n}")
+        assert all(not np.asarray(leaf[1, 1]).any() for leaf in jax.tree.leaves(state))
+
+        order = np.array([[*range(7)][::-1], [4, 3, 2, 1, 0, 5, 6]])
+        turned = jnp.take_along_axis(x, jnp.asarray(order)[..., None], axis=1)
+        turned_ids = np.take_along_axis(np.asarray(ids), order, axis=1)
+        starts = jnp.asarray(np.pad(turned_ids[:, 1:] != turned_ids[:, :-1], ((0, 0), (1, 0))))
+        want, states = steps(mine, turned, starts)
+        want = np.take_along_axis(want, order[..., None], axis=1)
+        assert_close(back_y, np.where(past[..., None], 0, want), "float64", name="reversed y")
+        for b in (0, 1):
+            got = jax.tree.map(lambda leaf, b=b: np.asarray(leaf[b]), back_state)
+            assert_close(got, of_row(states, b, LENGTHS[b]), "float64", name=f"reversed state {b}")
+
+
+def test_states_of_documents_read_backwards_are_refused():
+    module, variables, x = make("MLGRU", dtype=jnp.float32)
+    with pytest.raises(ValueError, match="segment_states: got 2 with reverse=True; expected None"):
+        module.apply(variables, x, segment_states=2, reverse=True)
+
+
+@pytest.mark.parametrize("shared", ["projections", "all", "none"])
+def test_bidirectional_is_two_mixers(shared):
+    """By hand: one mixer on x and another on x turned, with the first's matrices if they are shared."""
+    mixer = frugax.layers.MLGRU()
+    x = jax.random.normal(jax.random.key(0), (2, 5, WIDTH))
+    ids = jnp.array([[0, 0, 1, 1, 1], [2, 2, 2, 2, 3]])
+    layer = frugax.layers.Bidirectional(mixer, shared)
+    params = layer.init(jax.random.key(1), x)["params"]
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(2), p.shape), params)
+    y = layer.apply({"params": params}, x, segment_ids=ids)
+
+    ahead = params["forward"]
+    back = {
+        "projections": lambda: ahead | {"norm": params["backward"]["norm"]},
+        "all": lambda: ahead,
+        "none": lambda: params["backward"],
+    }[shared]()
+    turned, _ = mixer.apply({"params": back}, x[:, ::-1], segment_ids=ids[:, ::-1])
+    want = mixer.apply({"params": ahead}, x, segment_ids=ids)[0] + turned[:, ::-1]
+    assert_close(y, want, "float32")
+
+
+def test_bidirectional_names_what_may_be_shared():
+    layer = frugax.layers.Bidirectional(frugax.layers.MLGRU(), "some")
+    with pytest.raises(ValueError, match="shared: got 'some'; expected one of projections, all, none"):
+        layer.init(jax.random.key(0), jnp.ones((1, 2, WIDTH)))
