@@ -51,7 +51,10 @@ def scale_by_fisher(history: int = 20, damping: Any = 1e-3) -> optax.GradientTra
         place = state.step % size
 
         def remember(h: Array, g: Array) -> Array:
-            return jax.lax.dynamic_update_index_in_dim(h, g, place, h.ndim - 3)
+            # A loop writes h in place. Alone, the update would be fused into each of its uses, with a copy of
+            # all of h for each; and a loop of one turn is alone.
+            write = lambda _, h: jax.lax.dynamic_update_index_in_dim(h, g, place, h.ndim - 3)  # noqa: E731
+            return jax.lax.fori_loop(0, 2, write, h)
 
         def precondition(h: Array) -> Array:
             gram = slicewise(lambda h_SK: h_SK @ h_SK.T, h.reshape(*h.shape[:-2], -1))
