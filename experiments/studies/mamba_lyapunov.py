@@ -154,7 +154,7 @@ def mamba_layers(module, params, tokens_RT):
         return (
             normed,
             Recurrence(dt, out["conv"][0], B, A),
-            layer.apply({"params": p}, x, None, {}, None, None)[0],
+            layer.apply({"params": p}, x, None, ({}, {}), {}, None)[0],
         )
 
     for i in range(module.repeats):

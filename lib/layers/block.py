@@ -131,6 +131,7 @@ class BlockLayer(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     backend: Backend | None
+    segment_states: int | None = None
 
     @nn.compact
     def __call__(
@@ -138,7 +139,7 @@ class BlockLayer(nn.Module):
         x: Array,
         state: Any,
         over_depth: tuple[dict[str, Array], dict[str, Array]],
-        segment_ids: Array | None,
+        rows: dict[str, Any],
         new_document: Array | None,
     ) -> tuple[Array, Any]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -146,6 +147,9 @@ class BlockLayer(nn.Module):
         if new_document is not None:
             state = jax.tree.map(lambda leaf: _zero_rows(leaf, new_document), state)
 
+        how: dict[str, Any] = dict(rows)
+        if self.segment_states is not None:
+            how["segment_states"] = self.segment_states
         of_mixer, of_channel = over_depth
         has_two = self.block.channel_has_state
         channel_state = None
@@ -155,16 +159,14 @@ class BlockLayer(nn.Module):
         mixer = self.block.mixer_class(
             **dict(self.block.mixer_args), **dtypes, backend=self.backend, out_scale=out_scale, name="mixer"
         )
-        y, state = mixer(
-            self._norm("mixer_norm", dtypes)(x), state=state, segment_ids=segment_ids, **of_mixer
-        )
+        y, state = mixer(self._norm("mixer_norm", dtypes)(x), state=state, **how, **of_mixer)
         x = x + y
         if self.block.channel is not None:
             args = dict(self.block.channel_args) | dtypes | {"out_scale": out_scale, "name": "channel"}
             normed = self._norm("channel_norm", dtypes)(x)
             if has_two:
                 channel = self.block.channel_class(**args, backend=self.backend)
-                y, channel_state = channel(normed, state=channel_state, segment_ids=segment_ids, **of_channel)
+                y, channel_state = channel(normed, state=channel_state, **how, **of_channel)
                 state = BlockState(state, channel_state)
             else:
                 y = self.block.channel_class(**args)(normed)

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.operation import Backend, check_backend
+from ..kernels.common.rows import Rows, outputs_at, rows
 from ..layers.block import Block, BlockLayer
 from ..layers.modules.inputs import check_segment_ids
 
@@ -28,6 +29,11 @@ class DecoderState(NamedTuple):
 
     layers: tuple[Any, ...]  # for each block the state of its mixer, every leaf [repeats, B, ...]
     last_segment: Array | None  # [B]: the document of the last token; None where no call had segment_ids
+
+    def unpacked(self) -> "DecoderState":
+        """The state with a row for each document: of a call with `segment_states=N`, B * N rows."""
+        layers = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), self.layers)
+        return DecoderState(layers, None if self.last_segment is None else self.last_segment.reshape(-1))
 
 
 class Decoder(nn.Module):
@@ -56,6 +62,10 @@ class Decoder(nn.Module):
       segment_ids: the document of each token [B, T], to pack several in a row: nothing passes from one to the
         next. A first token whose id is the last call's last goes on with that document; another id starts
         afresh. A call without ids goes on.
+      lengths: how many tokens of each row are real [B], for prompts padded at their ends. The others are not
+        read, and their logits are zeros; the state is that of each row's last real token.
+      segment_states: return the states after each of a row's first N documents, N behind the batch of every
+        leaf; `state.unpacked()` makes rows of them, to go on with each. Zeros for documents that a row lacks.
 
     Returns:
       logits [B, T, vocab_size] in float32, and the state.
@@ -88,13 +98,24 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: ArrayLike, state: DecoderState | None = None, segment_ids: ArrayLike | None = None
+        self,
+        tokens: ArrayLike,
+        state: DecoderState | None = None,
+        segment_ids: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        segment_states: int | None = None,
     ) -> tuple[Array, DecoderState]:
         tokens = jnp.asarray(tokens)
-        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+        segment_ids, lengths = (None if x is None else jnp.asarray(x) for x in (segment_ids, lengths))
         self._check(tokens, state, segment_ids)
         depth = len(self.blocks) * self.repeats
+        read = rows(tokens.shape, segment_ids, lengths, segment_states)
+        if read is not None:
+            tokens, segment_ids = read.read(tokens), read.ids
         new_document, last_segment = _documents(state, segment_ids)
+        if read is not None:
+            last_segment = _last_segment(None if state is None else state.last_segment, segment_ids, read)
 
         # Small, so that a tied head starts near uniform: with unit rows it would repeat the token.
         init = nn.initializers.normal(0.02)
@@ -111,9 +132,14 @@ class Decoder(nn.Module):
             length=self.repeats,
             unroll=self.repeats if self.unroll else 1,
             check_constancy_invariants=False,  # a second trace of the layers, to find nothing
-        )(self.blocks, depth, self.remat, self.dtype, self.param_dtype, self.backend, name="layers")
+        )(
+            self.blocks, depth, self.remat, self.dtype, self.param_dtype, self.backend, segment_states,
+            name="layers",
+        )  # fmt: skip
         before = (None,) * len(self.blocks) if state is None else state.layers
-        x, after = layers(x, before, self._over_depth(depth), segment_ids, new_document)
+        given: dict[str, Any] = {"segment_ids": segment_ids}
+        given |= {} if lengths is None else {"lengths": lengths}
+        x, after = layers(x, before, self._over_depth(depth), given, new_document)
 
         last = self.blocks[-1]
         x = last.norm_class(
@@ -126,7 +152,7 @@ class Decoder(nn.Module):
         logits = jnp.einsum(
             "btd,vd->btv", x, head.astype(self.dtype), preferred_element_type=accumulator(x.dtype)
         )
-        return logits, DecoderState(after, last_segment)
+        return (logits if read is None else read.write(logits)), DecoderState(after, last_segment)
 
     def _over_depth(self, depth: int) -> tuple[tuple[dict[str, Array], dict[str, Array]], ...]:
         """For each block, the arguments of its two mixers that differ by layer, each [repeats, ...]."""
@@ -138,7 +164,7 @@ class Decoder(nn.Module):
             for block in self.blocks
         ]
         # Blocks of one kind share them: they are about the whole depth.
-        given = {None: {}} | {
+        given: dict[Any, dict[str, Array]] = {None: {}} | {
             kind: kind(param_dtype=self.param_dtype, name=kind.__name__)(depth, self.width)
             for kind in dict.fromkeys(kind for pair in kinds for kind in pair)
             if kind is not None
@@ -182,15 +208,17 @@ class _Layers(nn.Module):
     dtype: DTypeLike
     param_dtype: DTypeLike
     backend: Backend | None
+    segment_states: int | None
 
     @nn.compact
-    def __call__(self, x, states, over_depth, segment_ids, new_document):
+    def __call__(self, x, states, over_depth, rows, new_document):
         # prevent_cse costs fusion, and a scan needs none of it.
         layer = nn.remat(BlockLayer, prevent_cse=False) if self.remat else BlockLayer
         after = []
         for i, block in enumerate(self.blocks):
-            one = layer(block, self.depth, self.dtype, self.param_dtype, self.backend, name=f"block_{i}")
-            x, state = one(x, states[i], over_depth[i], segment_ids, new_document)
+            how = (self.depth, self.dtype, self.param_dtype, self.backend, self.segment_states)
+            one = layer(block, *how, name=f"block_{i}")
+            x, state = one(x, states[i], over_depth[i], rows, new_document)
             after.append(state)
         return x, tuple(after)
 
@@ -202,3 +230,12 @@ def _documents(state: DecoderState | None, segment_ids: Array | None) -> tuple[A
         return None, before
     starts = None if before is None else segment_ids[:, 0] != before
     return starts, segment_ids[:, -1]
+
+
+def _last_segment(before: Array | None, segment_ids: Array | None, read: Rows) -> Array | None:
+    """The id of each row's last real token [B], or of its documents [B, N]; without ids the last call's."""
+    if segment_ids is None:
+        if before is None:
+            return None
+        segment_ids = jnp.broadcast_to(before[:, None], read.shape)
+    return read.states_by_place(segment_ids[:, -1], lambda at: outputs_at(segment_ids, before, at))

@@ -147,7 +147,7 @@ def test_the_scan_over_depth_is_a_loop_over_layers():
             fraction = {"fraction": jnp.float32(layer / 5)}
             by_layer = [({"floor": jnp.float32(floors[layer])}, {}), (fraction, {}), ({}, fraction)][i]
             module = BlockLayer(MIXED[i], depth, jnp.float32, jnp.float32, None)
-            x, _ = module.apply({"params": mine}, x, None, by_layer, None, None)
+            x, _ = module.apply({"params": mine}, x, None, by_layer, {}, None)
         return nn_rms(x, params["norm"]["weight"]) @ params["embedding"].T
 
     got = gradients(lambda v: model.apply(v, tokens)[0], variables)
@@ -279,6 +279,40 @@ def test_ids_outside_the_vocabulary_show():
         assert np.isfinite(logits[0]).all()
 
 
+def test_prompts_of_several_lengths_go_on_where_each_ends():
+    """Padded prompts, and prompts packed in a row: the next token's logits are those of each prompt alone."""
+    model, variables, tokens = make(MIXED, time=6)
+    lengths = jnp.array([6, 4])
+    ids = jnp.array([[3, 3, 3, 3, 5, 5], [8, 8, 9, 9, 9, 9]])
+    more = jnp.array([[1], [2]])
+
+    @jax.jit
+    def run(variables, tokens):
+        padded, state = model.apply(variables, tokens.at[1, 4:].set(-1), lengths=lengths)
+        goes_on, _ = model.apply(variables, more, state)
+        packed, states = model.apply(variables, tokens, segment_ids=ids, segment_states=2)
+        rows = states.unpacked()
+        each, _ = model.apply(variables, jnp.repeat(more, 2, axis=0), rows)
+        return padded, goes_on, packed, each, rows.last_segment
+
+    @jax.jit
+    def alone(variables, tokens, more):
+        logits, state = model.apply(variables, tokens)
+        return logits[0], model.apply(variables, more, state)[0][0]
+
+    padded, goes_on, packed, each, last = run(variables, tokens)
+    assert last.tolist() == [3, 5, 8, 9]
+    assert not np.asarray(padded[1, 4:]).any()
+    for row, length in enumerate((6, 4)):
+        want, then = alone(variables, tokens[row : row + 1, :length], more[row : row + 1])
+        assert_close((padded[row, :length], goes_on[row]), (want, then), "float32")
+    for n, (row, document) in enumerate(
+        [(0, slice(0, 4)), (0, slice(4, 6)), (1, slice(0, 2)), (1, slice(2, 6))]
+    ):
+        want, then = alone(variables, tokens[row : row + 1, document], more[row : row + 1])
+        assert_close((packed[row, document], each[n]), (want, then), "float32")
+
+
 def test_channel_mixers_with_a_state_are_carried():
     """Finch whole: its channel mixing reads the last token, so its state crosses calls and starts afresh."""
     block = Block("RWKV6", "RWKVChannel", {"heads": 2, "mix_rank": 2, "decay_rank": 2}, {"expand": 1})
@@ -312,8 +346,7 @@ class Mean(frugax.layers.Mixer):
     """A mixer of the user's own."""
 
     @nn.compact
-    def __call__(self, x, *, state=None, segment_ids=None):
-        x = self.prepare(x, segment_ids)
+    def mix(self, x, state, rows):
         return self.output(jnp.cumsum(x, axis=1), x.shape[-1]), state
 
 
