@@ -26,15 +26,17 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import frugax
+from experiments.configs.checks import check_classification
 from experiments.data import examples
 from experiments.trainer.flags import CONFIG, run, run_dir
 from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.lock import locked
 from experiments.trainer.metrics import read_lines
-from experiments.trainer.optimizers import make_optimizer
+from experiments.trainer.optimizers import check_optimizer, make_optimizer
 
 
 def build(model: ConfigDict, classes: int) -> Any:
-    """The module that a config's `models.NAME` describes."""
+    """Build the module that a config's `models.NAME` describes."""
     args = model.args.to_dict()
     if model.kind == "Decoder":
         blocks = tuple(frugax.layers.Block(**block) for block in args.pop("blocks"))
@@ -53,6 +55,7 @@ def train(config: ConfigDict, model: ConfigDict, task: examples.Task, log) -> di
     module = build(model, task.classes)
     optimizer = make_optimizer(config.optimizer, config.steps)
     variables = jax.jit(module.init)(jax.random.key(config.seed), jnp.asarray(task.train.inputs[:1]))
+    check_optimizer(config.optimizer, optimizer, variables["params"])
     state = jax.jit(optimizer.init)(variables["params"])
 
     @jax.jit
@@ -118,12 +121,18 @@ def classify(config: ConfigDict, folder: Path) -> dict[str, Any]:
     """Train those of the config's models that `folder` has no result of; returns what results.json holds.
 
     Raises:
-      ValueError: the folder is another config's.
+      ValueError: a field of the config can't be right, the folder is another config's, or another process
+        trains in it.
       FloatingPointError: a loss is not finite.
     """
+    check_classification(config)
+    with locked(folder):
+        return _classify(config, folder)
+
+
+def _classify(config: ConfigDict, folder: Path) -> dict[str, Any]:
     results = finished(config, folder)
     task = getattr(examples, config.task)(**config.task_args)
-    folder.mkdir(parents=True, exist_ok=True)
     log_path = folder / "metrics.jsonl"
     lines = [line for line in read_lines(log_path) if line["model"] in results]
     log_path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

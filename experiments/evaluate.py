@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments.data import Corpus, Tokenizer, find_corpus, heldout_batches, limit_bytes, load_tokenizer
+from experiments.configs.checks import TRAINING, check_fields
+from experiments.data import (
+    Corpus,
+    Tokenizer,
+    find_corpus,
+    heldout_batches,
+    limit_bytes,
+    load_tokenizer,
+    lost_share,
+)
 from experiments.data.baselines import gzip_bits_per_byte, order3_bits_per_byte
 from experiments.trainer.checkpoints import CheckpointError
-from experiments.trainer.runs import load_run
+from experiments.trainer.runs import load_run, step_named
 from experiments.trainer.state import bits_per_byte
 
 
@@ -31,17 +40,24 @@ class Comparison(NamedTuple):
     order3: float  # counts of the whole training split
     num_bytes: int
     num_documents: int
+    lost: float = 0.0  # the share of the bytes that the tokenizer can't give back
 
     def __str__(self) -> str:
         rows = {"this model": self.model, "gzip -9": self.gzip, "order-3 bytes": self.order3}
         head = f"held out: {self.num_bytes:,} bytes in {self.num_documents:,} documents   bits per byte"
-        return "\n".join([head, *(f"  {name:<{len(head) - 12}}{bits:10.3f}" for name, bits in rows.items())])
+        lines = [head, *(f"  {name:<{len(head) - 12}}{bits:10.3f}" for name, bits in rows.items())]
+        if self.lost:
+            lines.append(
+                f"  the tokenizer can't give back {self.lost:.1%} of these bytes: this model's bits are of "
+                "what is left, and compare with no others"
+            )
+        return "\n".join(lines)
 
 
 def compare(
     module: Any, params: Any, corpus: Corpus, tokenizer: Tokenizer, evaluation: ConfigDict
 ) -> Comparison:
-    """A model and two simple compressors on the same held-out bytes.
+    """Measure a model and two simple compressors on the same held-out bytes.
 
     Args:
         module: a language model.
@@ -50,6 +66,9 @@ def compare(
         tokenizer: from `experiments.data.load_tokenizer`.
         evaluation: batch_size, sequence_length (the model's context at most; gzip's is the document, up to 32
             KiB), max_bytes (0: all that is held out).
+
+    Returns:
+        Bits per byte of all three, and the share of the bytes that the tokenizer loses.
 
     Raises:
         ValueError: nothing is held out, or a size is out of range.
@@ -63,27 +82,30 @@ def compare(
         limit_bytes=limit,
     )
     spans = limit_bytes(corpus.heldout, limit)
+    bits = bits_per_byte(module, params, batches)
+    assert bits is not None  # nothing stops it
     return Comparison(
-        model=bits_per_byte(module, params, batches),
+        model=bits,
         gzip=gzip_bits_per_byte(spans),
         order3=order3_bits_per_byte(corpus.train, spans),
         num_bytes=sum(map(len, spans)),
         num_documents=len(spans),
+        lost=lost_share(tokenizer, [span.read() for span in spans]),
     )
 
 
 def evaluate(
     run_dir: str | Path,
     *,
-    step: int | None = None,
+    step: int | str | None = None,
     max_bytes: int | None = None,
     sequence_length: int | None = None,
 ) -> Comparison:
-    """Compares the model that a run trained, on the files that its config names.
+    """Compare the model that a run trained with compressors, on the files that its config names.
 
     Args:
         run_dir: what `experiments.train --run` was given.
-        step: which checkpoint; None takes the newest.
+        step: which checkpoint; None takes the newest, "best" the one with the fewest held-out bits per byte.
         max_bytes: of the held-out documents, 0 for all; None as in the config.
         sequence_length: tokens of context at most; None as in the config.
 
@@ -96,6 +118,7 @@ def evaluate(
     evaluation = ConfigDict(config.evaluation)
     for name, value in (("max_bytes", max_bytes), ("sequence_length", sequence_length)):
         if value is not None:
+            check_fields({f"evaluation.{name}": value}, TRAINING)
             evaluation[name] = value
     corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
     return compare(module, variables["params"], corpus, load_tokenizer(tokenizer_path), evaluation)
@@ -109,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--run", required=True, help="the run's folder: what experiments.train --run was given"
     )
-    parser.add_argument("--step", type=int, help="which checkpoint (the newest)")
+    parser.add_argument("--step", type=step_named, help="which checkpoint: its number, or best (the newest)")
     parser.add_argument("--max_bytes", type=int, help="of the held-out files, 0 for all (as in the config)")
     parser.add_argument("--sequence_length", type=int, help="tokens of context at most (as in the config)")
     logging.set_verbosity(logging.ERROR)  # Orbax warns that it opens read-only what is opened read-only

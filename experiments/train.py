@@ -9,35 +9,51 @@ means. Checkpoints, metrics.jsonl, TensorBoard events, loss.png and summary.json
 again goes on from the last checkpoint, with the losses, bit for bit, of a run that never stopped.
 """
 
+import contextlib
 import math
 import signal
 import sys
+import threading
 import time
 from logging import getLogger
 from typing import Any
 
 import jax
+import numpy as np
 from absl import app, flags, logging
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from experiments.data import find_corpus, load_tokenizer, make_loader
+from experiments.configs.checks import check_config
+from experiments.data import find_corpus, heldout_batches, load_tokenizer, make_loader
 from experiments.trainer.checkpoints import CheckpointError, Checkpoints, check_same_config
 from experiments.trainer.flags import CONFIG, run, run_dir
 from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.lock import locked
 from experiments.trainer.metrics import Metrics
-from experiments.trainer.optimizers import make_optimizer, schedule
+from experiments.trainer.optimizers import check_optimizer, make_optimizer, schedule
 from experiments.trainer.parallel import make_layout
 from experiments.trainer.report import report
-from experiments.trainer.runs import build_model
-from experiments.trainer.state import init_state, make_train_step
+from experiments.trainer.runs import build_model, shapes_of
+from experiments.trainer.state import bits_per_byte, init_state, make_train_step, params_to_use
 
 
 class Sigterm:
-    """Remembers that SIGTERM came, so that the loop can save before it ends."""
+    """Remembers that SIGTERM came, so that the loop can save; outside of it SIGTERM ends the program."""
 
     def __init__(self):
         self.came = False
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "came", True))
+
+    def __enter__(self) -> "Sigterm":
+        # Only the main thread may handle signals, and only it gets them.
+        self._is_main = threading.current_thread() is threading.main_thread()
+        if self._is_main:
+            self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "came", True))
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._is_main:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 def train(config: ConfigDict) -> dict[str, Any] | None:
@@ -48,11 +64,17 @@ def train(config: ConfigDict) -> dict[str, Any] | None:
       processes but the first.
 
     Raises:
-      ValueError: a field of the config can't be right, or the run's folder is another config's.
+      ValueError: a field of the config can't be right, the run's folder is another config's, or another
+        process trains in it.
       CheckpointError: a checkpoint can't be written or read.
-      FloatingPointError: the loss is not finite; it names the step.
+      FloatingPointError: a step is not finite, or more in a row than `skip_nonfinite`; it names the step.
     """
-    sigterm = Sigterm()
+    check_config(config)
+    with locked(config.run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+        return _train(config)
+
+
+def _train(config: ConfigDict) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(config.data.tokenizer or None)
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -71,9 +93,16 @@ def train(config: ConfigDict) -> dict[str, Any] | None:
     )
     module = build_model(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    if config.ema_decay and config.optimizer.name.startswith("schedule_free"):
+        name = config.optimizer.name
+        raise ValueError(f"ema_decay: got {config.ema_decay}; expected 0 for {name}, which averages itself")
+    check_optimizer(config.optimizer, optimizer, shapes_of(module, config))
+    evaluates = config.evaluation.enabled and config.evaluation.every > 0 and bool(corpus.heldout)
+    held_out = _held_out(config, corpus, tokenizer) if evaluates else []
+    how = dict(skip=config.skip_nonfinite > 0, rounding=config.optimizer.rounding)
 
     def initial():
-        return init_state(module, optimizer, config.seed, config.ema_decay)
+        return init_state(module, optimizer, config.seed, config.ema_decay, **how)
 
     checkpoints = Checkpoints(config.run_dir, keep=config.checkpoint.keep)
     done = checkpoints.latest_step() or 0
@@ -87,6 +116,21 @@ def train(config: ConfigDict) -> dict[str, Any] | None:
     metrics = Metrics(
         config.run_dir, first_step=done, steps=config.steps, tensorboard=config.tensorboard, enabled=is_first
     )
+
+    def evaluate(state, stop) -> float | None:
+        """Held-out bits per byte; None where `stop` said so."""
+        several = jax.process_count() > 1  # they must agree, so none of them stops on its own
+        bits: float | None = 0.0
+        if is_first:
+            params = params_to_use(_own(layout, state))
+            bits = bits_per_byte(module, params, held_out, (lambda: False) if several else stop)
+        if several:
+            bits = float(multihost_utils.broadcast_one_to_all(np.float32(bits)))
+        if bits is not None and not math.isfinite(bits):  # such bits are nobody's best
+            metrics.say(f"{bits} held-out bits per byte: not counted")
+            return None
+        return bits
+
     metrics.say(f"{corpus}")
     start = f"goes on from step {done}" if done else "a new run"
     metrics.say(f"{config.run_dir}: {start}, {config.steps} steps in all")
@@ -98,11 +142,22 @@ def train(config: ConfigDict) -> dict[str, Any] | None:
                 accumulate=config.accumulate,
                 ema_decay=config.ema_decay,
                 axis_name=layout.axis_name,
+                **how,
             )
-            state, done, times = run_steps(
-                config, layout, step, state, done, batches, checkpoints, metrics, sigterm
-            )
-            if done < config.steps:
+            with Sigterm() as sigterm:
+                state, done, times = run_steps(
+                    config,
+                    layout,
+                    step,
+                    state,
+                    done,
+                    batches,
+                    checkpoints,
+                    metrics,
+                    sigterm,
+                    evaluate if evaluates else None,
+                )
+            if done < config.steps or sigterm.came:
                 metrics.say(f"SIGTERM: saved at step {done}; the same command goes on from there")
                 return None
         else:
@@ -110,35 +165,71 @@ def train(config: ConfigDict) -> dict[str, Any] | None:
         checkpoints.close()
         if not is_first:
             return None
-        # This process's copy: what only one process computes must not involve the devices of the others.
-        mine = jax.tree.map(lambda x: x.addressable_data(0), layout.take(state))
+        if (best := checkpoints.best_step()) is not None:
+            times |= {"best_step": best, "best_held_out_bits_per_byte": checkpoints.bits_of(best)}
+        mine = _own(layout, state)
         return report(config, module, mine, corpus, tokenizer, times, say=metrics.say)
     finally:
         metrics.close()
 
 
-def run_steps(config, layout, step_function, state, done, batches, checkpoints, metrics, sigterm):
+def _held_out(config, corpus, tokenizer) -> list[Any]:
+    """The batches that are evaluated again and again."""
+    return heldout_batches(
+        corpus,
+        tokenizer,
+        batch_size=config.evaluation.batch_size,
+        seq_len=config.evaluation.sequence_length,
+        limit_bytes=config.evaluation.max_bytes or None,
+    )
+
+
+def _own(layout, state):
+    """This process's copy: what only one process computes must not involve the devices of the others."""
+    return jax.tree.map(lambda x: x.addressable_data(0), layout.take(state))
+
+
+def run_steps(
+    config, layout, step_function, state, done, batches, checkpoints, metrics, sigterm, evaluate=None
+):
     """Take the steps after `done`, saving on the way, until the last one or SIGTERM.
 
     Returns:
       The state, the number of the last step taken, and what took how long.
     """
     rate = schedule(config.optimizer, config.steps)
+    bad_in_a_row = 0
     tokens_a_step = config.batch_size * config.data.sequence_length
 
-    def log(number, values, seconds):
+    def log(number, values, seconds, bits=None):
+        nonlocal bad_in_a_row
         values = {name: float(x) for name, x in jax.device_get(values).items()}
-        if not all(math.isfinite(x) for x in values.values()):
+        skipped = int(values.pop("skipped_steps", 0))
+        is_finite = all(math.isfinite(x) for x in values.values())
+        bad_in_a_row = 0 if is_finite else bad_in_a_row + 1
+        if not is_finite:
             found = ", ".join(f"{name} {x}" for name, x in values.items())
-            checkpoints.wait()
-            last = checkpoints.latest_step()
-            kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
-            raise FloatingPointError(f"step {number} is not finite ({found}); {kept} in {checkpoints.folder}")
+            if bad_in_a_row > config.skip_nonfinite:
+                checkpoints.wait()
+                last = checkpoints.latest_step()
+                kept = f"the checkpoint of step {last} is kept" if last else "there is no checkpoint yet"
+                raise FloatingPointError(
+                    f"step {number} is not finite ({found}); {kept} in {checkpoints.folder}"
+                )
+            metrics.say(f"step {number} is not finite ({found}): skipped, {skipped} in all")
+            values = {}
+        if config.skip_nonfinite:
+            values["skipped_steps"] = skipped
         values |= {
-            "learning_rate": float(rate(number - 1)),
+            "learning_rate": float(rate(number - 1 - skipped)),  # a skipped step is none for the schedule
             "tokens_per_second": round(tokens_a_step / seconds, 1),
         }
-        metrics.log(number, values, write=number % config.log_every == 0 or number == config.steps)
+        if bits is not None:
+            values["held_out_bits_per_byte"] = bits
+            metrics.say(f"step {number}: {bits:.4f} held-out bits per byte")
+        every = config.log_every
+        due = every > 0 and (number % every == 0 or number == config.steps or bits is not None)
+        metrics.log(number, values, write=due)
 
     batch = layout.batch(next(batches))
     start = time.monotonic()
@@ -147,26 +238,35 @@ def run_steps(config, layout, step_function, state, done, batches, checkpoints, 
     metrics.say(f"compiled in {compile_seconds:.1f} s")
 
     start = before = time.monotonic()
+    evaluation_seconds = 0.0
     late = []  # metrics are read a step late, so that the devices never wait for this loop
     for number in range(done + 1, config.steps + 1):
         state, values = compiled(state, batch)
         late.append((number, values))
         # Several processes must agree on the step they stop at.
         stop = checkpoints.reached_preemption(number) if jax.process_count() > 1 else sigterm.came
-        save = stop or number == config.steps or number % config.checkpoint.every == 0
+        is_last, every = number == config.steps, config.checkpoint.every
+        evaluates = evaluate and not stop and (is_last or number % config.evaluation.every == 0)
+        save = stop or is_last or evaluates or (every and number % every == 0)
+        bits = None
         while len(late) > (0 if save else 1):  # a state is saved only once its metrics were found finite
             jax.block_until_ready(late[0][1])
             now = time.monotonic()
-            log(*late.pop(0), seconds=now - before)
-            before = now
+            seconds, before = now - before, now
+            of_step, values = late.pop(0)
+            if evaluates and not late:
+                bits = evaluate(state, lambda: sigterm.came)
+                before = time.monotonic()
+                evaluation_seconds += before - now
+            log(of_step, values, seconds, bits)
         if save:
-            checkpoints.save(number, layout.take(state), batches, config)
+            checkpoints.save(number, layout.take(state), batches, config, bits=bits)
         if stop:
             break
         if number < config.steps:
             batch = layout.batch(next(batches))
     checkpoints.wait()
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - start - evaluation_seconds
     return (
         state,
         number,
@@ -198,6 +298,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
         getLogger("frugax.optim").setLevel("INFO")  # which leaves an optimizer treats as matrices
     try:
+        check_config(config)
         join_processes(config)
         train(config)
     except (ValueError, OSError, CheckpointError, FloatingPointError) as error:

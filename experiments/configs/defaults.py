@@ -11,8 +11,11 @@ def defaults() -> ConfigDict:
     config.steps = 1000  # optimizer steps of the whole run; the schedule ends with them
     config.batch_size = 8  # rows a step, over all devices and processes
     config.accumulate = 1  # the batch goes through in this many parts, to save memory
-    config.ema_decay = 0.0  # moving average of params, used for evaluation; 0: none
-    config.log_every = 1  # steps between lines of metrics.jsonl
+    config.ema_decay = 0.0  # moving average of params in float32, used for evaluation; 0: none
+    config.skip_nonfinite = (
+        0  # so many steps in a row may be skipped as not finite; 0: the first ends the run
+    )
+    config.log_every = 1  # steps between lines of metrics.jsonl; 0: no lines
     config.tensorboard = True  # also write event files
     config.parallel = "jit"  # "jit" over a mesh, or "pmap"
 
@@ -29,7 +32,7 @@ def defaults() -> ConfigDict:
     config.data.path = ""  # folder, glob or file of text; empty: this interpreter's standard library
     config.data.tokenizer = ""  # a Hugging Face tokenizer.json; empty: bytes
     config.data.sequence_length = 512  # tokens a row
-    config.data.held_out = 0.05  # share of the files kept for evaluation
+    config.data.held_out = 0.05  # share of the files kept for evaluation; 0: train on all, evaluate on none
 
     config.model = ConfigDict()
     config.model.vocab_size = 0  # 0: the tokenizer's
@@ -41,7 +44,7 @@ def defaults() -> ConfigDict:
     config.model.remat = False  # recompute each repeat in the backward pass, to save memory
     config.model.unroll = False  # write the repeats out: slower to compile, faster to run on CPU
     config.model.dtype = "float32"  # of activations and matmuls
-    config.model.param_dtype = "float32"
+    config.model.param_dtype = "float32"  # below a narrower dtype, these are its master weights
     config.model.backend = ""  # of frugax.kernels; empty: by the platform
 
     config.optimizer = ConfigDict()
@@ -49,23 +52,29 @@ def defaults() -> ConfigDict:
     config.optimizer.learning_rate = 3e-3  # the peak
     config.optimizer.warmup_steps = 100  # linear, from 0
     config.optimizer.final_fraction = 0.0  # of the peak, where the cosine ends
-    config.optimizer.weight_decay = 0.1  # on matrices only: not on norms, biases, gains and embeddings
+    config.optimizer.weight_decay = 0.1  # not on norms, biases, gains, embeddings, A_log, D and dt_bias
+    config.optimizer.decay = ""  # a regular expression for the paths of what decays instead: "mixer/.*kernel"
     config.optimizer.clip_norm = 1.0  # of the gradient; 0: no clipping
-    config.optimizer.options = ConfigDict()  # what else the optimizer takes, by its own names
+    config.optimizer.rounding = "nearest"  # or "stochastic", so that bfloat16 params keep small updates
+    # What else the optimizer takes, by its own names. `moments` of an 8-bit one is a dict, such as
+    # dict(group_size=2048, min_size=4096, full_precision="embedding$"), the last a regular expression.
+    config.optimizer.options = ConfigDict()
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = 200  # steps; the last step is always saved
-    config.checkpoint.keep = 2  # how many stay
+    config.checkpoint.every = 200  # steps; the last step is always saved; 0: it alone
+    config.checkpoint.keep = 2  # how many of the newest stay, beside the best of those evaluated
 
     config.evaluation = ConfigDict()
+    config.evaluation.enabled = True  # False: never
+    config.evaluation.every = 0  # steps, with a checkpoint, of which the best is kept; 0: at the end alone
     config.evaluation.batch_size = 8
     config.evaluation.sequence_length = 2048  # tokens of context at most
     config.evaluation.max_bytes = 0  # of the held-out files; 0: all
 
     config.sample = ConfigDict()
     config.sample.prompt = "def "
-    config.sample.tokens = 400
-    config.sample.temperature = 0.8
+    config.sample.tokens = 400  # 0: no sample
+    config.sample.temperature = 0.8  # 0: the likeliest token each time
     return config
 
 

@@ -6,7 +6,7 @@ and `make_loader` packs documents into batches for training, `heldout_batches` f
 
 from experiments.data.corpus import Corpus, Span, find_corpus, limit_bytes
 from experiments.data.pipeline import Loader, heldout_batches, make_loader
-from experiments.data.tokenizer import Tokenizer, load_tokenizer
+from experiments.data.tokenizer import Tokenizer, load_tokenizer, lost_share
 
 __all__ = [
     "Corpus",
@@ -17,5 +17,6 @@ __all__ = [
     "heldout_batches",
     "limit_bytes",
     "load_tokenizer",
+    "lost_share",
     "make_loader",
 ]

@@ -9,7 +9,7 @@ from experiments.data import Span
 
 _ORDER = 3
 _COUNTED_TOGETHER = 2**24  # bounds the memory for sorting to some hundred MB
-_NO_BYTES = "no bytes: the documents are empty, or there are none"
+_NO_BYTES = "documents: got no bytes; expected at least one"
 
 
 def gzip_bits_per_byte(spans: Sequence[Span]) -> float:

@@ -33,7 +33,8 @@ class Span:
             data = file.read(len(self))
         if len(data) != len(self):
             raise ValueError(
-                f"{self.path} has changed: it ends before byte {self.stop:,}; start again to list it anew"
+                f"path: got {self.path}, which has changed and ends before byte {self.stop}; expected it as "
+                "it was listed"
             )
         return data
 
@@ -68,7 +69,7 @@ class Corpus:
 
 
 def find_corpus(path: str | os.PathLike | None = None, *, heldout: float = 0.05) -> Corpus:
-    """Lists a corpus and holds a share of it out, the same way every time.
+    """List a corpus and hold a share of it out, the same way every time.
 
     Held out are files at equal steps through the sorted list (every 20th for 0.05), so each folder gives its
     share and files of one kind do not gather on one side, as they can in a draw. Of a single file, the tail
@@ -94,12 +95,12 @@ def find_corpus(path: str | os.PathLike | None = None, *, heldout: float = 0.05)
         True
     """
     if not 0 <= heldout < 1:
-        raise ValueError(f"heldout must be a share in [0, 1), got {heldout}")
+        raise ValueError(f"heldout: got {heldout}; expected a share of at least 0 and below 1")
     root, names = _list_files(path)
     spans = [Span(name, 0, size) for name in names if (size := os.path.getsize(name))]
     if not spans:
         raise ValueError(
-            f"path={root!r} has no text: {_emptiness(names)}; name a folder, glob or file with text in it"
+            f"path: got {root!r}, {_emptiness(names)}; expected a folder, glob or file with text in it"
         )
     files = tuple(span.path for span in spans)
     if heldout == 0:
@@ -128,7 +129,7 @@ def limit_bytes(spans: tuple[Span, ...], limit: int | None) -> tuple[Span, ...]:
     if limit is None:
         return spans
     if limit < 1:
-        raise ValueError(f"limit={limit}: it must be at least one byte, or None for all")
+        raise ValueError(f"limit: got {limit}; expected at least 1 byte, or None for all")
     kept = []
     for span in spans:
         size = min(len(span), limit)
@@ -145,7 +146,7 @@ def _list_files(path: str | os.PathLike | None) -> tuple[str, list[str]]:
         root = sysconfig.get_path("stdlib")
         names = [name for name in _walk(root) if name.endswith(".py")]
         if not names:
-            raise FileNotFoundError(f"this interpreter has no sources in {root}: name a corpus with path=")
+            raise FileNotFoundError(f"path: got none, and {root} has no sources; expected a corpus")
         return root, names
     root = os.path.expanduser(os.fspath(path))
     if os.path.isfile(root):
@@ -153,11 +154,13 @@ def _list_files(path: str | os.PathLike | None) -> tuple[str, list[str]]:
     if os.path.isdir(root):
         return root, [name for name in _walk(root) if _is_text(name)]
     if not glob.has_magic(root):
-        raise FileNotFoundError(f"path={root!r} does not exist: name a folder, a glob or a file of text")
+        raise FileNotFoundError(
+            f"path: got {root!r}, which is not there; expected a folder, a glob or a file"
+        )
     names = sorted(name for name in glob.glob(root, recursive=True) if os.path.isfile(name))
     if not names:
         raise FileNotFoundError(
-            f"path={root!r} matches no file: quote the glob, and write ** to go into folders"
+            f"path: got {root!r}, which matches no file; expected a quoted glob, with ** to go into folders"
         )
     return os.path.commonpath([os.path.dirname(os.path.abspath(name)) for name in names]), names
 
@@ -190,8 +193,8 @@ def _hash(name: str) -> float:
 
 def _emptiness(names: list[str]) -> str:
     if not names:
-        return "it holds no text files"
-    return "the file is empty" if len(names) == 1 else f"all of its {len(names)} files are empty"
+        return "which holds no text files"
+    return "an empty file" if len(names) == 1 else f"whose {len(names)} files are all empty"
 
 
 def _cut_tail(span: Span, share: float) -> tuple[Span, Span]:
@@ -205,6 +208,6 @@ def _cut_tail(span: Span, share: float) -> tuple[Span, Span]:
         cut += newline + 1
     if not 0 < cut < span.stop:
         raise ValueError(
-            f"path={span.path!r} has {span.stop} bytes: too few to hold any out; give more, or heldout=0"
+            f"path: got {span.path!r} of {span.stop} bytes; expected enough to hold some out, or heldout=0"
         )
     return Span(span.path, 0, cut), Span(span.path, cut, span.stop)

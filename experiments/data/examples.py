@@ -75,7 +75,7 @@ def _read_ts(path: Path, longest: int = 29) -> Examples:
 
 
 def selective_copying(train: int, held_out: int, length: int, copied: int, symbols: int, seed: int) -> Task:
-    """Tokens strewn at random over `length` noise tokens; then, at `copied` marks, they come in their order.
+    """Tokens strewn at random over `length` noise tokens, to be copied in their order at `copied` marks.
 
     Token 0 is noise, 1 the mark, the others the symbols to copy.
 
@@ -120,7 +120,7 @@ def induction_heads(
 
 
 def parity(train: int, held_out: int, length: int, seed: int, longer: Sequence[int] = ()) -> Task:
-    """Random bits; at each, whether the ones so far are odd in number.
+    """Random bits, each labelled with the parity of the ones so far.
 
     `longer` are lengths never trained on, each with as many examples as are held out; what counts there are
     the tokens beyond `length`.

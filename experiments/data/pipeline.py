@@ -30,7 +30,7 @@ def make_loader(
     process_count: int = 1,
     num_epochs: int | None = None,
 ) -> "Loader":
-    """A Grain iterator of batches of densely packed documents, in an order that follows from `seed`.
+    """Make a Grain iterator of batches of densely packed documents, in an order that follows from `seed`.
 
     Each epoch packs the documents in another order and shuffles the rows. Which rows step n sees, and in
     which order, does not depend on the number of processes: process i reads rows [i * b, (i + 1) * b) of each
@@ -63,26 +63,28 @@ def make_loader(
         (2, 64)
     """
     if split not in ("train", "heldout"):
-        raise ValueError(f"split={split!r}: it is 'train' or 'heldout'")
+        raise ValueError(f"split: got {split!r}; expected 'train' or 'heldout'")
     _check_sizes(batch_size, seq_len)
     if process_count < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of process_count={process_count}")
+        raise ValueError(
+            f"batch_size: got {batch_size}; expected a multiple of process_count, {process_count}"
+        )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be in [0, {process_count})")
+        raise ValueError(f"process_index: got {process_index}; expected 0 to {process_count - 1}")
     if num_epochs is not None and num_epochs < 1:
-        raise ValueError(f"num_epochs={num_epochs} must be at least 1, or None for no end")
+        raise ValueError(f"num_epochs: got {num_epochs}; expected at least 1, or None for no end")
     if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
+        raise ValueError(f"seed: got {seed}; expected at least 0")
     spans = getattr(corpus, split)
     if not spans:
         raise ValueError(
-            f"the {split} split of {corpus.root} is empty: hold a share of it out (heldout=0.05)"
+            f"split: got {split!r}, which is empty in {corpus.root}; expected heldout above 0 in find_corpus"
         )
     documents = open_documents(spans, tokenizer)
     if seq_len > documents.lengths.sum():
         raise ValueError(
-            f"seq_len={seq_len} is longer than the {split} split of {corpus.root}, which has "
-            f"{documents.lengths.sum():,} tokens: shorten it or give more text"
+            f"seq_len: got {seq_len}; expected at most {documents.lengths.sum()}, the tokens of the {split} "
+            f"split of {corpus.root}"
         )
     source = _Rows(documents, batch_size, seq_len, seed, process_index, process_count, num_epochs)
     batches = (
@@ -117,7 +119,7 @@ class Loader(grain.DatasetIterator):
         return {"identity": self._identity, "position": self._batches.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
             ValueError: it was taken of another corpus, split, seed or size.
@@ -127,7 +129,7 @@ class Loader(grain.DatasetIterator):
         differing = [name for name in names if saved.get(name) != self._identity.get(name)]
         if differing:
             told = ", ".join(f"{n} was {saved.get(n)} and is {self._identity.get(n)}" for n in differing)
-            raise ValueError(f"the saved place in the data is another loader's: {told}")
+            raise ValueError(f"state: got the place in other data: {told}; expected this loader's")
         self._batches.set_state(state["position"])
 
 
@@ -200,7 +202,7 @@ def heldout_batches(
     spans = limit_spans(corpus.heldout, limit_bytes)
     if not spans:
         raise ValueError(
-            f"nothing of {corpus.root} is held out: find_corpus(..., heldout=0.05) holds a share out"
+            f"corpus: got {corpus.root} with nothing held out; expected heldout above 0 in find_corpus"
         )
     documents = open_documents(spans, tokenizer)
     layout = Layout(documents, np.arange(len(spans)), seq_len)
@@ -211,6 +213,6 @@ def heldout_batches(
 
 def _check_sizes(batch_size: int, seq_len: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
+        raise ValueError(f"batch_size: got {batch_size}; expected at least 1")
     if seq_len < 1:
-        raise ValueError(f"seq_len={seq_len} must be at least 1")
+        raise ValueError(f"seq_len: got {seq_len}; expected at least 1")

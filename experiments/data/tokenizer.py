@@ -29,15 +29,14 @@ class ByteTokenizer:
 
     def encode(self, text: bytes | str) -> np.ndarray:
         """ids [n] int32 of `text`."""
-        data = text.encode() if isinstance(text, str) else text
-        return np.frombuffer(data, np.uint8).astype(np.int32)
+        return np.frombuffer(_bytes_of(text), np.uint8).astype(np.int32)
 
     def decode(self, ids) -> bytes:
         """The bytes that ids stand for."""
         return np.asarray(ids).astype(np.uint8).tobytes()
 
-    def stream(self) -> TextStream:
-        """Text from one id at a time; bytes that are not UTF-8 come out as U+FFFD."""
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        """Text from one id at a time, whatever came before; bytes that are not UTF-8 come out as U+FFFD."""
         return _ByteStream()
 
 
@@ -75,12 +74,14 @@ class SubwordTokenizer:
         self.path = path
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"tokenizer={path!r} is no file: name a Hugging Face tokenizer.json, or None for bytes"
+                f"tokenizer: got {path!r}, which is no file; expected a Hugging Face tokenizer.json, or None"
             )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"tokenizer={path!r} is no Hugging Face tokenizer.json: {error}") from error
+            raise ValueError(
+                f"tokenizer: got {path!r}; expected a Hugging Face tokenizer.json ({error})"
+            ) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # A special token that a document spells out is text: the separator stays an input only.
@@ -88,7 +89,7 @@ class SubwordTokenizer:
         # Ids may have gaps: what an embedding needs is the largest id.
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
-            raise ValueError(f"tokenizer={path!r} has an empty vocabulary")
+            raise ValueError(f"tokenizer: got {path!r} with an empty vocabulary; expected tokens in it")
         self.vocab_size = max(ids.values()) + 1
         named = [ids[name] for name in _SEPARATORS if name in ids]
         self.separator = named[0] if named else self.vocab_size
@@ -100,7 +101,7 @@ class SubwordTokenizer:
 
     def encode_with_ends(self, texts: Sequence[bytes | str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each text, ids [n] and, of each id, how many bytes of the text end with it ([n])."""
-        data = [text.encode() if isinstance(text, str) else text for text in texts]
+        data = [_bytes_of(text) for text in texts]
         strings = [text.decode(errors="replace") for text in data]
         encodings = self._tokenizer.encode_batch(strings, add_special_tokens=False)
         return [
@@ -113,17 +114,25 @@ class SubwordTokenizer:
         ids = [int(token) for token in np.asarray(ids).ravel()]
         return self._tokenizer.decode(ids, skip_special_tokens=True).encode()
 
-    def stream(self) -> TextStream:
-        """Text from one id at a time, in constant memory."""
-        return _SubwordStream(self._tokenizer)
+    def stream(self, before: Sequence[int] = ()) -> TextStream:
+        """Text from one id at a time, in constant memory.
+
+        Args:
+            before: the ids that the stream goes on from. A first id's space, or that it joins the word before
+                it, shows only beside those.
+        """
+        return _SubwordStream(self._tokenizer, before)
+
+
+_REMEMBERED = 8  # ids of a prompt: more than make up a character
 
 
 class _SubwordStream:
     """Decodes the last few ids again with each new one: what an id adds depends on those before it."""
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._shown: list[int] = []
+        self._shown = [int(token) for token in before[-_REMEMBERED:]]
         self._waiting: list[int] = []
 
     def push(self, token: int) -> str:
@@ -160,6 +169,31 @@ def load_tokenizer(path: str | None = None) -> Tokenizer:
         256
     """
     return ByteTokenizer() if path is None else SubwordTokenizer(os.path.expanduser(path))
+
+
+def _bytes_of(text: bytes | str) -> bytes:
+    """UTF-8; what a command line could not decode is again the bytes that were typed."""
+    return text.encode(errors="surrogateescape") if isinstance(text, str) else text
+
+
+def lost_share(tokenizer: Tokenizer, documents: Sequence[bytes]) -> float:
+    """The share of bytes in lines that a tokenizer can't give back, but for white space around a line.
+
+    Bits per byte tell nothing about text that a model's tokens don't hold: where each word is the one unknown
+    token, they are 0.
+
+    Example:
+        >>> lost_share(load_tokenizer(None), [b"any bytes"])
+        0.0
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        return 0.0
+    lines = [line for data in documents for line in data.splitlines(keepends=True)]
+    lost = 0
+    for line in lines:
+        back = tokenizer.decode(tokenizer.encode(line))
+        lost += len(line) * (back.strip() != line.strip())
+    return lost / max(sum(map(len, lines)), 1)
 
 
 def _byte_ends(offsets: list[tuple[int, int]], string: str, num_bytes: int) -> np.ndarray:

@@ -1,9 +1,11 @@
-"""Checkpoints of a run: atomic, written while training goes on, the newest kept, checked when read back.
+"""Atomic checkpoints of a run, written while it goes on, the newest and the best kept, checked when read.
 
-RUN/checkpoints/<step>/ holds params, ema (if there is one), training (optimizer state, RNG, step), data (the
-iterator's place, one file a process) and about (the config, and a checksum of every array).
+RUN/checkpoints/<step>/ holds params, average (the params to use, where those are not the trained ones),
+training (optimizer state, RNG, step), data (the iterator's place, one file a process) and about (the config,
+held-out bits per byte where they were measured, and a checksum of every array).
 """
 
+import contextlib
 import json
 import zlib
 from pathlib import Path
@@ -14,8 +16,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from experiments.trainer.state import TrainState
+from experiments.configs.checks import flatten
+from experiments.configs.defaults import defaults
+from experiments.trainer.state import TrainState, params_to_use
 
 # What may differ between a checkpoint's config and the run that goes on from it: it changes nothing that the
 # checkpoint holds. A new number of steps changes the schedule of those still to come.
@@ -36,6 +41,18 @@ class CheckpointError(RuntimeError):
     """A checkpoint can't be written, or read back."""
 
 
+class _Newest(preservation_policy.PreservationPolicy):
+    """Keeps the newest checkpoints, and the best."""
+
+    def __init__(self, keep: int, checkpoints: "Checkpoints"):
+        self._keep, self._checkpoints = keep, checkpoints
+
+    def should_preserve(self, checkpoints, *, context):
+        steps = sorted(info.step for info in checkpoints)
+        kept = {*steps[-self._keep :], self._checkpoints.best_step()}
+        return [info.step in kept for info in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -44,35 +61,85 @@ class Checkpoints:
 
         Args:
           run_dir: the run's folder; made if missing.
-          keep: how many checkpoints stay.
+          keep: how many of the newest stay, at least 1; the best one stays too.
           read_only: for evaluation and generation: makes and removes nothing.
         """
         self.folder = Path(run_dir).absolute() / "checkpoints"
         if read_only and not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder} does not exist: {run_dir} is no run, or it has no checkpoint yet"
+                f"run: got {run_dir}, which has no checkpoints; expected a folder of experiments.train"
             )
+        self._bits: dict[int, float] = {}  # held-out bits per byte, by step
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep,
+            preservation_policy=preservation_policy.PreserveAll() if read_only else _Newest(keep, self),
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=not read_only,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        for step in self._manager.all_steps():
+            with contextlib.suppress(CheckpointError):  # a spoiled one is named when it is read
+                self._note(step, self.about(step).get("held_out_bits_per_byte"))
+
+    def find(self, step: int | str | None) -> int:
+        """The step of a checkpoint: this one if it is there, the newest for None, or the "best".
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise CheckpointError(f"run: got {self.folder.parent}, which has no checkpoint yet; expected one")
+        if step == "best" and not self._bits:
+            raise CheckpointError(
+                f"step: got 'best'; expected evaluation.every above 0 in {self.folder}'s run"
+            )
+        found = {None: steps[-1], "best": self.best_step()}.get(step, step)
+        if found not in steps:
+            there_are = ", ".join(map(str, steps))
+            raise CheckpointError(f"step: got {step}; expected one of {there_are}, which {self.folder} holds")
+        return int(found)
+
+    def best_step(self) -> int | None:
+        """The step of the checkpoint with the fewest held-out bits per byte; None where none was measured."""
+        return min(self._bits, key=lambda step: (self._bits[step], step), default=None)
+
+    def bits_of(self, step: int) -> float | None:
+        """Held-out bits per byte of a checkpoint; None where they were not measured."""
+        return self._bits.get(step)
+
+    def _note(self, step: int, bits: float | None) -> None:
+        if bits is not None:
+            self._bits[step] = bits
 
     def latest_step(self) -> int | None:
         """The step of the newest whole checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, batches: Any, config: ConfigDict) -> None:
+    def save(
+        self, step: int, state: TrainState, batches: Any, config: ConfigDict, *, bits: float | None = None
+    ) -> None:
         """Start writing a checkpoint; the state may be donated as soon as this returns.
+
+        Args:
+          step: its name.
+          state: all of it is stored.
+          batches: the data iterator.
+          config: the run's.
+          bits: held-out bits per byte of the params to use; None where they were not measured.
 
         Raises:
           CheckpointError: this save, or the one before it, failed; the checkpoints before are whole.
         """
         items = _split(state)
+        average = params_to_use(state)
+        if average is not state.params:
+            items["average"] = average
         checksums = {name: _checksums(x) for name, x in items.items()} | {"data": _crc(batches.get_state())}
         about: dict[str, Any] = {"config": as_json(config), "checksums": checksums}
+        if bits is not None:
+            about["held_out_bits_per_byte"] = bits
+        self._note(step, bits)
         about["checksum"] = _crc(about)
         args = {name: ocp.args.StandardSave(x) for name, x in items.items()}
         args |= {"about": ocp.args.JsonSave(about), "data": grain.checkpoint.CheckpointSave(batches)}
@@ -123,11 +190,21 @@ class Checkpoints:
         self._check(step, read)
         if self.about(step)["checksums"]["data"] != _crc(batches.get_state()):
             raise self._read_error(step, "data is not what was written")
-        return TrainState(params=read["params"], ema=read.get("ema"), **read["training"])
+        return TrainState(params=read["params"], ema=read.get("average"), **read["training"])
 
-    def restore_params(self, step: int, like: Any, *, ema: bool) -> Any:
-        """Only the params (or their moving average), as evaluation and generation need them."""
-        name = "ema" if ema else "params"
+    def restore_params(self, step: int, like: Any, *, trained: bool = False) -> Any:
+        """Only the params to use, as evaluation and generation need them.
+
+        Args:
+          step: which one.
+          like: shapes, dtypes and shardings of the params; an average has a dtype of its own.
+          trained: the params as they were trained, and not their average.
+        """
+        name = "average" if not trained and "average" in self.about(step)["checksums"] else "params"
+        if name == "average" and self.about(step)["config"]["ema_decay"]:
+            like = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), like
+            )
         read = self._read(step, {name: ocp.args.StandardRestore(like)})
         self._check(step, read)
         return read[name]
@@ -166,8 +243,12 @@ class Checkpoints:
 
 
 def check_same_config(stored: dict[str, Any], config: ConfigDict, where: str | Path) -> None:
-    """Raise ValueError naming every field in which `config` is not the one a checkpoint was made with."""
-    old, new = _flat(stored), _flat(as_json(config))
+    """Raise ValueError naming every field in which `config` is not the one a checkpoint was made with.
+
+    A field that is newer than the checkpoint had today's default then.
+    """
+    new = flatten(as_json(config))
+    old = {k: v for k, v in flatten(as_json(defaults())).items() if k in new} | flatten(stored)
     fields = sorted(k for k in old | new if k.split(".")[0] not in MAY_CHANGE and old.get(k) != new.get(k))
     if fields:
         listing = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} here" for k in fields)
@@ -182,17 +263,12 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 def _split(state: TrainState) -> dict[str, Any]:
     training = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
+    if state.skipped is not None:
+        training["skipped"] = state.skipped
     items = {"params": state.params, "training": training}
-    return items if state.ema is None else items | {"ema": state.ema}
+    return items if state.ema is None else items | {"average": state.ema}
 
 
 def _crc(tree: Any) -> int:

@@ -1,6 +1,7 @@
 """Records of a run: a progress bar, metrics.jsonl, TensorBoard events, the loss curve."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -45,7 +46,10 @@ class Metrics:
         """Show one step, and if `write` put it in the files.
 
         Args:
-          values: any metrics; loss, bits_per_byte and tokens_per_second are among them.
+          step: its number.
+          values: any metrics; tokens_per_second is among them, and loss and bits_per_byte unless the step was
+            skipped.
+          write: whether the files get a line.
         """
         if not self._enabled:
             return
@@ -56,10 +60,12 @@ class Metrics:
                 for name, value in values.items():
                     self._tensorboard.add_scalar(name, value, step)
         # One batch says little: the bar shows an average over about the last twenty.
-        bits = values["bits_per_byte"]
-        self._smooth = bits if self._smooth is None else 0.95 * self._smooth + 0.05 * bits
-        speed = values["tokens_per_second"]
-        shown = f"loss {values['loss']:.3f}, {self._smooth:.3f} bits/byte, {speed:,.0f} tokens/s"
+        if "bits_per_byte" in values:
+            bits = values["bits_per_byte"]
+            self._smooth = bits if self._smooth is None else 0.95 * self._smooth + 0.05 * bits
+        smooth = math.nan if self._smooth is None else self._smooth
+        loss, speed = values.get("loss", math.nan), values["tokens_per_second"]
+        shown = f"loss {loss:.3f}, {smooth:.3f} bits/byte, {speed:,.0f} tokens/s"
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._done)
         self._done = step
@@ -119,9 +125,10 @@ def plot_loss(run_dir: str | Path, references: dict[str, float]) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_lines(Path(run_dir) / "metrics.jsonl")
+    lines = [line for line in read_lines(Path(run_dir) / "metrics.jsonl") if "bits_per_byte" in line]
     if not lines:
         return None
+    evaluated = [line for line in lines if "held_out_bits_per_byte" in line]
     steps = [line["step"] for line in lines]
     bits = [line["bits_per_byte"] for line in lines]
     smooth, value = [], bits[0]
@@ -131,6 +138,9 @@ def plot_loss(run_dir: str | Path, references: dict[str, float]) -> Path | None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, bits, color="0.8", linewidth=0.8, label="each batch")
     axes.plot(steps, smooth, color="C0", label="average")
+    if evaluated:
+        values = [line["held_out_bits_per_byte"] for line in evaluated]
+        axes.plot([line["step"] for line in evaluated], values, "o-", color="C0", label="held out")
     for i, (name, y) in enumerate(references.items()):
         axes.axhline(y, color=f"C{i + 1}", linestyle="--", linewidth=1, label=f"{name}: {y:.3f}")
     axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, min(8.5, 1.05 * max(bits))))

@@ -8,36 +8,46 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import frugax
-from experiments.trainer.checkpoints import CheckpointError, Checkpoints
+from experiments.configs.defaults import defaults
+from experiments.trainer.checkpoints import Checkpoints
 
 
 def load_run(
-    run_dir: str | Path, step: int | None = None
+    run_dir: str | Path, step: int | str | None = None
 ) -> tuple[ConfigDict, Any, dict[str, Any], str | None, int]:
     """Read the model that a run trained.
 
     Args:
       run_dir: what `experiments.train --run` was given.
-      step: which checkpoint; None takes the newest.
+      step: which checkpoint; None takes the newest, "best" the one with the fewest held-out bits per byte.
 
     Returns:
-      config, module, variables ({"params": ...}; the moving average where the run kept one), the path of the
+      config, module, variables ({"params": ...}; their average where the run kept one), the path of the
       tokenizer (None: bytes), and the step. `module.apply(variables, tokens, state=None, segment_ids=None)`.
 
     Raises:
       CheckpointError: there is no checkpoint, or it can't be read.
     """
     checkpoints = Checkpoints(run_dir, read_only=True)
-    step = checkpoints.latest_step() if step is None else step
-    if step is None:
-        raise CheckpointError(f"{checkpoints.folder} holds no checkpoint yet")
-    config = ConfigDict(checkpoints.about(step)["config"])
+    step = checkpoints.find(step)
+    config = defaults()  # of fields that are newer than the run
+    config = ConfigDict(_merged(config.to_dict(), checkpoints.about(step)["config"]))
     module = build_model(config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    params = checkpoints.restore_params(step, like, ema=bool(config.ema_decay))
+    params = checkpoints.restore_params(step, like)
     return config, module, {"params": params}, config.data.tokenizer or None, step
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(v, over[k]) for k, v in base.items() if isinstance(v, dict) and k in over}
+    return base | over | both
+
+
+def step_named(text: str) -> int | str:
+    """The step that a command line names: a number, or "best"; for argparse."""
+    return text if text == "best" else int(text)
 
 
 def build_model(config: ConfigDict) -> Any:
@@ -59,7 +69,7 @@ def build_model(config: ConfigDict) -> Any:
     return frugax.layers.Decoder(
         vocab_size=model.vocab_size,
         width=model.width,
-        blocks=tuple(frugax.layers.Block(**model.blocks[name].to_dict()) for name in model.pattern),
+        blocks=tuple(_build_block(model, name) for name in model.pattern),
         repeats=model.repeats,
         tie_embeddings=model.tie_embeddings,
         remat=model.remat,
@@ -68,3 +78,36 @@ def build_model(config: ConfigDict) -> Any:
         param_dtype=jnp.dtype(model.param_dtype),
         backend=model.backend or None,
     )
+
+
+def _build_block(model: ConfigDict, name: str) -> Any:
+    try:
+        return frugax.layers.Block(**model.blocks[name].to_dict())
+    except TypeError as error:
+        raise ValueError(f"model.blocks.{name}: {error}; expected fields of frugax.layers.Block") from error
+    except ValueError as error:  # it begins with the name of a field
+        raise ValueError(f"model.blocks.{name}.{error}") from error
+
+
+def shapes_of(module: Any, config: ConfigDict) -> Any:
+    """Shapes and dtypes of the params of `build_model(config)`.
+
+    Raises:
+      ValueError: a block can't be built from its arguments; it is named.
+    """
+    tokens = jnp.zeros((1, 2), jnp.int32)
+
+    def trace(module):
+        return jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]
+
+    try:
+        return trace(module)
+    except Exception as error:  # layers refuse in words, but for a type or a zero that they did not think of
+        for name, block in zip(config.model.pattern, module.blocks, strict=True):
+            try:
+                trace(module.clone(blocks=(block,), repeats=1))
+            except Exception as its_error:
+                raise ValueError(
+                    f"model.blocks.{name}: {type(its_error).__name__}: {its_error}"
+                ) from its_error
+        raise ValueError(f"model: {type(error).__name__}: {error}") from error

@@ -43,12 +43,16 @@ def test_a_config_says_what_it_is_for_and_its_models_build(name):
         assert scores.shape == (*task.train.labels[:2].shape, task.classes)
 
 
-ONE_MODEL = {"parity": "gated linear attention", "vmamba_digits": "EVSS"}  # tokens, images
+def test_one_model_of_a_smoke_variant_trains(tmp_path):
+    check_smoke_run("parity", tmp_path, "gated linear attention")
 
 
-@pytest.mark.parametrize("name", ONE_MODEL)
-def test_one_model_of_a_smoke_variant_trains(name, tmp_path):
-    check_smoke_run(name, tmp_path, ONE_MODEL[name])
+def test_baselines_of_images():
+    digits = examples.digits()
+    train, held_out = (examples.Examples(*(x[:200] for x in part)) for part in digits[:2])
+    found = runner.baselines(examples.Task(train, held_out, 10))
+    assert found.keys() == {"logistic regression", "nearest neighbour"}
+    assert all(result["accuracy"] > 0.7 for result in found.values())
 
 
 @pytest.mark.full

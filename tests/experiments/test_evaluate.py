@@ -90,6 +90,28 @@ def test_documents_count_by_their_bytes(tmp_path):
     assert result.num_documents == len(held_out) >= 2
     bits = sum(len(text.split()) for text in held_out) * math.log2(tokenizer.vocab_size)
     np.testing.assert_allclose(result.model, bits / sum(len(text.encode()) for text in held_out), rtol=1e-5)
+    assert result.lost == 0
+    assert "give back" not in str(result)
+
+
+def test_what_the_tokenizer_loses_is_said(tmp_path):
+    """Where every word is the one unknown token, a model predicts it for nothing: bits that say nothing."""
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("some text " * 9)
+    unknown = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    unknown.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    unknown.save(str(tmp_path / ".tokenizer.json"))
+
+    class Certain(nn.Module):
+        @nn.compact
+        def __call__(self, tokens, state=None, segment_ids=None):
+            return jnp.broadcast_to(jnp.array([100.0, 0.0]), (*tokens.shape, 2)), state
+
+    corpus = find_corpus(tmp_path, heldout=0.3)
+    result = compare(Certain(), {}, corpus, load_tokenizer(str(tmp_path / ".tokenizer.json")), _evaluation())
+    assert result.model == 0
+    assert result.lost == 1
+    assert "can't give back 100.0% of these bytes" in str(result)
 
 
 @pytest.fixture
@@ -128,7 +150,10 @@ def test_command_line(run, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--sequence_length=0"], "seq_len=0"), (["--max_bytes=-1"], "limit=-1")],
+    [
+        (["--sequence_length=0"], "evaluation.sequence_length: got 0; expected an integer of at least 1"),
+        (["--max_bytes=-1"], "evaluation.max_bytes: got -1; expected an integer of at least 0"),
+    ],
 )
 def test_command_line_errors(run, arguments, words):
     with pytest.raises(SystemExit, match=words):

@@ -11,8 +11,7 @@ from tests.experiments.runs import tiny_config
 MODES = {
     "one": dict(mesh__data=1),
     "jit": {},
-    "pmap": dict(parallel="pmap"),
-    "pmap parts": dict(parallel="pmap", accumulate=2),
+    "pmap": dict(parallel="pmap", accumulate=2),
 }
 
 
@@ -23,8 +22,9 @@ def main() -> None:
     for name, changes in MODES.items():
         fields = dict(steps=5, batch_size=4, mesh__data=2, checkpoint__every=3) | changes
         training.train(tiny_config(corpus, folder / name, **fields))
-    for name in ("pmap", "jit"):
-        training.train(tiny_config(corpus, folder / name, steps=7, batch_size=4, mesh__data=2))
+    for name, parts in (("pmap", 2), ("jit", 1)):
+        fields = dict(steps=7, batch_size=4, accumulate=parts, mesh__data=2)
+        training.train(tiny_config(corpus, folder / name, **fields))
 
 
 if __name__ == "__main__":

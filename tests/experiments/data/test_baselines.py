@@ -110,5 +110,5 @@ def test_no_bytes(tmp_path, empty):
         lambda: ByteNgram(empty),
         lambda: ByteNgram([b"a"]).bits_per_byte(empty),
     ):
-        with pytest.raises(ValueError, match="no bytes"):
+        with pytest.raises(ValueError, match="got no bytes"):
             call()

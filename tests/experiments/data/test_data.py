@@ -168,7 +168,7 @@ def test_a_file_that_shrinks_while_training_is_named(tmp_path):
     loader = make_loader(find_corpus(tmp_path, heldout=0), _BYTES, batch_size=1, seq_len=100)
     next(loader)
     (tmp_path / "only.txt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"only\.txt has changed"):
+    with pytest.raises(ValueError, match=r"only\.txt, which has changed"):
         [next(loader) for _ in range(20)]
 
 
@@ -218,14 +218,14 @@ def test_heldout_split_as_a_loader(folder):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"split": "test"}, "split='test'"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seq_len": 0}, "seq_len=0"),
-        ({"batch_size": 3, "process_count": 2}, "batch_size=3 must be a multiple of process_count=2"),
-        ({"process_index": 2, "process_count": 2}, "process_index=2"),
-        ({"num_epochs": 0}, "num_epochs=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"seq_len": 100_000}, "seq_len=100000 is longer than the train split"),
+        ({"split": "test"}, "split: got 'test'"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"seq_len": 0}, "seq_len: got 0"),
+        ({"batch_size": 3, "process_count": 2}, "batch_size: got 3; expected a multiple of process_count, 2"),
+        ({"process_index": 2, "process_count": 2}, "process_index: got 2"),
+        ({"num_epochs": 0}, "num_epochs: got 0"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"seq_len": 100_000}, r"seq_len: got 100000; expected at most \d+, the tokens of the train split"),
     ],
 )
 def test_loader_errors(folder, changed, words):
@@ -237,5 +237,5 @@ def test_nothing_held_out_to_evaluate_on(folder):
     corpus = find_corpus(folder, heldout=0)
     with pytest.raises(ValueError, match="held out"):
         heldout_batches(corpus, _BYTES, batch_size=1, seq_len=8)
-    with pytest.raises(ValueError, match=r"heldout split .* is empty"):
+    with pytest.raises(ValueError, match="split: got 'heldout', which is empty"):
         make_loader(corpus, _BYTES, split="heldout", batch_size=1, seq_len=8)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from experiments.data import load_tokenizer
+from experiments.data import load_tokenizer, lost_share
 
 _BYTES = load_tokenizer(None)
 
@@ -49,6 +49,43 @@ def test_subwords_that_make_up_no_character_do_not_wait_forever(tokenizer_json):
     assert stream.flush() == ""
 
 
+def test_a_stream_goes_on_from_a_prompt(tmp_path):
+    """SentencePiece's first space and WordPiece's joins show only beside the ids before."""
+    metaspace = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"▁the": 0, "▁quick": 1, "▁brown": 2, "▁fox": 3, "?": 4}, unk_token="?")
+    )
+    metaspace.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    metaspace.decoder = tokenizers.decoders.Metaspace()
+    pieces = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({"play": 0, "##ing": 1, "on": 2, "?": 3}, unk_token="?")
+    )
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    pieces.decoder = tokenizers.decoders.WordPiece()
+    for theirs, prompt, rest, text in (
+        (metaspace, "the quick", [2, 3], " brown fox"),
+        (metaspace, "", [0, 1], "the quick"),
+        (pieces, "play", [1, 2], "ing on"),
+        (pieces, "playing", [2, 0], " on play"),
+    ):
+        theirs.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
+        stream = tokenizer.stream(tokenizer.encode(prompt).tolist())
+        assert "".join([stream.push(token) for token in rest]) + stream.flush() == text
+
+
+def test_the_share_that_a_tokenizer_loses(tokenizer_json, tmp_path):
+    lines = ["the cat", "größe ✓", "  the dog"]
+    document = "\n".join(lines).encode()
+    assert lost_share(_BYTES, [document]) == lost_share(load_tokenizer(tokenizer_json), [document]) == 0
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "cat": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    words = load_tokenizer(str(tmp_path / "words.json"))
+    assert lost_share(words, [document]) == pytest.approx(1 - len("the cat\n") / len(document))
+    assert lost_share(words, [b"all unknown\n" * 3]) == 1
+    assert lost_share(words, []) == 0
+
+
 def test_subword_separator(tokenizer_json, tmp_path):
     tokenizer = load_tokenizer(tokenizer_json)
     theirs = tokenizers.Tokenizer.from_file(tokenizer_json)
@@ -91,7 +128,7 @@ def test_bytes_that_are_not_utf8_count_as_they_are(tokenizer_json):
 def test_corrupt_tokenizer(tmp_path, data):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"tokenizer=.*tokenizer.json"):
+    with pytest.raises(ValueError, match=r"tokenizer: got .*tokenizer.json"):
         load_tokenizer(str(path))
 
 

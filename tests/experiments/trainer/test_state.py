@@ -1,0 +1,167 @@
+"""One training step by its definition: parts, averages, rounding, and steps that are not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.trainer.state import bits_per_byte, init_state, make_train_step, params_to_use
+from tests.errors import bound, error
+
+VOCAB = 5
+
+
+class Bigram:
+    """Logits of the next id by the last one: the gradient is known in closed form."""
+
+    def __init__(self, dtype="float32"):
+        self.dtype = jnp.dtype(dtype)
+
+    def init(self, key, tokens):
+        return {"params": {"kernel": jax.random.normal(key, (VOCAB, VOCAB), self.dtype)}}
+
+    def apply(self, variables, tokens, segment_ids=None, rngs=None):
+        return variables["params"]["kernel"][tokens], None
+
+
+def batch_of(rows, seed=0):
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, VOCAB, (2, rows, 3)).astype(np.int32)
+    weights = random.integers(0, 2, (rows, 3)).astype(np.float32)
+    return dict(
+        tokens=ids[0],
+        targets=ids[1],
+        segment_ids=np.ones((rows, 3), np.int32),
+        weights=weights,
+        bytes=weights.sum(1).astype(np.int32),
+    )
+
+
+def gradient(kernel, batch):
+    """In float64: softmax less the target, averaged over weights."""
+    out = np.zeros((VOCAB, VOCAB))
+    logits = np.asarray(kernel, np.float64)
+    for token, target, weight in zip(
+        *(batch[k].ravel() for k in ("tokens", "targets", "weights")), strict=True
+    ):
+        p = np.exp(logits[token]) / np.exp(logits[token]).sum()
+        out[token] += weight * (p - np.eye(VOCAB)[target])
+    return out / batch["weights"].sum()
+
+
+def run(optimizer, batches, *, dtype="float32", accumulate=1, ema_decay=0.0, **how):
+    """The states before the first step and after each."""
+    module = Bigram(dtype)
+    states = [init_state(module, optimizer, 0, ema_decay, **how)]
+    step = jax.jit(make_train_step(module, optimizer, accumulate=accumulate, ema_decay=ema_decay, **how))
+    metrics = []
+    for batch in batches:
+        state, values = step(states[-1], batch)
+        states.append(state)
+        metrics.append(values)
+    return states, metrics
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [("float32", 1), ("bfloat16", 256)])
+def test_the_gradient_of_many_parts_adds_up(dtype, parts):
+    """In bfloat16 256 sums would lose 6 %; a gradient rounded once loses half a unit of its last place."""
+    batch = batch_of(256)
+    (start, end), _ = run(optax.sgd(1.0), [batch], dtype=dtype, accumulate=parts)
+    kernel = start.params["kernel"]
+    moved = np.asarray(kernel, np.float64) - np.asarray(end.params["kernel"], np.float64)
+    expected = gradient(kernel, batch)
+    # The params are rounded too: by half a unit of theirs.
+    unit = float(jnp.finfo(dtype).eps)
+    assert np.abs(moved - expected).max() < unit * (np.abs(kernel).max() + np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_is_that_of_optax(dtype):
+    """Debiased, and in float32: after 60 steps of decay 0.999 it forgot the start, and small steps count."""
+    states, _ = run(optax.sgd(0.05), [batch_of(4, i) for i in range(60)], dtype=dtype, ema_decay=0.999)
+    reference = optax.ema(0.999, debias=True, accumulator_dtype=jnp.float32)
+    averaging = reference.init(states[0].params)
+    for state in states[1:]:
+        expected, averaging = reference.update(
+            jax.tree.map(lambda x: x.astype(jnp.float32), state.params), averaging
+        )
+    ema = params_to_use(states[-1])["kernel"]
+    assert ema.dtype == jnp.float32
+    assert error(ema, expected["kernel"]) < 60 * bound("float32")
+    plain = np.mean([np.asarray(s.params["kernel"], np.float64) for s in states[1:]], axis=0)
+    assert error(ema, plain) < 0.01  # 60 steps of 0.999 weigh almost alike
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_counts():
+    batches = [batch_of(4, i) for i in range(4)]
+    bad = batches[1] | {"weights": batches[1]["weights"] + np.float32("inf")}
+    how = dict(optimizer=optax.adam(0.1), ema_decay=0.9, skip=True)
+    states, metrics = run(batches=[batches[0], bad, batches[2], batches[3]], **how)
+    assert [int(values["skipped_steps"]) for values in metrics] == [0, 1, 1, 1]
+    assert not np.isfinite(metrics[1]["loss"])
+    without, _ = run(batches=[batches[0], batches[2], batches[3]], **how)
+    for name in ("params", "optimizer", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(states[2], name), getattr(states[1], name))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+            getattr(states[-1], name),
+            getattr(without[-1], name),
+        )
+    assert (int(states[-1].step), int(states[-1].skipped)) == (4, 1)
+
+
+def test_small_updates_of_narrow_params_count_by_stochastic_rounding():
+    """Steps below half a unit: rounded to nearest nothing moves; at random, the mean moves as it should."""
+    batches = [batch_of(64, i) for i in range(30)]
+    wide, _ = run(optax.sgd(1e-3), batches)
+    nearest, _ = run(optax.sgd(1e-3), batches, dtype="bfloat16")
+    big = np.abs(np.asarray(nearest[0].params["kernel"], np.float32)) > 0.5
+    np.testing.assert_array_equal(nearest[0].params["kernel"][big], nearest[-1].params["kernel"][big])
+    random, _ = run(optax.sgd(1e-3), batches, dtype="bfloat16", rounding="stochastic")
+    assert random[-1].params["kernel"].dtype == jnp.bfloat16
+    moved = np.asarray(random[-1].params["kernel"], np.float64) - np.asarray(
+        random[0].params["kernel"], np.float64
+    )
+    expected = np.asarray(wide[-1].params["kernel"] - wide[0].params["kernel"], np.float64)
+    # Each of 30 steps rounds an entry of size 1 by a unit of 2**-7 at most: the sum of 25 entries' errors.
+    assert abs((moved - expected).sum()) < 4 * 2**-8 * np.sqrt(30 * moved.size)
+    assert np.count_nonzero(moved) > 5
+
+
+def test_momentum_of_narrow_params_is_wide_where_rounding_is_stochastic():
+    states, _ = run(optax.adam(1e-3), [batch_of(4)], dtype="bfloat16", rounding="stochastic")
+    dtypes = {x.dtype.name for x in jax.tree.leaves(states[-1].optimizer) if x.ndim}
+    assert dtypes == {"float32"}
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_schedule_free_gives_its_average(split):
+    """x = (y - (1 - b1) z) / b1, also where matrices and the rest have rules of their own."""
+    rule = lambda decay: optax.contrib.schedule_free_sgd(0.5, b1=0.9, weight_decay=decay)  # noqa: E731
+    labels = {"kernel": "matrix", "bias": "other"}
+    optimizer = optax.partition({"matrix": rule(0.1), "other": rule(0.1)}, labels) if split else rule(0.1)
+    params = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)}
+    state, params_seen = optimizer.init(params), params
+    single = rule(0.1)
+    single_state = single.init(params)
+    for seed in range(3):
+        grads = jax.tree.map(lambda x, seed=seed: jax.random.normal(jax.random.key(seed), x.shape), params)
+        updates, state = optimizer.update(grads, state, params_seen)
+        _, single_state = single.update(grads, single_state, params_seen)
+        params_seen = optax.apply_updates(params_seen, updates)
+    train_state = init_state(Bigram(), optax.sgd(1.0), 0, 0.0)._replace(params=params_seen, optimizer=state)
+    expected = optax.contrib.schedule_free_eval_params(single_state, params_seen)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), params_to_use(train_state), expected
+    )
+    assert not np.allclose(expected["kernel"], params_seen["kernel"])
+
+
+def test_an_evaluation_stops_when_asked():
+    batches = [batch_of(2, i) for i in range(3)]
+    module = Bigram()
+    params = module.init(jax.random.key(0), None)["params"]
+    asked = []
+    assert bits_per_byte(module, params, batches, lambda: asked.append(0) or len(asked) > 2) is None
+    assert bits_per_byte(module, params, batches) > 0
