@@ -1,6 +1,7 @@
 """Sampling: the full forward's answer, the right distribution, constant memory, few compilations."""
 
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from experiments import generate as generate_module
 from experiments.data import load_tokenizer
 from experiments.generate import generate, main
 from experiments.trainer import sampling
-from experiments.trainer.sampling import sample, sample_text
+from experiments.trainer.sampling import sample, sample_several, sample_text
 
 _KEY = jax.random.key(0)
 
@@ -73,6 +74,46 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
     assert set(sample(module, {}, [0], steps=300, top_p=top_p, key=_KEY)) == kept
 
 
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (1, 1, {2}),
+        (2, 1, {2, 0}),
+        (3, 1, {2, 0, 3}),
+        (4, 1, {0, 1, 2, 3}),
+        (9, 1, {0, 1, 2, 3}),
+        (2, 0.6, {2}),
+    ],
+)
+def test_top_k_keeps_so_many_and_top_p_counts_among_them(top_k, top_p, kept):
+    """Of 0.5 and 0.25 alone the first has two thirds: enough for 0.6, where it was not among all four."""
+    module = Bigram(np.tile(np.log([0.25, 0.1, 0.5, 0.15]), (4, 1)))
+    assert set(sample(module, {}, [0], steps=200, top_k=top_k, top_p=top_p, key=_KEY)) == kept
+
+
+def test_several_answers_at_once():
+    """The first is that of one alone, none depends on how many there are, and each ends at its own stop."""
+    module = Bigram(np.random.default_rng(0).normal(size=(6, 6)))
+    arguments = dict(steps=40, stop=3, key=_KEY)
+    five = sample_several(module, {}, [0, 1], samples=5, **arguments)
+    assert five[:2] == sample_several(module, {}, [0, 1], samples=2, **arguments)
+    assert five[0] == list(sample(module, {}, [0, 1], **arguments))
+    assert len({tuple(ids) for ids in five}) == 5
+    assert all(3 not in ids for ids in five)
+    free = sample_several(module, {}, [0, 1], samples=5, steps=40, key=_KEY)
+    assert [ids[: ids.index(3)] for ids in free] == five
+    with pytest.raises(ValueError, match="samples: got 0"):
+        sample_several(module, {}, [0], samples=0, **arguments)
+
+
+def test_a_stop_ends_the_answer_and_the_work():
+    module = _cycle(b"abc.def", start=ord("x"))
+    texts = sample_text(module, {}, load_tokenizer(None), "x", steps=50, temperature=0, stop=".", key=_KEY)
+    assert "".join(texts) == "abc"
+    with pytest.raises(ValueError, match=r"stop: got '\.\.', 2 tokens; expected one token"):
+        sample_text(module, {}, load_tokenizer(None), "x", steps=5, stop="..", key=_KEY)
+
+
 def test_a_key_decides(decoder):
     module, variables = decoder
 
@@ -120,14 +161,15 @@ def test_no_steps_no_ids(decoder):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"prompt_ids": []}, r"prompt_ids has shape \(0,\).*at least one"),
-        ({"prompt_ids": [[1]]}, r"prompt_ids has shape \(1, 1\)"),
-        ({"prompt_ids": [0.5]}, "prompt_ids.*float64"),
-        ({"steps": -1}, "steps=-1"),
-        ({"temperature": -0.1}, "temperature=-0.1"),
-        ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_p": 0}, "top_p=0"),
-        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"prompt_ids": []}, r"prompt_ids: got float64\[0\].*at least one"),
+        ({"prompt_ids": [[1]]}, r"prompt_ids: got int64\[1, 1\]"),
+        ({"prompt_ids": [0.5]}, "prompt_ids: got float64"),
+        ({"steps": -1}, "steps: got -1"),
+        ({"temperature": -0.1}, "temperature: got -0.1"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"top_p": 0}, "top_p: got 0"),
+        ({"top_p": 1.5}, "top_p: got 1.5"),
+        ({"top_k": -1}, "top_k: got -1"),
     ],
 )
 def test_errors_come_with_the_call(changed, words):
@@ -182,9 +224,23 @@ def test_command_line(run, capsys):
     assert capsys.readouterr().out == "abcdefg\n"
 
 
+def test_command_line_of_several(run, capsys):
+    main(["--run=run", "--prompt=abcd", "--tokens=9", "--top_k=1", "--stop=!", "--samples=3", "--step=best"])
+    assert capsys.readouterr().out == "abcdefg\n" * 3
+    assert run == [("run", "best")]
+
+
+def test_a_prompt_that_is_no_text(run, capsys):
+    """A shell's $'\\xff' arrives as a surrogate; a byte model reads the byte."""
+    typed = os.fsdecode(b"\xffd")
+    assert "".join(generate("run", typed, tokens=2, temperature=0)) == "ef"
+    main(["--run=run", f"--prompt={typed}", "--tokens=2"])
+    assert capsys.readouterr().out == "?def\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--run=absent"], "absent is no run"), (["--run=run", "--temperature=-1"], "temperature=-1.0")],
+    [(["--run=absent"], "absent is no run"), (["--run=run", "--temperature=-1"], "temperature: got -1.0")],
 )
 def test_command_line_errors(run, arguments, words):
     with pytest.raises(SystemExit, match=words):
