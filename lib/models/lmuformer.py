@@ -20,10 +20,14 @@ from ..layers.modules.spiking import lif
 
 
 class LMUFormerState(NamedTuple):
-    """States of the embedding and the blocks, and the sum and number of the tokens read [B, width + 1]."""
+    """States of the embedding, the blocks and the verdict's neurons (None without spikes), and what was read.
+
+    That is the sum and the number of the tokens [B, width + 1].
+    """
 
     embedding: Any
     blocks: Any
+    verdict: Array | None
     total: Array
 
 
@@ -47,9 +51,9 @@ class LMUFormer(nn.Module):
     Raises:
       ValueError: naming the argument that can't be right.
 
-    Source: Liu et al. 2024 (arXiv 2402.04882). There convolutions are centred (here causal: no delay), batch
-    norms normalize (here a norm over each token's channels), and the convolutions of the channel mixer have
-    one tap, as here.
+    Source: Liu et al. 2024 (arXiv 2402.04882), with norms and neurons where its code has them. There
+    convolutions are centred (here causal: no delay), and batch norms normalize (here a norm over each token's
+    channels).
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -82,7 +86,7 @@ class LMUFormer(nn.Module):
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a number >= 1")
         block = Block(self.mixer, None, self.mixer_args or {})
         dtypes = {"dtype": self.dtype or x.dtype, "param_dtype": self.param_dtype}
-        before = LMUFormerState(None, None, None) if state is None else state
+        before = LMUFormerState(None, None, None, None) if state is None else state
 
         embed = ConvEmbedding(self.width, self.taps, self.spiking, **dtypes, name="embedding")
         x, embedding = embed(x, state=before.embedding, segment_ids=segment_ids)
@@ -95,18 +99,25 @@ class LMUFormer(nn.Module):
         )(block, self.expand, self.spiking, self.depth, **dtypes, name="blocks")
         x, states = blocks(x, before.blocks, segment_ids)
 
-        x = RMSNorm(**dtypes, name="norm")(x).astype(accumulator(x.dtype))
+        verdict = None
+        if self.spiking:
+            x = RMSNorm(**dtypes, name="norm")(x)
+            x, verdict = lif(x, initial_state=before.verdict, segment_ids=segment_ids)
+        x = x.astype(accumulator(x.dtype))
         counted = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         totals, total = linear_recurrence(
             jnp.ones_like(counted), counted, initial_state=before.total, segment_ids=segment_ids
         )
         mean = totals[..., :-1] / totals[..., -1:]
         logits = nn.Dense(self.classes, param_dtype=self.param_dtype, name="head")(mean)
-        return logits, LMUFormerState(embedding, states, total)
+        return logits, LMUFormerState(embedding, states, verdict, total)
 
 
 class ConvEmbedding(nn.Module):
-    """Four causal convolutions over all channels, and a fifth added to the fourth's output.
+    """Four causal convolutions over all channels, and a fifth added to what the fourth gave.
+
+    norm(relu(conv(x))) four times. With spikes the four are conv(x), with neurons behind a norm in front of
+    all but the first, and of the fifth.
 
     x [B, T, C] -> (y [B, T, width], state): of each convolution its last taps - 1 inputs [B, taps - 1, n],
     and of a spiking embedding also the neurons' potentials.
@@ -145,14 +156,13 @@ class ConvEmbedding(nn.Module):
         inputs, potentials = ((None,) * 5, (None,) * 4) if state is None else state
         after, fired = [], []
         for i in range(5):
+            if i and not self.spiking:
+                x = RMSNorm(**dtypes, name=f"norm_{i}")(jax.nn.relu(x))
             last = x
-            if i:
+            if i and self.spiking:
                 x = RMSNorm(**dtypes, name=f"norm_{i}")(x)
-                if self.spiking:
-                    x, v = lif(x, initial_state=potentials[i - 1], segment_ids=segment_ids)
-                    fired.append(v)
-                else:
-                    x = jax.nn.relu(x)
+                x, v = lif(x, initial_state=potentials[i - 1], segment_ids=segment_ids)
+                fired.append(v)
             x_BTWC, seen = _windows(x, self.taps, inputs[i], segment_ids)
             after.append(seen)
             x = nn.DenseGeneral(self.width, axis=(-2, -1), use_bias=False, **dtypes, name=f"conv_{i}")(x_BTWC)
@@ -174,7 +184,10 @@ def _windows(x_BTC: Array, taps: int, before: Array | None, segment_ids: Array |
 
 
 class _Block(nn.Module):
-    """x + mixer(norm(x)), then x + channels(norm(x))."""
+    """x + norm(mixer(x)), then x + relu(norm(W_2 gelu(norm(W_1 x)))).
+
+    With spikes x + norm(mixer(norm(x))), then x + W_2 lif(norm(W_1 lif(norm(x)))).
+    """
 
     block: Block
     expand: int | float
@@ -191,21 +204,18 @@ class _Block(nn.Module):
         mixer = self.block.mixer_class(
             **dict(self.block.mixer_args), **dtypes, out_scale=out_scale, name="mixer"
         )
-        y, mixed = mixer(RMSNorm(**dtypes, name="mixer_norm")(x), state=mixed, segment_ids=segment_ids)
-        x = x + y
+        y = RMSNorm(**dtypes, name="mixer_norm")(x) if self.spiking else x
+        y, mixed = mixer(y, state=mixed, segment_ids=segment_ids)
+        x = x + RMSNorm(**dtypes, name="mixed_norm")(y)
 
         hidden, out = round(self.expand * x.shape[-1]), x.shape[-1]
+        first = scaled_dense(hidden, 1.0, self.dtype, self.param_dtype, name="channel_in")
+        second = scaled_dense(out, out_scale, self.dtype, self.param_dtype, name="channel_out")
+        hidden_norm = RMSNorm(**dtypes, name="hidden_norm")
+        if not self.spiking:
+            y = second(jax.nn.gelu(hidden_norm(first(x))))
+            return x + jax.nn.relu(RMSNorm(**dtypes, name="channel_norm")(y)), (mixed, ())
         y = RMSNorm(**dtypes, name="channel_norm")(x)
-        fired: list[Array] = []
-        if self.spiking:
-            y, v = lif(y, initial_state=potentials[0], segment_ids=segment_ids)
-            fired.append(v)
-        y = scaled_dense(hidden, 1.0, self.dtype, self.param_dtype, name="channel_in")(y)
-        if self.spiking:
-            y = RMSNorm(**dtypes, name="hidden_norm")(y)
-            y, v = lif(y, initial_state=potentials[1], segment_ids=segment_ids)
-            fired.append(v)
-        else:
-            y = jax.nn.gelu(y)
-        x = x + scaled_dense(out, out_scale, self.dtype, self.param_dtype, name="channel_out")(y)
-        return x, (mixed, tuple(fired))
+        y, v_in = lif(y, initial_state=potentials[0], segment_ids=segment_ids)
+        y, v_hidden = lif(hidden_norm(first(y)), initial_state=potentials[1], segment_ids=segment_ids)
+        return x + second(y), (mixed, (v_in, v_hidden))

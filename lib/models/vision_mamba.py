@@ -34,7 +34,8 @@ class VisionMamba(nn.Module):
       ValueError: naming the argument that can't be right.
 
     Source: Pei et al. 2024 (EfficientVMamba, arXiv 2403.09977): scans in the early stages, where the map is
-    large, and inverted residuals later. VMamba (2401.10166) is VSS in all stages.
+    large, and inverted residuals later. VMamba (2401.10166) is VSS in all stages. Both drop whole blocks at
+    random in training, and this doesn't.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp

@@ -32,7 +32,12 @@ def filled(model, x):
     """Random parameters: far from what they start as, and neurons of a spiking model fire."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    return jax.tree.map(lambda p: jnp.asarray(rng.normal(0.3, 0.6, p.shape), p.dtype), shapes)
+
+    def draw(path, p):  # norms of 2 bring neurons to their threshold
+        mean, spread = (2.0, 0.3) if path[-1].key == "weight" else (0.3, 0.6)
+        return jnp.asarray(rng.normal(mean, spread, p.shape), p.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def test_the_mixer_is_its_equation():
@@ -78,9 +83,7 @@ def one_array(tree):
 
 def new_rows(state, rows):
     """The state with zeros in rows of the batch, which stands behind the depth in those of the blocks."""
-    embedding, blocks, total = state
-    zeros = zero_rows((embedding, total), rows)
-    return type(state)(zeros[0], zero_rows(blocks, rows, axis=1), zeros[1])
+    return zero_rows(state, rows)._replace(blocks=zero_rows(state.blocks, rows, axis=1))
 
 
 @functools.cache
@@ -118,22 +121,83 @@ def test_convolution_chunks_and_stream_agree(spiking):
             assert_close((y, one_array(after)), (want, one_array(last)), "float64")
 
 
-def test_the_embedding_is_a_stack_of_causal_convolutions():
+def rms_norm(x, p):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * p["weight"]
+
+
+def neurons(x, threshold=1.0):
+    """Spikes of leaky membranes [B, T, n], token by token."""
+    v, spikes = np.zeros(x[:, 0].shape), []
+    for t in range(x.shape[1]):
+        v = v + (x[:, t] - v) / 2
+        spikes.append(v >= threshold)
+        v = np.where(spikes[-1], 0, v)
+    return np.stack(spikes, axis=1).astype(float)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def gelu(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def embedding(p, x, spiking):
+    def conv(i, x):
+        padded = np.pad(x, ((0, 0), (2, 0), (0, 0)))
+        return sum(padded[:, j : j + x.shape[1]] @ p[f"conv_{i}"]["kernel"][j] for j in range(3))
+
+    for i in range(4):
+        x = conv(i, x)
+        if not spiking:
+            x = rms_norm(relu(x), p[f"norm_{i + 1}"])
+        elif i < 3:
+            x = neurons(rms_norm(x, p[f"norm_{i + 1}"]))
+    return x + conv(4, neurons(rms_norm(x, p["norm_4"])) if spiking else x)
+
+
+def legendre(p, x, spiking):
+    """The mixer: its memory holds the window as coefficients, one more token at a time."""
+    from frugax.kernels.lmu import _system
+
+    A, B = _system(5, 7.0)
+    x = neurons(x, 0.5) if spiking else x
+    act = neurons if spiking else relu
+    u = act(x @ p["signal"]["kernel"] + p["signal"]["bias"])
+    m, memory = [], np.zeros((x.shape[0], 2, 5))
+    for t in range(x.shape[1]):
+        memory = memory @ A.T + u[:, t, :, None] * B
+        m.append(memory.reshape(-1, 10))
+    m = np.stack(m, axis=1)
+    if spiking:
+        m = neurons(rms_norm(m, p["memory_norm"]))
+    h = np.concatenate([m, x], axis=-1) @ p["hidden"]["kernel"] + p["hidden"]["bias"]
+    return act(rms_norm(h, p["hidden_norm"]) if spiking else h) @ p["out"]["kernel"]
+
+
+@pytest.mark.parametrize("spiking", [False, True])
+def test_the_model_is_its_formula(spiking):
     with jax.enable_x64(True):
-        embed = frugax.layers.ConvEmbedding(4, param_dtype=jnp.float64)
-        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 3)))
-        variables = filled(embed, x)
-        y, _ = embed.apply(variables, x)
-        p = jax.tree.map(np.asarray, variables["params"])
-        h, outputs = np.asarray(x), []
-        for i in range(5):
-            if i:
-                h = h / np.sqrt(np.mean(h**2, axis=-1, keepdims=True) + 1e-6) * p[f"norm_{i}"]["weight"]
-                h = np.maximum(h, 0)
-            padded = np.pad(h, ((0, 0), (2, 0), (0, 0)))
-            h = sum(padded[:, j : j + 9] @ p[f"conv_{i}"]["kernel"][j] for j in range(3))
-            outputs.append(h)
-        assert_close(y, outputs[3] + outputs[4], "float64")
+        mine = calls(spiking)
+        (logits, _), _ = mine.whole(mine.now)
+        p, x = jax.tree.map(np.asarray, (mine.variables["params"], mine.now))
+    x = embedding(p["embedding"], x, spiking)
+    for i in range(2):
+        b = jax.tree.map(lambda a, i=i: a[i], p["blocks"])
+        y = legendre(b["mixer"], rms_norm(x, b["mixer_norm"]) if spiking else x, spiking)
+        x = x + rms_norm(y, b["mixed_norm"])
+        if spiking:
+            y = neurons(rms_norm(x, b["channel_norm"])) @ b["channel_in"]["kernel"]
+            x = x + neurons(rms_norm(y, b["hidden_norm"])) @ b["channel_out"]["kernel"]
+        else:
+            y = gelu(rms_norm(x @ b["channel_in"]["kernel"], b["hidden_norm"]))
+            x = x + relu(rms_norm(y @ b["channel_out"]["kernel"], b["channel_norm"]))
+    if spiking:
+        x = neurons(rms_norm(x, p["norm"]))
+        assert 0.05 < x.mean() < 0.95
+    mean = np.cumsum(x, axis=1) / np.arange(1, 8)[:, None]
+    assert_close(logits, mean @ p["head"]["kernel"] + p["head"]["bias"], "float64")
 
 
 def test_a_spiking_model_sends_spikes_and_learns_through_all_of_it():

@@ -38,7 +38,8 @@ class LMU(Mixer):
       dtype, param_dtype, backend, out_scale: as in `Mixer`.
 
     Source: Liu et al. 2024 (LMUFormer, arXiv 2402.04882), who have one signal, as many coefficients as
-    channels (spiking: twice as many), and batch norm where here is a norm over each token's channels.
+    channels (spiking: twice as many), and batch norm where here is a norm over each token's channels. They
+    have one before u's neurons too: of one signal it is a scale and a shift, which W_u and b are here.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from ..channel.mlp import MLP
+from ..channel.mlp import MLP, activation_fn
 from ..modules.depthwise_conv import DepthwiseConv
 from .selective_scan_2d import SelectiveScan2D
 
@@ -49,13 +49,13 @@ class VSS(nn.Module):
 class EVSS(nn.Module):
     """EfficientVMamba's block over x [B, H, W, C]: x + se(scan(norm(x))) + se(conv(norm(x))), then an MLP.
 
-    The scan is "atrous". The branch of convolutions is depthwise 3 x 3, norm, gelu and 1 x 1; each `se`
-    weighs its branch's channels by what the whole image holds (`SqueezeExcite`).
+    The scan is "atrous". The branch of convolutions is depthwise 3 x 3, norm, gelu and 1 x 1; `se`, shared by
+    both branches, weighs channels by what the whole image holds (`SqueezeExcite` with its norm).
 
     Attributes: those of `VSS`.
 
-    Source: Pei et al. 2024 (EfficientVMamba, arXiv 2403.09977). Its code shares one `se` between the
-    branches and has batch norm among the convolutions, where here is a norm over each pixel's channels.
+    Source: Pei et al. 2024 (EfficientVMamba, arXiv 2403.09977), as its code has it. There batch norm stands
+    among the convolutions, where here is a norm over each pixel's channels.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -80,20 +80,22 @@ class EVSS(nn.Module):
         local = DepthwiseConv(**dtypes, name="conv")(y)
         local = jax.nn.gelu(nn.LayerNorm(**dtypes, name="conv_norm")(local))
         local = nn.Dense(width, **dtypes, name="conv_out")(local)
-        x = x + SqueezeExcite(**dtypes, name="weigh_scan")(scanned)
-        x = x + SqueezeExcite(**dtypes, name="weigh_conv")(local)
+        weigh = SqueezeExcite(normalize=True, **dtypes, name="weigh")
+        x = x + weigh(scanned) + weigh(local)
         return _with_mlp(x, self.mlp_expand, dtypes)
 
 
 class InvertedResidual(nn.Module):
-    """x + W_2 gelu(norm(conv(gelu(norm(W_1 x))))) over x [B, H, W, C], the 3 x 3 convolution depthwise.
+    """x + norm(W_2 se(relu(norm(conv(relu(norm(W_1 x))))))) over x [B, H, W, C].
+
+    The 3 x 3 convolution is depthwise; `se` weighs its channels (`SqueezeExcite`).
 
     Attributes:
       expand: channels of the convolution over the width.
       dtype, param_dtype: as in `Mixer`.
 
-    Source: MobileNetV2, Sandler et al. 2018 (arXiv 1801.04381), whose norm is batch norm; EfficientVMamba
-    (2403.09977) has these blocks in its later stages.
+    Source: MobileNetV2, Sandler et al. 2018 (arXiv 1801.04381), with the `se` of EfficientVMamba
+    (2403.09977), which has these blocks in its later stages. Their norms are batch norms.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -112,20 +114,24 @@ class InvertedResidual(nn.Module):
         dtypes = dtypes_of(self, x)
         width, hidden = x.shape[-1], round(self.expand * x.shape[-1])
         y = nn.Dense(hidden, use_bias=False, **dtypes, name="in")(x)
-        y = jax.nn.gelu(nn.LayerNorm(**dtypes, name="in_norm")(y))
+        y = jax.nn.relu(nn.LayerNorm(**dtypes, name="in_norm")(y))
         y = DepthwiseConv(use_bias=False, **dtypes, name="conv")(y)
-        y = jax.nn.gelu(nn.LayerNorm(**dtypes, name="conv_norm")(y))
-        return x + nn.Dense(width, **dtypes, name="out")(y)
+        y = jax.nn.relu(nn.LayerNorm(**dtypes, name="conv_norm")(y))
+        y = SqueezeExcite(activation="relu", **dtypes, name="weigh")(y)
+        y = nn.Dense(width, use_bias=False, **dtypes, name="out")(y)
+        return x + nn.LayerNorm(**dtypes, name="out_norm")(y)
 
 
 class SqueezeExcite(nn.Module):
     """x * sigmoid(W_2 gelu(W_1 mean of x over the image)): weighs channels, x [B, H, W, C].
 
     Attributes:
-      ratio: hidden width over the width; at least one channel.
+      ratio: hidden width over the width, rounded down; at least one channel.
+      normalize: take the mean of LayerNorm(x) instead of x.
+      activation: as in `GLU`.
       dtype, param_dtype: as in `Mixer`.
 
-    Source: Hu et al. 2017 (arXiv 1709.01507); ratio and gelu from EfficientVMamba (2403.09977).
+    Source: Hu et al. 2017 (arXiv 1709.01507); ratio, gelu and norm from EfficientVMamba (2403.09977).
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -136,14 +142,18 @@ class SqueezeExcite(nn.Module):
     """
 
     ratio: float = 0.125
+    normalize: bool = False
+    activation: str | None = "gelu"
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtypes = dtypes_of(self, x)
-        y = jnp.mean(x, axis=(1, 2), keepdims=True)
-        y = jax.nn.gelu(nn.Dense(max(1, round(self.ratio * x.shape[-1])), **dtypes, name="squeeze")(y))
+        y = nn.LayerNorm(**dtypes, name="norm")(x) if self.normalize else x
+        y = jnp.mean(y, axis=(1, 2), keepdims=True)
+        y = nn.Dense(max(1, int(self.ratio * x.shape[-1])), **dtypes, name="squeeze")(y)
+        y = activation_fn(self.activation)(y)
         return x * jax.nn.sigmoid(nn.Dense(x.shape[-1], **dtypes, name="excite")(y))
 
 

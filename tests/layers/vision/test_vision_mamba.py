@@ -57,7 +57,7 @@ def depthwise(x, p):
     H, W = x.shape[1:3]
     taps = p["kernel"][:, :, 0]
     out = sum(padded[:, i : i + H, j : j + W] * taps[i, j] for i in range(3) for j in range(3))
-    return out + p["bias"]
+    return out + p.get("bias", 0)
 
 
 def scan_by_hand(p, x, scan, stride, N, R):
@@ -95,30 +95,71 @@ def dense(x, p):
     return x @ p["kernel"] + p.get("bias", 0)
 
 
-@pytest.mark.parametrize("name", ["EVSS", "VSS"])
-def test_blocks_are_their_formulas(name):
+def weighed(x, p, act):
+    mean = (layer_norm(x, p["norm"]) if "norm" in p else x).mean((1, 2), keepdims=True)
+    return x / (1 + np.exp(-dense(act(dense(mean, p["squeeze"])), p["excite"])))
+
+
+def vss(p, x):
+    return with_mlp(p, x + scan_by_hand(p["scan"], layer_norm(x, p["norm"]), "cross", 2, 2, 1))
+
+
+def evss(p, x):
+    normed = layer_norm(x, p["norm"])
+    scanned = scan_by_hand(p["scan"], normed, "atrous", 2, 2, 1)
+    local = gelu(layer_norm(depthwise(normed, p["conv"]), p["conv_norm"]))
+    local = dense(local, p["conv_out"])
+    return with_mlp(p, x + weighed(scanned, p["weigh"], gelu) + weighed(local, p["weigh"], gelu))
+
+
+def with_mlp(p, x):
+    return x + dense(gelu(dense(layer_norm(x, p["mlp_norm"]), p["mlp"]["in"])), p["mlp"]["out"])
+
+
+def inverted_residual(p, x):
+    y = np.maximum(layer_norm(dense(x, p["in"]), p["in_norm"]), 0)
+    y = np.maximum(layer_norm(depthwise(y, p["conv"]), p["conv_norm"]), 0)
+    y = weighed(y, p["weigh"], lambda y: np.maximum(y, 0))
+    return x + layer_norm(dense(y, p["out"]), p["out_norm"])
+
+
+def test_a_vss_block_is_its_formula():
     with jax.enable_x64(True):
-        args = {"state_size": 2, "dt_rank": 1}
-        module = getattr(frugax.layers, name)(args, mlp_expand=2, param_dtype=jnp.float64)
+        module = frugax.layers.VSS({"state_size": 2, "dt_rank": 1}, mlp_expand=2, param_dtype=jnp.float64)
         image = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 8)))
         variables = filled(module, image)
         y = jax.jit(module.apply)(variables, image)
-        p, x = jax.tree.map(np.asarray, variables["params"]), np.asarray(image)
+        p = jax.tree.map(np.asarray, variables["params"])
+        assert_close(y, vss(p, np.asarray(image)), "float64")
 
-        def weighed(x, p):
-            weights = dense(gelu(dense(x.mean((1, 2), keepdims=True), p["squeeze"])), p["excite"])
-            return x / (1 + np.exp(-weights))
 
-        normed = layer_norm(x, p["norm"])
-        if name == "VSS":
-            x = x + scan_by_hand(p["scan"], normed, "cross", 2, 2, 1)
-        else:
-            scanned = scan_by_hand(p["scan"], normed, "atrous", 2, 2, 1)
-            local = gelu(layer_norm(depthwise(normed, p["conv"]), p["conv_norm"]))
-            local = dense(local, p["conv_out"])
-            x = x + weighed(scanned, p["weigh_scan"]) + weighed(local, p["weigh_conv"])
-        x = x + dense(gelu(dense(layer_norm(x, p["mlp_norm"]), p["mlp"]["in"])), p["mlp"]["out"])
-        assert_close(y, x, "float64")
+def test_efficient_vmamba_is_its_formula():
+    """The whole model on images whose size nothing divides: patches, both kinds of blocks, mean and head."""
+    blocks = ("EVSS", "InvertedResidual")
+    args = {"state_size": 2, "dt_rank": 1}
+    with jax.enable_x64(True):
+        model = frugax.layers.VisionMamba(
+            5, (8, 10), (1, 2), blocks, patch=2, scan_args=args, mlp_expand=2, param_dtype=jnp.float64
+        )
+        images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, 11, 2)))
+        variables = filled(model, images)
+        logits = jax.jit(model.apply)(variables, images)
+        p, x = jax.tree.map(np.asarray, variables["params"]), np.asarray(images)
+        for stage, (block, depth) in enumerate([(evss, 1), (inverted_residual, 2)]):
+            x = layer_norm(dense(patches_by_hand(x), p[f"merge_{stage}"]), p[f"merge_norm_{stage}"])
+            for i in range(depth):
+                x = block(jax.tree.map(lambda a, i=i: a[i], p[f"stage_{stage}"]["block"]), x)
+    assert_close(logits, dense(layer_norm(x, p["norm"]).mean((1, 2)), p["head"]), "float64")
+
+
+def patches_by_hand(x):
+    """Each 2 x 2 pixels as one, row by row, with zeros beyond the image."""
+    B, H, W, C = x.shape
+    out = np.zeros((B, -(-H // 2), -(-W // 2), 4 * C))
+    for r, c in np.ndindex(H, W):
+        place = (r % 2 * 2 + c % 2) * C
+        out[:, r // 2, c // 2, place : place + C] = x[:, r, c]
+    return out
 
 
 def test_patches():
