@@ -9,12 +9,14 @@ from tests.seeds import SEED, generator
 
 
 def traits(case) -> set[tuple]:
-    """Return what a case of named fields has: flags, names, whether a size is one, or above 128."""
-    fields = case._asdict() if hasattr(case, "_asdict") else vars(case)
+    """Return what a case of named values has: flags, names, whether a size is one, or above 128."""
+    fields = case if isinstance(case, dict) else case._asdict() if hasattr(case, "_asdict") else vars(case)
 
     def kind(value):
         is_size = isinstance(value, int) and not isinstance(value, bool)
-        return ("one" if value == 1 else "few" if value <= 128 else "many") if is_size else value
+        if is_size:
+            return "one" if value == 1 else "few" if value <= 128 else "many"
+        return repr(value) if isinstance(value, list) else value
 
     return {(name, kind(value)) for name, value in fields.items()}
 
@@ -35,8 +37,9 @@ def cover(sets: Sequence[set], strength: int = 1) -> list[int]:
 def tiers(
     cases: Iterable, has: Callable[..., set] = traits, *, strength: int = 1, ids: Callable = str
 ) -> list:
-    """Return the cases as parameters, those that a cover leaves out marked `full`."""
-    cases = list(cases)
+    """Return the cases as parameters, each once, those that a cover leaves out marked `full`."""
+    every = list(cases)
+    cases = [case for i, case in enumerate(every) if case not in every[:i]]
     kept = cover([has(case) for case in cases], strength)
     return [
         pytest.param(case, id=ids(case), marks=[] if i in kept else pytest.mark.full)
@@ -57,12 +60,12 @@ def served(lists: dict[str | None, list], has: Callable[..., set] = traits, ids:
 SECOND_CHIPS = ("v5p", "tpu7x")
 
 
-def on_chips(chips: Iterable[str], calls: Iterable) -> list:
+def on_chips(chips: Iterable[str], calls: Iterable, ids: Callable = str) -> list:
     """Return (chip, call) as parameters: by default each first chip and each call once."""
     pairs = list(itertools.product(chips, calls))
     first = [pair for pair in pairs if pair[0] not in SECOND_CHIPS]
     kept = [first[i] for i in cover([{(place, str(x)) for place, x in enumerate(pair)} for pair in first])]
     return [
-        pytest.param(*pair, id="-".join(map(str, pair)), marks=[] if pair in kept else pytest.mark.full)
+        pytest.param(*pair, id=f"{pair[0]}-{ids(pair[1])}", marks=[] if pair in kept else pytest.mark.full)
         for pair in pairs
     ]

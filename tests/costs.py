@@ -54,6 +54,13 @@ def folder(path: Path) -> str:
     return "/".join(path.relative_to(TESTS).parts[:-1][:2]) or "tests"
 
 
+def charged(item: pytest.Item) -> str:
+    """Return the folder that a test counts for: its operation's, if it is one of a table of operations."""
+    name = item.callspec.params.get("operation") if hasattr(item, "callspec") else None
+    own = f"{folder(item.path)}/{name}"
+    return own if (TESTS / own).is_dir() else folder(item.path)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     costs, loops = item.config.stash[COSTS], item.config.stash[LOOPS]
@@ -64,7 +71,7 @@ def pytest_runtest_protocol(item):
     before = seconds()
     result = yield
     cost = seconds() - before
-    costs[folder(item.path)] += cost
+    costs[charged(item)] += cost
     item.config.stash[EACH].append((cost, item.nodeid))
     return result
 

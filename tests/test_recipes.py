@@ -10,6 +10,7 @@ import frugax
 from frugax.papers import papers
 from tests.experiments.test_classify import CONFIGS as CLASSIFIERS
 from tests.formats.test_formats import EVERY as FORMATS
+from tests.kernels.harness import OPERATIONS as TESTED
 from tests.layers.mixers.mixers import MIXERS
 from tests.optim.optimizers import CASES
 
@@ -57,16 +58,18 @@ def test_an_operation(name):
     folder = ROOT / "lib/kernels" / name
     for file in ("reference", "inputs", "xla", "pallas_tpu", "pallas_gpu", "tiling"):
         assert (folder / f"{file}.py").exists() or (folder / file / "__init__.py").exists(), file
-    assert (ROOT / f"tests/kernels/{name}/test_conformance.py").exists()
-    assert list((ROOT / f"tests/kernels/{name}").glob("test_deviceless*.py"))
+    row = TESTED[name]
+    assert set(row.cases) >= {"xla", "pallas_tpu", "pallas_gpu"}
+    assert row.exported
+    assert row.on_tpu
+    assert row.on_gpu
     assert announced(name)
 
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_an_operation_composed_of_others(name):
     assert name in frugax.kernels.__all__
-    tests = "".join(path.read_text() for path in (ROOT / "tests/kernels").rglob("test_*.py"))
-    assert f"frugax.kernels.{name}(" in tests
+    assert TESTED[name].cases
     assert announced(name)
 
 

@@ -37,12 +37,12 @@ def test_each_backend_keeps_each_trait_and_the_rest_is_full():
 
 def test_a_change_reaches_its_users_alone():
     tests = reach.tests_for({"lib/kernels/rnn/pallas_gpu.py"})
-    assert "tests/kernels/rnn/test_conformance.py" in tests  # by `frugax.kernels.rnn`
+    assert "tests/kernels/test_operations.py" in tests  # by `frugax.kernels.rnn`
     assert "tests/layers/mixers/test_flash_rnn.py" in tests
-    assert not [file for file in tests if file.startswith("tests/kernels/linear_recurrence")]
-    sharded = reach.tests_for({"tests/kernels/rnn/sharded.py"})
-    assert "tests/kernels/rnn/test_sharding.py" in sharded
-    assert "tests/kernels/rnn/test_conformance.py" not in sharded
+    assert not [file for file in tests if file.startswith("tests/formats")]
+    sharded = reach.tests_for({"tests/kernels/sharded.py"})
+    assert "tests/kernels/test_sharding.py" in sharded
+    assert "tests/kernels/test_operations.py" not in sharded
     assert reach.tests_for({"docs/papers.md", "CHANGELOG.md"}) == []
     for unknown in ({"pyproject.toml"}, {"tests/conftest.py"}, None):
         assert reach.tests_for(unknown) == ["tests"]

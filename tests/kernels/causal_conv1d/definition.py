@@ -1,4 +1,4 @@
-"""The causal convolution and its gradient in float64 numpy, tap by tap: shares no code with the library."""
+"""The causal convolution in numpy, tap by tap; works on complex numbers."""
 
 import numpy as np
 
@@ -25,8 +25,8 @@ def _taps(x, width, initial_state, segment_ids):
     return history, document, taps
 
 
-def convolve(x, weight, bias=None, *, activation=None, initial_state=None, segment_ids=None):
-    """y and the final state. Works on complex numbers too."""
+def causal_conv1d(x, weight, bias=None, *, activation=None, initial_state=None, segment_ids=None):
+    """y and the final state."""
     W = weight.shape[0]
     history, document, taps = _taps(x, W, initial_state, segment_ids)
     z = np.zeros_like(history[:, : x.shape[1]]) + weight[0] * 0
@@ -38,20 +38,3 @@ def convolve(x, weight, bias=None, *, activation=None, initial_state=None, segme
     T = x.shape[1]
     state = np.where((document[:, T:] == document[:, -1:])[..., None], history[:, T:], 0)
     return y, state
-
-
-def gradients(x, weight, bias, activation, initial_state, segment_ids, dy, dstate):
-    """Gradients of sum(y * dy) + sum(state * dstate): for x, weight, bias, initial_state."""
-    T, W = x.shape[1], weight.shape[0]
-    history, document, taps = _taps(x, W, initial_state, segment_ids)
-    dz = dy
-    if activation:
-        z, _ = convolve(x, weight, bias, initial_state=initial_state, segment_ids=segment_ids)
-        s = 1 / (1 + np.exp(-z))
-        dz = dy * s * (1 + z * (1 - s))
-    dhistory, dweight = np.zeros_like(history), np.zeros_like(weight)
-    for b, t, w, row in taps:
-        dhistory[b, row] += weight[w] * dz[b, t]
-        dweight[w] += history[b, row] * dz[b, t]
-    dhistory[:, T:] += np.where((document[:, T:] == document[:, -1:])[..., None], dstate, 0)
-    return dhistory[:, W - 1 :], dweight, dz.sum((0, 1)), dhistory[:, : W - 1]

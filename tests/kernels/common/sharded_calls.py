@@ -1,5 +1,7 @@
 """Run by test_sharding.py on eight devices: `per_shard` against the same function unsharded.
 
+    python -m tests.kernels.common.sharded_calls WHAT [AXIS_TYPE]
+
 The kernel is a toy, so that compiling is quick: an opaque copy around the definition. It can't be partitioned
 by XLA any more than a real one, and has a real one's signature.
 """
@@ -81,7 +83,7 @@ def place(mesh, args, batch, heads):
 
 
 def meshes(*shape):
-    for kind in (AxisType.Auto, AxisType.Explicit):
+    for kind in map(AxisType.__getitem__, sys.argv[2:] or ("Auto", "Explicit")):
         yield jax.make_mesh(shape, ("data", "model")[: len(shape)], axis_types=(kind,) * len(shape))
 
 

@@ -42,6 +42,11 @@ def test_lmu_names_its_method(T, method):
     assert f"tpu: xla ({method})" in text
 
 
+def test_rejects_what_is_no_operation():
+    with pytest.raises(ValueError, match="expected an operation"):
+        frugax.kernels.explain("linear_atention")
+
+
 def test_compositions_check_their_arguments(unchecked_types):
     arguments = list(calls(64)["trapezoidal_ssd"])
     with pytest.raises(ValueError, match="mix"):

@@ -10,7 +10,7 @@ from tests.devices import run_alone
 X = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["none", "xla"])
+@pytest.mark.parametrize("backend", ["none", pytest.param("xla", marks=pytest.mark.full)])
 def test_a_cpu_never_imports_pallas(backend):
     run_alone("tests.kernels.common.without_pallas", backend)
 

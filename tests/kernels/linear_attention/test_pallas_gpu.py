@@ -10,10 +10,10 @@ from frugax.kernels.linear_attention import pallas_gpu_tiles as tiles
 from frugax.kernels.linear_attention.inputs import check
 from frugax.kernels.linear_attention.tiling_gpu import Tiling, choose
 from tests.errors import assert_close
-
-from .cases import FLOATS, Case, expected
+from tests.kernels.harness import OPERATIONS, expected, parts, value_and_gradients, widened
 
 CHUNK, LEVELS = tiles.CHUNK, tiles.LEVELS
+ROW = OPERATIONS["linear_attention"]
 
 
 def matrix(chosen) -> np.ndarray:
@@ -39,7 +39,7 @@ def test_levels_hold_every_pair_once_and_its_decay_in_two_factors(exclusive):
     np.testing.assert_array_equal(covered, np.tril(np.ones((CHUNK, CHUNK), int), -1))
 
 
-def run(arguments: dict, K: int) -> tuple[dict, dict]:
+def run(arguments: dict, K: int) -> tuple[tuple, dict]:
     """Values and gradients of the interpreted kernels alone, for the cotangents of `expected`."""
     names = ("q", "k", "v", "log_decay", "bonus", "initial_state", "segment_ids")
     call = check(*(jnp.asarray(arguments[n]) if n in arguments else None for n in names))
@@ -49,53 +49,63 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
     def both(call):
         out = pallas_gpu.forward(call, scale, interpret=True)
         rng = np.random.default_rng(7)
-        cotangents = tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in out)
+        weights = (rng.standard_normal(x.shape).astype(jnp.bfloat16) for x in out)
+        cotangents = tuple(jnp.asarray(w, x.dtype) for w, x in zip(weights, out, strict=True))
         return out, pallas_gpu.backward(call, cotangents, scale, interpret=True)
 
-    (out, state), gradients = both(call)
-    return {"out": out, "final_state": state}, {n: getattr(gradients, n) for n in FLOATS if n in arguments}
+    results, gradients = both(call)
+    return results, {n: getattr(gradients, n) for n in parts(arguments)[0]}
 
 
 @pytest.mark.parametrize(
     ("case", "tiling"),
     [
         pytest.param(
-            Case(T=70, B=1, heads=(1, 1, 1), K=128, V=128, decay="bthk", dtype="bfloat16"),
+            {"T": 70, "B": 1, "heads": (1, 1, 1), "K": 128, "V": 128, "decay": "bthk", "dtype": "bfloat16"},
             Tiling(128, 128, 3),
             marks=pytest.mark.full,
         ),
         (
-            Case(T=5, B=1, heads=(2, 1, 1), K=80, V=40, decay="bth", bonus=True, dtype="bfloat16"),
+            {
+                "T": 5,
+                "B": 1,
+                "heads": (2, 1, 1),
+                "K": 80,
+                "V": 40,
+                "decay": "bth",
+                "bonus": True,
+                "dtype": "bfloat16",
+            },
             Tiling(64, 64, 3),
         ),
         (
-            Case(
-                T=150,
-                B=1,
-                heads=(2, 1, 1),
-                K=128,
-                V=64,
-                decay="bth",
-                state=True,
-                packed=True,
-                dtype="bfloat16",
-            ),
+            {
+                "T": 150,
+                "B": 1,
+                "heads": (2, 1, 1),
+                "K": 128,
+                "V": 64,
+                "decay": "bth",
+                "state": True,
+                "packed": True,
+                "dtype": "bfloat16",
+            },
             Tiling(64, 64, 2, fused=True),
         ),
         pytest.param(  # gates that leave nothing of the past: each one's gradient is tiny, and right
-            Case(
-                T=100,
-                B=1,
-                heads=(1, 1, 1),
-                K=64,
-                V=64,
-                decay="bthk",
-                mildest=-40,
-                strongest=-50,
-                bonus=True,
-                state=True,
-                dtype="bfloat16",
-            ),
+            {
+                "T": 100,
+                "B": 1,
+                "heads": (1, 1, 1),
+                "K": 64,
+                "V": 64,
+                "decay": "bthk",
+                "mildest": -40,
+                "strongest": -50,
+                "bonus": True,
+                "state": True,
+                "dtype": "bfloat16",
+            },
             Tiling(64, 64, 2),
             marks=pytest.mark.full,
         ),
@@ -104,26 +114,35 @@ def run(arguments: dict, K: int) -> tuple[dict, dict]:
 )
 def test_every_tiling_and_padded_sizes(monkeypatch, case, tiling):
     monkeypatch.setattr(pallas_gpu, "choose", lambda *_: tiling)
-    arguments = case.arguments()
-    values, gradients = run(arguments, case.K)
-    want_values, want_gradients = expected(arguments)
-    assert_close(values, want_values, case.dtype)
-    assert_close(gradients, want_gradients, case.dtype, name="d")
+    results, gradients = run(ROW.arguments(case), case["K"])
+    want_results, want_gradients = expected(ROW, case)
+    assert_close(results, want_results, "bfloat16")
+    assert_close(gradients, want_gradients, "bfloat16", name="d")
 
 
 def test_a_gate_may_close_for_good():
     """log_decay = -inf in bfloat16: what came before is gone, and no gradient is a NaN."""
-    arguments = Case(
-        T=40, B=1, heads=(1, 1, 1), K=64, V=64, decay="bthk", state=True, dtype="bfloat16"
-    ).arguments()
+    arguments = ROW.arguments(
+        {
+            "T": 40,
+            "B": 1,
+            "heads": (1, 1, 1),
+            "K": 64,
+            "V": 64,
+            "decay": "bthk",
+            "state": True,
+            "dtype": "bfloat16",
+        }
+    )
     gates = arguments["log_decay"].astype(jnp.bfloat16)
     gates[:, 20] = -np.inf
-    values, gradients = run(arguments | {"log_decay": gates}, 64)
+    (out, state), gradients = run(arguments | {"log_decay": gates}, 64)
     late = {n: x[:, 20:] if n != "initial_state" else np.zeros_like(x) for n, x in arguments.items()}
     late["log_decay"] = gates[:, 20:].astype(np.float32)
     late["log_decay"][:, 0] = 0  # nothing is left to decay
-    want, _ = expected(late)
-    assert_close({"out": values["out"][:, 20:], "final_state": values["final_state"]}, want, "bfloat16")
+    with jax.enable_x64(True):
+        want, _ = value_and_gradients(ROW, widened(late), "reference")
+    assert_close((out[:, 20:], state), want, "bfloat16")
     assert gradients["log_decay"].dtype == jnp.bfloat16
     for gradient in gradients.values():
         assert np.isfinite(np.asarray(gradient, np.float32)).all()

@@ -12,12 +12,12 @@ from frugax.kernels.linear_attention.inputs import Inputs, check
 from frugax.kernels.linear_attention.pallas_tpu_decay import levels, masked_sums
 from frugax.kernels.linear_attention.tiling import Tiling, choose, vmem_bytes
 from tests.errors import assert_close
-
-from .cases import Case
+from tests.kernels.harness import OPERATIONS, Case
 
 
 def checked(case: Case) -> Inputs:
-    a = {name: jnp.asarray(x) for name, x in case.arguments().items()}
+    arguments = OPERATIONS["linear_attention"].arguments(case)
+    a = {name: jnp.asarray(x) for name, x in arguments.items()}
     names = ("q", "k", "v", "log_decay", "bonus", "initial_state", "segment_ids")
     return check(*(a.get(name) for name in names))
 
@@ -58,10 +58,10 @@ def kernel(case: Case, tiling: Tiling):
     )
 
 
-@pytest.mark.parametrize("decay", ["bth", "bthk"])
+@pytest.mark.parametrize("decay", [pytest.param("bth", marks=pytest.mark.full), "bthk"])
 def test_blocks_do_not_change_the_answer(decay):
     """A chunk or a block longer than the sequence, many blocks, two heads a step or one: one answer."""
-    case = Case(T=50, decay=decay, bonus=True, state=True, packed=True, B=1, K=8, V=8)
+    case = {"T": 50, "decay": decay, "bonus": True, "state": True, "packed": True, "B": 1, "K": 8, "V": 8}
     want = definition(case)
     for tiling in (Tiling(16, 16, 2), Tiling(64, 64, 1)):
         assert_close(kernel(case, tiling), want, "float32", name=str(tiling))
@@ -70,23 +70,33 @@ def test_blocks_do_not_change_the_answer(decay):
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
 def test_eight_heads_are_read_as_they_lie_in_memory(dtype):
     """Eight heads of 128 lanes, told apart inside the kernel, with a last block that hangs over the end."""
-    case = Case(T=37, heads=(8, 8, 8), K=128, V=128, B=1, decay="bth", packed=True, dtype=dtype)
+    case = {
+        "T": 37,
+        "heads": (8, 8, 8),
+        "K": 128,
+        "V": 128,
+        "B": 1,
+        "decay": "bth",
+        "packed": True,
+        "dtype": dtype,
+    }
     assert_close(kernel(case, Tiling(16, 32, 8)), definition(case), dtype)
 
 
 @pytest.mark.full
 def test_eight_heads_with_a_decay_a_channel():
-    case = Case(T=20, heads=(8, 8, 8), K=128, V=128, B=1, decay="bthk", dtype="bfloat16")
+    case = {"T": 20, "heads": (8, 8, 8), "K": 128, "V": 128, "B": 1, "decay": "bthk", "dtype": "bfloat16"}
     forward = partial(pallas_tpu.forward_tiled, scale=0.25, tiling=Tiling(16, 32, 8), interpret=True)
     got, _ = results(case, forward, lambda call, cotangents: cotangents)
     want, _ = definition(case)
     assert_close(got, want, "bfloat16")
 
 
-@pytest.mark.parametrize("heads", [(4, 2, 1), pytest.param((1, 1, 10), marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("heads", [(4, 2, 1), (1, 1, 10)])
 def test_grouped_heads(heads):
     """Some of a grid step's heads share one of q's, k's or v's; or all do, and the next step's too."""
-    case = Case(T=20, heads=heads, decay="bth", state=True, K=8, V=8)
+    case = {"T": 20, "heads": heads, "decay": "bth", "state": True, "K": 8, "V": 8}
     call = checked(case)
     tiling = Tiling(16, 32, choose(call, backward=True).heads)
     assert_close(kernel(case, tiling), definition(case), "float32")
@@ -97,7 +107,16 @@ def test_grouped_heads(heads):
 @pytest.mark.parametrize("mildest", [-1e-4, -50])
 def test_strong_gates(decay, mildest):
     """Gates down to -50 beside -1e-4, and -50 alone, where no term of d log_decay is above e^-50."""
-    case = Case(T=200, decay=decay, mildest=mildest, strongest=-50.0001, B=1, heads=(1, 1, 1), K=8, V=8)
+    case = {
+        "T": 200,
+        "decay": decay,
+        "mildest": mildest,
+        "strongest": -50.0001,
+        "B": 1,
+        "heads": (1, 1, 1),
+        "K": 8,
+        "V": 8,
+    }
     assert_close(kernel(case, Tiling(32, 64, 1)), definition(case), "float32")
 
 

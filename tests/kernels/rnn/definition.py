@@ -41,9 +41,12 @@ def slstm(x, r, state):
 CELLS = {"lstm": (lstm, 4, 2), "gru": (gru, 3, 1), "elman": (elman, 1, 1), "slstm": (slstm, 4, 4)}
 
 
-def rnn(gates, recurrent, bias, initial_state, cell, segment_ids=None):
+def rnn(gates, recurrent, bias=None, initial_state=None, cell="lstm", segment_ids=None):
     """(h [..., B, T, H, D], states [..., B, S, H, D])."""
     step, G, S = CELLS[cell]
+    B, _, H, _, D = gates.shape[-5:]
+    bias = np.zeros((H, G, D)) if bias is None else bias
+    initial_state = np.zeros((B, S, H, D)) if initial_state is None else initial_state
     *more, B, T, H, _, D = np.broadcast_shapes(gates.shape, (*initial_state.shape[:-4], *gates.shape[-5:]))
     if recurrent.ndim > 4:
         more = recurrent.shape[:-4]
@@ -65,18 +68,3 @@ def rnn(gates, recurrent, bias, initial_state, cell, segment_ids=None):
         for s in range(S):
             states[..., s, h, :] = state[s]
     return out, states
-
-
-def gradients(dh, dstate, cell, segment_ids, **floats):
-    """Gradients of sum(h * dh) + sum(states * dstate) for every float argument, by complex steps.
-
-    f(x + i e) = f(x) + i e f'(x) to the last bit; each place of an argument is moved in a call of its own,
-    and all calls are stacked in front.
-    """
-    e, found = 1e-100, {}
-    for name, x in floats.items():
-        moved = x + 1j * e * np.eye(x.size).reshape(x.size, *x.shape)
-        h, states = rnn(**{**floats, name: moved}, cell=cell, segment_ids=segment_ids)
-        slopes = (h * dh).sum((1, 2, 3, 4)) + (states * dstate).sum((1, 2, 3, 4))
-        found[name] = slopes.imag.reshape(x.shape) / e
-    return found

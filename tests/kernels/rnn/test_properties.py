@@ -6,48 +6,40 @@ import numpy as np
 import pytest
 
 import frugax
+from frugax.kernels.rnn.cells import CELLS as CELL_DEFINITIONS
 from tests.errors import assert_close
+from tests.kernels.harness import OPERATIONS
 
 from . import definition
-from .cases import Case, split
 
-CELLS = tuple(definition.CELLS)
-every_cell = pytest.mark.parametrize("cell", CELLS)
+ROW = OPERATIONS["rnn"]
+every_cell = pytest.mark.parametrize("cell", definition.CELLS)
 
 
-def whole_and_parts(cell, T, cut, packed):
-    case = Case(cell, B=2, T=T, H=2, D=5, state=True, packed=packed)
-    x, rest = split(case.arguments())
-
-    def run(tokens, state):
-        given = {**x, "gates": x["gates"][:, tokens], "initial_state": state}
-        ids = {n: i[:, tokens] for n, i in rest.items()}
-        return frugax.kernels.rnn(**given, **ids, cell=cell, backend="xla")
-
-    return x, rest, run, slice(0, cut), slice(cut, T)
+def arrays(**case):
+    """Return the arrays of a case."""
+    return {n: jnp.asarray(x) for n, x in ROW.arguments(case).items() if n != "cell"}
 
 
 @every_cell
-def test_split_and_carried_is_whole(cell):
-    x, _, run, first, second = whole_and_parts(cell, 17, 6, packed=False)
-    h1, state = run(first, x["initial_state"])
-    h2, state = run(second, state)
-    assert_close((jnp.concatenate([h1, h2], 1), state), run(slice(None), x["initial_state"]), "float32")
-
-
-@every_cell
-def test_packed_is_separate(cell):
-    x, _, run, first, second = whole_and_parts(cell, 17, 6, packed=False)
-    h1, _ = run(first, x["initial_state"])
-    h2, state = run(second, jnp.zeros_like(x["initial_state"]))
-    ids = jnp.tile((jnp.arange(17) >= 6).astype(jnp.int32), (2, 1))
-    got = frugax.kernels.rnn(**x, segment_ids=ids, cell=cell, backend="xla")
-    assert_close(got, (jnp.concatenate([h1, h2], 1), state), "float32")
+def test_pullbacks_are_the_steps_derivatives(cell):
+    """By hand in the kernels, by JAX here; the sLSTM before its first token, too."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        given = CELL_DEFINITIONS[cell]
+        pre, reads, dstates = (
+            tuple(jnp.asarray(rng.standard_normal((n, 9))))
+            for n in (given.pre_activations, len(given.reads), len(given.states))
+        )
+        if cell == "slstm":
+            reads = reads[0], (1 + jnp.abs(reads[1])).at[0].set(0), reads[2]
+        _, pullback = jax.vjp(given.step, pre, reads)
+        assert_close(given.pullback(pre, reads, dstates), pullback(dstates), "float64")
 
 
 @every_cell
 def test_heads_are_the_blocks_of_one_matrix(cell):
-    x, _ = split(Case(cell, B=2, T=9, H=3, D=4, state=True).arguments())
+    x = arrays(cell=cell, B=2, T=9, H=3, D=4, state=True)
     h, state = frugax.kernels.rnn(**x, cell=cell)
     B, T, H, G, D = x["gates"].shape
     dense = np.zeros((1, G, H * D, H * D), np.float32)
@@ -66,8 +58,7 @@ def test_heads_are_the_blocks_of_one_matrix(cell):
 
 def test_slstm_is_its_form_without_a_stabilizer():
     """c and n times exp(m) are sums of exp(i) and sigmoid(f), which float64 holds for small gates."""
-    case = Case("slstm", B=2, T=10, H=1, D=3, dtype="float64")
-    a = case.arguments()
+    a = ROW.arguments({"cell": "slstm", "B": 2, "T": 10, "H": 1, "D": 3, "dtype": "float64"})
     h = np.zeros((2, 3))
     c, n, out = np.zeros((2, 3)), np.zeros((2, 3)), []
     for t in range(10):
@@ -77,7 +68,7 @@ def test_slstm_is_its_form_without_a_stabilizer():
         h = definition.sigmoid(y[3]) * c / n
         out.append(h)
     with jax.enable_x64(True):
-        got, state = frugax.kernels.rnn(**split(a)[0], cell="slstm")
+        got, state = frugax.kernels.rnn(**{n: jnp.asarray(x) if n != "cell" else x for n, x in a.items()})
         assert_close(got[:, :, 0], np.stack(out, 1), "float64")
         assert_close(state[:, 2, 0] * jnp.exp(state[:, 3, 0]), n, "float64")
     assert (np.asarray(state[:, 2]) >= 1).all()
@@ -86,48 +77,18 @@ def test_slstm_is_its_form_without_a_stabilizer():
 @pytest.mark.parametrize("strength", [1e2, 1e4])
 @every_cell
 def test_strong_gates_stay_finite(cell, strength):
-    x, rest = split(Case(cell, B=1, T=30, H=1, D=4, packed=True).arguments())
+    x = arrays(cell=cell, B=1, T=30, H=1, D=4, packed=True)
+    ids = x.pop("segment_ids")
     x["gates"] = x["gates"] * strength
 
     def loss(x):
-        h, state = frugax.kernels.rnn(**x, **rest, cell=cell, backend="xla")
+        h, state = frugax.kernels.rnn(**x, segment_ids=ids, cell=cell, backend="xla")
         return jnp.sum(h**2) + jnp.sum(jnp.sin(state)), h
 
     gradient, h = jax.jit(jax.grad(loss, has_aux=True))(x)
     assert jnp.isfinite(h).all()
     assert h.any()
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
-
-
-@pytest.mark.parametrize("backend", ["reference", "xla", None])
-def test_no_gradient_crosses_a_boundary(backend):
-    x, _ = split(Case("lstm", B=1, T=12, H=1, D=4, state=True).arguments())
-    ids = jnp.asarray((np.arange(12) >= 5)[None].astype(np.int32))
-
-    def second_document(x):
-        h, state = frugax.kernels.rnn(**x, segment_ids=ids, backend=backend)
-        return jnp.sum(h[:, 5:] ** 2) + jnp.sum(state)
-
-    gradient = jax.grad(second_document)(x)
-    assert not gradient["gates"][:, :5].any()
-    assert not gradient["initial_state"].any()
-    assert gradient["gates"][:, 6:].all()
-
-
-def test_vmap_equals_a_loop():
-    x, rest = split(Case("lstm", B=2, T=7, H=2, D=5, state=True).arguments())
-    stacked = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), x)
-
-    def with_gradient(x):
-        def loss(x):
-            h, state = frugax.kernels.rnn(**x, **rest)
-            return jnp.sum(jnp.sin(h)) + jnp.sum(state**2)
-
-        return jax.value_and_grad(loss)(x)
-
-    want = [with_gradient(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(2)]
-    got = jax.jit(jax.vmap(with_gradient))(stacked)
-    assert_close(got, jax.tree.map(lambda *a: jnp.stack(a), *want), "float32")
 
 
 def test_gradient_keeps_h_and_what_cells_read():

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def selective_scan(
+def one_row(
     x, dt, A, B, C, D=None, *, z=None, dt_bias=None, dt_softplus=False, initial_state=None, segment_ids=None
 ):
     """(y, final state) of one sequence, without a batch axis: x [T, D], B [T, N], states [D, N]."""
@@ -26,27 +26,12 @@ def selective_scan(
     return np.stack(rows), h
 
 
-def slopes(y_weights, state_weights, arguments, directions):
-    """d/de of sum(y * y_weights) + sum(state * state_weights) as each argument moves along its direction.
-
-    By complex steps, f(x + i e) = f(x) + i e f'(x) to the last bit. All arguments have a batch axis but those
-    in ONE_FOR_ALL.
-    """
-    return {name: _slope(y_weights, state_weights, arguments, name, directions[name]) for name in directions}
-
-
-ONE_FOR_ALL = ("A", "D", "dt_bias", "dt_softplus")
-
-
-def row(arguments, b):
-    return {name: x if name in ONE_FOR_ALL else x[b] for name, x in arguments.items()}
-
-
-def _slope(y_weights, state_weights, arguments, name, direction):
-    e = 1e-100
-    moved = {**arguments, name: arguments[name] + 1j * e * direction}
-    total = 0.0
-    for b in range(len(arguments["x"])):
-        y, state = selective_scan(**row(moved, b))
-        total += (np.sum(y * y_weights[b]) + np.sum(state * state_weights[b])).imag / e
-    return total
+def selective_scan(x, **arguments):
+    """(y, final state) of a batch."""
+    shared = ("A", "D", "dt_bias", "dt_softplus")
+    rows = [
+        one_row(x[b], **{name: a if name in shared else a[b] for name, a in arguments.items()})
+        for b in range(len(x))
+    ]
+    y, state = zip(*rows, strict=True)
+    return np.stack(y), np.stack(state)

@@ -1,0 +1,47 @@
+"""What only causal_conv1d has: blocks of a long sequence, dtypes that fall back, names of an activation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frugax.kernels import causal_conv1d
+from frugax.kernels.causal_conv1d import pallas_tpu
+from frugax.kernels.causal_conv1d.tiling import TPUTiling
+from frugax.kernels.common.operation import BACKENDS
+from tests.errors import assert_close
+from tests.kernels.harness import OPERATIONS, expected, value_and_gradients
+
+from .calls import PACKED
+
+
+@pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_refuse_float64_by_name_and_fall_back_otherwise(backend):
+    with jax.enable_x64(True):
+        x, weight = jnp.ones((1, 8, 128)), jnp.ones((4, 128))
+        with pytest.raises(ValueError, match="float64"):
+            causal_conv1d(x, weight, backend=backend)
+        assert causal_conv1d(x, weight)[0].dtype == jnp.float64
+
+
+def test_blocks_of_a_tpu_sequence(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "for_tpu", lambda call, **_: TPUTiling(time=32, channels=128))
+    row, case = OPERATIONS["causal_conv1d"], {"T": 131, "D": 200, "W": 5} | PACKED  # a shape of its own
+    got = value_and_gradients(row, row.arguments(case), "pallas_tpu")
+    assert_close(got, expected(row, case), "float32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_documents_nan_stays_there(backend):
+    x = jnp.ones((1, 10, 8)).at[:, :5].set(jnp.nan)
+    ids = jnp.repeat(jnp.arange(2), 5)[None]
+    y, state = causal_conv1d(x, jnp.ones((4, 8)), segment_ids=ids, backend=backend)
+    np.testing.assert_array_equal(y[0, 5:, 0], [1, 2, 3, 4, 4])
+    np.testing.assert_array_equal(state, np.ones((1, 3, 8)))
+
+
+def test_swish_is_silu():
+    x, weight = jnp.ones((1, 5, 3)), jnp.ones((2, 3))
+    np.testing.assert_array_equal(
+        causal_conv1d(x, weight, activation="swish")[0], causal_conv1d(x, weight, activation="silu")[0]
+    )

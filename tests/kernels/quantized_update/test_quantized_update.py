@@ -1,0 +1,66 @@
+"""What only quantized_update has: chunks of large leaves, lean temporaries, numbers below the normal ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import frugax
+from tests.kernels.harness import OPERATIONS
+
+from .calls import DYNAMIC, HYPER, MU, case
+
+ROW = OPERATIONS["quantized_update"]
+
+
+def test_chunks_and_their_rest_in_place():
+    """More rows than one chunk, with some left over; temporaries are a chunk's, not a leaf's."""
+    from frugax.kernels.quantized_update.tiling import CHUNK
+
+    for shape, group_size in (((2 * CHUNK // 256 + 5, 256), 256), ((CHUNK // 700 + 3, 700), 256)):
+        arguments = ROW.arguments(case("adam", shape, group_size, DYNAMIC))
+        g, moments = jnp.asarray(arguments["grad"]), arguments["moments"]
+        f = jax.jit(
+            lambda g, m: frugax.kernels.quantized_update("adam", g, m, HYPER["adam"]), donate_argnums=(0, 1)
+        )
+        compiled = f.lower(g, moments).compile()
+        results = compiled(g + 0, jax.tree.map(lambda x: x + 0, moments))
+        ROW.check(arguments, results, name=str(shape))
+
+
+def test_temporaries_do_not_grow_with_the_leaf():
+    """A leaf of 64 MB needs six float32 copies of a chunk at most, besides what is updated in place.
+
+    And leaves of any size need less than the six bytes a number that 8 bits save.
+    """
+    from frugax.kernels.quantized_update.tiling import CHUNK
+
+    def temporaries(rows, columns=4096):
+        g = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+        moments = jax.eval_shape(
+            lambda g: tuple(frugax.formats.quantize(g, n, axis=-1, group_size=256) for n in DYNAMIC),
+            g,
+        )
+        f = jax.jit(
+            lambda g, m: frugax.kernels.quantized_update("adam", g, m, HYPER["adam"]), donate_argnums=(0, 1)
+        )
+        return f.lower(g, moments).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 6 * 4 * CHUNK
+    assert abs(temporaries(4096) - temporaries(1024)) < 2**17
+    for rows, columns in ((64, 1024), (1000, 640), (512, 4096)):
+        assert temporaries(rows, columns) < 6 * rows * columns
+
+
+@pytest.mark.parametrize("formats", [DYNAMIC, MU])
+@pytest.mark.parametrize("backend", ["xla", "pallas_tpu", "pallas_gpu"])
+def test_numbers_below_the_normal_ones(backend, formats):
+    """Second moments of 1e-43, one over which is no float32, become zero or stay; nothing is inf or NaN."""
+    g = jnp.full((3, 256), 1e-20).at[0].set(1.0)
+    moments = tuple(
+        frugax.formats.quantize(jnp.zeros((3, 256)), name, axis=-1, group_size=128) for name in formats
+    )
+    update, (m, v) = frugax.kernels.quantized_update("adam", g, moments, HYPER["adam"], backend=backend)
+    assert np.isfinite(update).all()
+    np.testing.assert_allclose(m.dequantize(), 0.1 * g, rtol=1e-5)
+    np.testing.assert_allclose(v.dequantize(), 0.001 * g * g, rtol=1e-5, atol=1e-38)
