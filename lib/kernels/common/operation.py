@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from .isolation import isolated
 from .lazy import PLATFORM_OF, when_lowered
 from .sharding import AxisNames, align, per_shard
 
@@ -78,6 +79,9 @@ class Operation:
       keeps: positions of the results that `backward` is given, after the call.
       extra: the axes of one result more, for `backward` alone, that `forward(..., keep=True)` gives.
       static: the options that `unsupported_reason` takes besides the call.
+      documents: the call's array [B, T] with the number of each token's document, or None: there NaN is kept
+        from other documents (isolation.py). For operations whose products mix tokens.
+      gates: the call's arrays in which minus infinity is a value like others.
     """
 
     name: str
@@ -88,6 +92,8 @@ class Operation:
     keeps: tuple[int, ...] = ()
     extra: str | None = None
     static: tuple[str, ...] = ()
+    documents: str | None = None
+    gates: tuple[str, ...] = ()
 
     def __call__(self, call: Any, backend: str | None, **options: Any) -> Any:
         """The results for a checked call, differentiable in its floating arrays.
@@ -104,10 +110,20 @@ class Operation:
         if record_choice(lambda: self._choice(call, backend, options)):
             backend = "xla"
         call = align(call, self._names(call, options), self.independent)
-        if backend in ("reference", "xla"):  # JAX differentiates these by itself
+        if backend == "reference":  # the definition, token by token, mixes none
             return self._run("forward", backend, options, (call,))
-        if backend is not None:
+        if backend not in ("xla", None):
             self._check_serves(backend, self.unsupported_reason(backend, call, options))
+        index = None if self.documents is None else getattr(call, self.documents)
+        run = partial(self._differentiable, backend, options)
+        if index is None:
+            return run(call)
+        (names,), results = self._axes("forward", options, (call,))
+        return isolated(run, call, names, results, index=index, gates=self.gates)
+
+    def _differentiable(self, backend: str | None, options: dict[str, Any], call: Any) -> Any:
+        if backend == "xla":  # JAX differentiates it by itself
+            return self._run("forward", backend, options, (call,))
         return _with_gradient(self, backend, tuple(options.items()), call)
 
     def unsupported_reason(self, backend: str, call: Any, options: dict[str, Any]) -> str | None:

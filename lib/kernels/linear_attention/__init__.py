@@ -18,6 +18,8 @@ OPERATION = Operation(
     ("b t h v", "b h k v"),
     independent=("b", "h"),
     sequence="q",
+    documents="runs",
+    gates=("log_decay",),
 )
 
 
