@@ -99,10 +99,11 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
     check_optimizer(config.optimizer, optimizer, shapes_of(module, config))
     evaluates = config.evaluation.enabled and config.evaluation.every > 0 and bool(corpus.heldout)
     held_out = _held_out(config, corpus, tokenizer) if evaluates else []
-    how = dict(skip=config.skip_nonfinite > 0, rounding=config.optimizer.rounding)
 
     def initial():
-        return init_state(module, optimizer, config.seed, config.ema_decay, **how)
+        return init_state(
+            module, optimizer, config.seed, config.ema_decay, rounding=config.optimizer.rounding
+        )
 
     checkpoints = Checkpoints(config.run_dir, keep=config.checkpoint.keep)
     done = checkpoints.latest_step() or 0
@@ -141,8 +142,9 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
                 optimizer,
                 accumulate=config.accumulate,
                 ema_decay=config.ema_decay,
+                skip=config.skip_nonfinite > 0,
+                rounding=config.optimizer.rounding,
                 axis_name=layout.axis_name,
-                **how,
             )
             with Sigterm() as sigterm:
                 state, done, times = run_steps(

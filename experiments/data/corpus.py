@@ -194,7 +194,7 @@ def _hash(name: str) -> float:
 def _emptiness(names: list[str]) -> str:
     if not names:
         return "which holds no text files"
-    return "an empty file" if len(names) == 1 else f"whose {len(names)} files are all empty"
+    return "an empty file" if len(names) == 1 else f"with {len(names)} files, all empty"
 
 
 def _cut_tail(span: Span, share: float) -> tuple[Span, Span]:

@@ -12,7 +12,7 @@ _ENCODED_TOGETHER = 64  # documents that the tokenizer's threads share
 
 
 class Documents(Protocol):
-    """Random access to the token ids of documents, whose ids do not include the separator."""
+    """Random access to the token ids of documents, without the separator before each."""
 
     lengths: np.ndarray  # [documents] how many ids each has
     separator: int

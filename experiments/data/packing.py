@@ -20,7 +20,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Layout:
-    """Where each row of `seq_len` positions lies in the documents, for one order of the documents."""
+    """Places in the documents of each row of `seq_len` positions, for one order of the documents."""
 
     def __init__(self, documents: Documents, order: np.ndarray, seq_len: int):
         self._documents = documents

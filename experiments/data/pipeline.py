@@ -104,7 +104,7 @@ def make_loader(
 
 
 class Loader(grain.DatasetIterator):
-    """A Grain iterator whose state says what it was made of, so it does not continue in another corpus."""
+    """A Grain iterator that keeps with its place what it was made of: it does not go on in another corpus."""
 
     def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any]):
         super().__init__(batches)

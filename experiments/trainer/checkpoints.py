@@ -30,7 +30,9 @@ MAY_CHANGE = (
     "parallel",
     "mesh",
     "distributed",
+    "skip_nonfinite",
     "log_every",
+    "tensorboard",
     "checkpoint",
     "evaluation",
     "sample",
@@ -149,7 +151,7 @@ class Checkpoints:
             raise self._write_error(error) from error
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether all processes were told to stop and agree on this step to do so."""
+        """Tell if all processes were told to stop and agree on this step to do so."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
@@ -264,9 +266,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def _split(state: TrainState) -> dict[str, Any]:
-    training = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng}
-    if state.skipped is not None:
-        training["skipped"] = state.skipped
+    training = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng, "skipped": state.skipped}
     items = {"params": state.params, "training": training}
     return items if state.ema is None else items | {"average": state.ema}
 

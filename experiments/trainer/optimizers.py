@@ -54,10 +54,10 @@ def matrices(params) -> dict:
 
 
 def decayed(pattern: str) -> Callable[[Any], Any]:
-    """The function from params to a tree of bools: whose paths the regular expression is found in.
+    """Make the function from params to a tree of bools that says what decays.
 
     Args:
-      pattern: searched for in paths such as "blocks/gla/mixer/kernel"; empty: `matrices`.
+      pattern: a regular expression to be found in paths such as "blocks/gla/mixer/kernel"; empty: `matrices`.
     """
     if not pattern:
         return matrices
@@ -87,8 +87,8 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
       config: name: "muon" (matrices by Muon, the rest by AdamW) or any optimizer of `frugax.optim`, optax or
         optax.contrib that takes a learning rate; learning_rate, warmup_steps, final_fraction; weight_decay,
         and decay, which says of what; clip_norm (0: no clipping); options: what else the optimizer takes, by
-        its own names, with the fields of `frugax.optim.EightBit` for `moments`, whose full_precision is a
-        regular expression.
+        its own names. `moments` are the fields of `frugax.optim.EightBit`, with a regular expression for
+        full_precision.
 
     Returns:
       The optimizer; its update takes the gradient and the params.

@@ -12,7 +12,7 @@ AXIS = "data"
 
 
 class Layout(NamedTuple):
-    """Where state and batches live, and how a step compiles for that."""
+    """Places of the state and the batches on devices, and the compilation of a step for them."""
 
     axis_name: str | None  # what `make_train_step` reduces over
     devices: int
@@ -34,18 +34,18 @@ def make_layout(config: ConfigDict) -> Layout:
     wanted = config.mesh.data if config.mesh.data != -1 else len(devices)
     if not 1 <= wanted <= len(devices) or (wanted != len(devices) and jax.process_count() > 1):
         raise ValueError(
-            f"mesh.data: got {config.mesh.data}; this run has {len(devices)} devices; -1 takes them all"
+            f"mesh.data: got {config.mesh.data}; expected 1 to {len(devices)} devices, or -1 for all"
         )
     if config.batch_size % (wanted * config.accumulate):
         raise ValueError(
-            f"batch_size: got {config.batch_size}; expected a multiple of {wanted * config.accumulate} for "
+            f"batch_size: got {config.batch_size}; expected a multiple of {wanted * config.accumulate} "
             f"({wanted} devices times accumulate={config.accumulate})"
         )
     if config.parallel == "jit":
         return _jit_over_mesh(devices[:wanted])
     if config.parallel == "pmap":
         if jax.process_count() > 1:
-            raise ValueError("parallel: 'pmap' serves one process; 'jit' serves several")
+            raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
         return _pmap(devices[:wanted])
     raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' or 'pmap'")
 

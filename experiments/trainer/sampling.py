@@ -34,7 +34,7 @@ def sample(
 
     Args:
         module: a language model, `module.apply(variables, tokens, state=None, segment_ids=None) -> (logits,
-            state)`, hashable, whose state keeps its shapes from call to call.
+            state)`, hashable. Its state keeps its shapes from call to call.
         variables: its variables.
         prompt_ids: at least one id; a document starts with the tokenizer's separator.
         steps: how many ids to give at most.

@@ -21,9 +21,7 @@ class TrainState(NamedTuple):
     optimizer: Any  # the optimizer's state
     ema: Any  # float32 moving average of params, free of the params before the first step; None without one
     rng: Array  # the run's key; a step folds its number into it
-    skipped: Array | None = (
-        None  # int32: how many steps were not finite; None where the first such one ends a run
-    )
+    skipped: Array  # int32: how many of the steps were not finite, and changed nothing
 
 
 def init_state(
@@ -32,7 +30,6 @@ def init_state(
     seed: int,
     ema_decay: float,
     *,
-    skip: bool = False,
     rounding: str = "nearest",
 ) -> TrainState:
     """The state before the first step. Jit it, or `jax.eval_shape` it; arguments as in `make_train_step`."""
@@ -40,7 +37,7 @@ def init_state(
     params = module.init(init_rng, jnp.zeros((1, 2), jnp.int32))["params"]
     ema = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params) if ema_decay else None
     optimizer_state = optimizer.init(_widened(params) if rounding == "stochastic" else params)
-    return TrainState(jnp.int32(0), params, optimizer_state, ema, rng, jnp.int32(0) if skip else None)
+    return TrainState(jnp.int32(0), params, optimizer_state, ema, rng, jnp.int32(0))
 
 
 def make_train_step(
@@ -127,7 +124,7 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
         }
         taken, skipped = state.step + 1, state.skipped
-        if skipped is not None:
+        if skip:
             finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()))
             params, optimizer_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
@@ -138,8 +135,8 @@ def make_train_step(
             metrics["skipped_steps"] = skipped
         ema = state.ema
         if ema is not None:
-            ema = _averaged(ema, params, taken - (0 if skipped is None else skipped), ema_decay)
-            if skipped is not None:
+            ema = _averaged(ema, params, taken - skipped, ema_decay)
+            if skip:
                 ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), ema, state.ema)
         return TrainState(taken, params, optimizer_state, ema, state.rng, skipped), metrics
 

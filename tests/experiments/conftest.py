@@ -1,4 +1,4 @@
-"""What tests of the data share: a folder of documents, and a tokenizer."""
+"""Fixtures of the data: a folder of documents, and a tokenizer."""
 
 import pathlib
 

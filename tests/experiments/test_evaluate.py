@@ -32,7 +32,7 @@ class Context(nn.Module):
 
 
 def _bits(document: bytes, seq_len: int) -> float:
-    """Of one document that rows of seq_len begin with."""
+    """Bits of one document, in rows of seq_len from its start."""
     total = 0.0
     for at, byte in enumerate(document):
         if at % seq_len == 0:
@@ -95,7 +95,7 @@ def test_documents_count_by_their_bytes(tmp_path):
 
 
 def test_what_the_tokenizer_loses_is_said(tmp_path):
-    """Where every word is the one unknown token, a model predicts it for nothing: bits that say nothing."""
+    """A model predicts the one unknown token, which every word is, for nothing: bits that say nothing."""
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text("some text " * 9)
     unknown = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))

@@ -55,7 +55,7 @@ def test_greedy_is_the_argmax_of_the_full_forward(monkeypatch, decoder, length):
 
 
 def test_samples_follow_the_distribution():
-    """Of 2,000 draws a frequency is off by more than four standard deviations once in 16,000 times."""
+    """A frequency of 2,000 draws is off by more than four standard deviations once in 16,000 times."""
     logits = np.array([0.5, -1.0, 2.0, 0.0])
     module, count = Bigram(np.tile(logits, (4, 1))), 2000
     for temperature in (1.0, 2.0):
@@ -86,7 +86,7 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
     ],
 )
 def test_top_k_keeps_so_many_and_top_p_counts_among_them(top_k, top_p, kept):
-    """Of 0.5 and 0.25 alone the first has two thirds: enough for 0.6, where it was not among all four."""
+    """The first of 0.5 and 0.25 alone has two thirds: enough for 0.6, as it was not among all four."""
     module = Bigram(np.tile(np.log([0.25, 0.1, 0.5, 0.15]), (4, 1)))
     assert set(sample(module, {}, [0], steps=200, top_k=top_k, top_p=top_p, key=_KEY)) == kept
 

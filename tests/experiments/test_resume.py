@@ -184,7 +184,7 @@ def test_what_the_error_says_helps(corpus, copy):
 
 @contextlib.contextmanager
 def files_of_at_most(size: int):
-    """What writes past the limit of any file fails as on a full disk, and takes no disk to do so."""
+    """Writes past this size of any file fail as on a full disk, and take no disk to do so."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -229,7 +229,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(corpus, tmp_path, mon
     assert rates[1] == rates[0] < rates[2]
     variables = load_run(tmp_path)[2]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
-    # It goes on from what it skipped, with its count.
+    # It goes on with its count; how many may be skipped is another matter each time.
+    config.skip_nonfinite = 1
     training.train(config)
     assert logged(tmp_path, "skipped_steps")[-1] == (12, 2)
 

@@ -1,5 +1,5 @@
-"""Parity of the bits so far: an LSTM and an sLSTM, whose next state depends on their last one in every way,
-and two linear-time models, whose gates can't see the state.
+"""Parity of the bits so far: an LSTM and an sLSTM, with gates that see the last state, and two linear-time
+models, with gates that can't.
 
 Reproduces: the state tracking of Pöppel et al. 2024 (FlashRNN, arXiv 2412.07752) and xLSTM (2405.04517), far
 smaller; also tested at lengths never trained at, on the bits beyond the trained length.

@@ -35,7 +35,7 @@ def test_gzip_reads_only_the_span(tmp_path):
 
 
 def test_witten_bell_by_hand():
-    """Of the counts of "aab", the bytes of "ab".
+    """From the counts of "aab", the bytes of "ab".
 
     Order 0 counts a twice and b once: p(a) = (2 + 2/256) / 5 and p(b) = (1 + 2/256) / 5. At the start every
     history is zeros, after which only a was seen, once: each order gives p(a) = (1 + p) / 2. After "a", a and

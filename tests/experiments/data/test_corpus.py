@@ -1,4 +1,4 @@
-"""Which files a corpus has, which of them are held out, and what is said of a path that has none."""
+"""The files of a corpus, those of them that are held out, and the errors of a path without any."""
 
 import itertools
 import json
@@ -109,7 +109,7 @@ def _single(path, data: bytes):
         (lambda f: find_corpus(f / "*.md"), FileNotFoundError, r"\*\.md.*matches no file"),
         (lambda f: find_corpus(f / "none"), ValueError, "none.*holds no text"),
         (lambda f: find_corpus(f / "empty.txt"), ValueError, "empty.txt.*an empty file"),
-        (lambda f: find_corpus(f / "empty*"), ValueError, "whose 2 files are all empty"),
+        (lambda f: find_corpus(f / "empty*"), ValueError, "with 2 files, all empty"),
         (
             lambda f: find_corpus(_single(f / "one.txt", b"1")),
             ValueError,

@@ -1,4 +1,4 @@
-"""When a program starts itself anew for huge pages, and that it comes back as it was called."""
+"""A program starts itself anew for huge pages where they help, and comes back as it was called."""
 
 import os
 import subprocess

@@ -48,7 +48,7 @@ def assert_equal(updates, expected):
 
 
 SHRINKING = ("adamw", "muon", "adafactor_8bit", "adamw_8bit")  # by weight decay times the learning rate
-MORE = ("adafactor", "adamax", "adan", "lion", "lion_8bit", "nadamw", "apollo")
+MORE = ("adafactor", "adamaxw", "adan", "lion", "lion_8bit", "nadamw", "apollo")
 OTHERS = ("novograd", "schedule_free_adamw", "schedule_free_sgd", "lamb", "madgrad")  # in units of their own
 
 

@@ -50,11 +50,12 @@ def gradient(kernel, batch):
     return out / batch["weights"].sum()
 
 
-def run(optimizer, batches, *, dtype="float32", accumulate=1, ema_decay=0.0, **how):
-    """The states before the first step and after each."""
+def run(optimizer, batches, *, dtype="float32", ema_decay=0.0, rounding="nearest", accumulate=1, skip=False):
+    """The states before the first step and after each, and the metrics of each step."""
     module = Bigram(dtype)
-    states = [init_state(module, optimizer, 0, ema_decay, **how)]
-    step = jax.jit(make_train_step(module, optimizer, accumulate=accumulate, ema_decay=ema_decay, **how))
+    states = [init_state(module, optimizer, 0, ema_decay, rounding=rounding)]
+    how = dict(accumulate=accumulate, ema_decay=ema_decay, skip=skip, rounding=rounding)
+    step = jax.jit(make_train_step(module, optimizer, **how))
     metrics = []
     for batch in batches:
         state, values = step(states[-1], batch)
