@@ -58,7 +58,7 @@ def run_optax(opt, container, folder):
         return optax.apply_updates(params, updates), state, value
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    check_mapped(opt, params, has_dicts=container in ("linen", "plain", "haiku"))
+    state = check_mapped(opt, params, has_dicts=container in ("linen", "plain", "haiku"))
 
     def steps(saved, count):
         losses = []
@@ -67,8 +67,7 @@ def run_optax(opt, container, folder):
             losses.append(float(value))
         return saved, losses
 
-    start = jax.tree.map(jnp.copy, (params, opt.init(params)))
-    two, first = steps(start, 2)
+    two, first = steps((params, state), 2)
     kept = jax.tree.map(np.asarray, two)
     five, last = steps(two, 3)
     check_fall(first + last)
@@ -107,7 +106,7 @@ def check_fall(losses):
 
 
 def check_mapped(opt, params, *, has_dicts=False):
-    """`tree_map_params` reaches the moments, and pairs a leaf's state with what belongs to the leaf."""
+    """A fresh state. `tree_map_params` reaches moments, and pairs a leaf's state with what is the leaf's."""
     state = jax.jit(opt.init)(params)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     more = optax.tree_utils.tree_map_params(opt, lambda x: x + jnp.ones((), x.dtype), state)
@@ -121,6 +120,7 @@ def check_mapped(opt, params, *, has_dicts=False):
             opt, lambda x, path: seen.append(path), state, paths, is_leaf=lambda x: not isinstance(x, dict)
         )
         assert set(seen) == set(jax.tree.leaves(paths))
+    return state
 
 
 def through_orbax(saved, folder):

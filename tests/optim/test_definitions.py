@@ -11,7 +11,6 @@ import pytest
 
 from frugax import optim
 from frugax.formats import quantize
-from tests.devices import run_alone
 from tests.errors import assert_close
 from tests.optim.definitions import B1, B2, EPS, EVERY, RATE, STEPS, Adam, key_at, ours
 from tests.optim.optimizers import gradients
@@ -311,8 +310,3 @@ def test_q_galore():
         assert rounded(squares[t], v, "udynamic8", 1)
         m, v = means[t], squares[t]
     assert 5 < refreshes < 14  # some intervals doubled, and some did not
-
-
-def test_many_stacks_at_once():
-    """jaxlib's factorizations of several stacks could wait for each other for ever on two cores."""
-    run_alone("tests.optim.common.stacks_at_once")

@@ -253,8 +253,9 @@ class Gaussian(_Forgetful):
 
 def _drawn(count: int, rank: int, key: Any) -> tuple[Array, Array]:
     """`rank` of `count` indices in ascending order, and each index's place among them, -1 for the others."""
-    chosen = jnp.sort(jax.random.permutation(key, count)[:rank])
-    return chosen, jnp.full(count, -1).at[chosen].set(jnp.arange(rank))
+    indices = jnp.arange(count, dtype=jnp.int32)  # not of the default dtype, which would draw others
+    chosen = jnp.sort(jax.random.permutation(key, indices)[:rank])
+    return chosen, jnp.full(count, -1, jnp.int32).at[chosen].set(indices[:rank])
 
 
 def _spread(r: Array, place: Array, axis: int) -> Array:
@@ -304,7 +305,7 @@ class Coordinates(_Forgetful):
 
     def _draw(self, m: int, n: int, key: Any) -> tuple[Array, Array, Array]:
         of_rows, of_turns = jax.random.split(key)
-        return *_drawn(m, self.rank, of_rows), jax.random.randint(of_turns, (1, n), 0, m)
+        return *_drawn(m, self.rank, of_rows), jax.random.randint(of_turns, (1, n), 0, m, jnp.int32)
 
     def down(self, g: Array, kept: Any, key: Any) -> Array:
         m, n = g.shape[-2:]
