@@ -52,7 +52,7 @@ def trion(
       adam_scale: learning rate of leaves that are no matrices, over that of matrices.
       ns_steps: Newton-Schulz steps.
       side: which side of a matrix is projected.
-      spec: which leaves are matrices.
+      spec: which leaves are matrices, and which of their axes is the input, on which f depends.
 
     Returns:
       A drop-in for `optax.adamw`.
