@@ -168,7 +168,7 @@ def _recurrence(u_BTD: Array, m_BDN: Array, theta: float, segment_ids: Array | N
     def step(m_BDN, token):
         u_BD, start_B = token
         m_BDN = jnp.where(start_B[:, None, None], 0, m_BDN)
-        m_BDN = jnp.einsum("bdj,ij->bdi", m_BDN, A_NN, precision="highest") + u_BD[..., None] * B_N
+        m_BDN = jnp.einsum("bdj,ij->bdi", m_BDN, A_NN, precision="highest") + u_BD[..., None] * B_N[None, None]
         return m_BDN, m_BDN
 
     tokens = (jnp.moveaxis(u_BTD, 1, 0), jnp.moveaxis(starts, 1, 0))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from .common.arguments import accumulator, as_shaped, reject
+from .common.arguments import accumulator, as_shaped, operand_dtype, rates, reject
 from .common.operation import Backend
 from .common.rows import rows
 from .linear_attention import linear_attention
@@ -81,8 +81,8 @@ def ssd(
         z = None if z is None else real.read(z)
     v_BTHP, log_decay_BTH = _values_and_decay(x, dt, A, dt_bias, dt_softplus)
     y, state = linear_attention(
-        C.astype(x.dtype),
-        B.astype(x.dtype),
+        C.astype(v_BTHP.dtype),
+        B.astype(v_BTHP.dtype),
         v_BTHP,
         log_decay_BTH,
         scale=1.0,
@@ -95,8 +95,7 @@ def ssd(
     )
     wide = accumulator(x.dtype)
     if D is not None:
-        D = D.astype(wide)
-        y = y.astype(wide) + (D[:, None] if D.ndim == 1 else D) * x
+        y = y.astype(wide) + D.astype(wide).reshape(1, 1, x.shape[2], -1) * x.astype(wide)
     if z is not None:
         y = y.astype(wide) * jax.nn.silu(z.astype(wide))
     y = y.astype(x.dtype)
@@ -104,15 +103,16 @@ def ssd(
 
 
 def _values_and_decay(x, dt, A, dt_bias, dt_softplus: bool) -> tuple[Array, Array]:
-    """(dt x in x's dtype, dt A): what linear attention calls values and log-decays."""
+    """(dt x, dt A): what linear attention calls values and log-decays."""
     dt = dt.astype(accumulator(x.dtype))
     if dt_bias is not None:
-        dt = dt + dt_bias.astype(dt.dtype)
+        dt = dt + dt_bias.astype(dt.dtype)[None, None]
     if dt_softplus:
         dt = jax.nn.softplus(dt)
     checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; expected <= 0")
     checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; expected >= 0")
-    return (x * dt[..., None]).astype(x.dtype), dt * A.astype(dt.dtype)
+    v_BTHP = (x.astype(dt.dtype) * dt[..., None]).astype(operand_dtype(x.dtype))
+    return v_BTHP, dt * rates(A, dt.dtype)[None, None]
 
 
 def check(x, dt, A, B, C, D, z, dt_bias, initial_state) -> None:

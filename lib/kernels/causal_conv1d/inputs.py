@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from ..common.arguments import reject
+from ..common.arguments import known, reject
 from ..common.documents import documents
 from ..common.rows import window_at
 
@@ -36,12 +36,9 @@ def with_history(call: Inputs) -> Array:
 def final_state(call: Inputs) -> Array:
     """The last W-1 inputs, with zeros for those of documents other than the last token's: [B, W-1, D]."""
     T, W = call.x.shape[1], call.width
-    kept = min(T, W - 1)
-    last = call.x[:, T - kept :]
-    if kept < W - 1:
-        last = with_history(call)[:, T:]
+    last = call.x[:, T - W + 1 :] if known(T) and T >= W - 1 else with_history(call)[:, T:]
     if call.reach is not None:
-        back = jnp.arange(W - 2, -1, -1)  # how far the last token looks back for each of them
+        back = jnp.arange(W - 2, -1, -1)[None]  # how far the last token looks back for each of them
         last = jnp.where((back <= call.reach[:, -1:])[..., None], last, 0)
     return last
 

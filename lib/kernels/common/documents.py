@@ -28,7 +28,7 @@ class Documents:
     def reach(self, before: int | Array = 0) -> Array:
         """int32 [B, T]: how many tokens of its document precede a token; `before` [B] the call's first."""
         B, T = self.starts.shape
-        t = jnp.arange(T, dtype=jnp.int32)
+        t = jnp.arange(T, dtype=jnp.int32)[None]
         first = jnp.broadcast_to(-jnp.asarray(before, jnp.int32), (B,))[:, None]
         # The index at which each token's document starts: below 0 where that was in an earlier call.
         return t - jax.lax.cummax(jnp.where(self.starts, t, first), axis=1)

@@ -75,7 +75,7 @@ class Rows:
     def _real(self) -> Array:
         """bool [B, T], as read and as given: the token lies before its row's end."""
         assert self.lengths is not None
-        return jnp.arange(self.shape[1]) < self.lengths[:, None]
+        return jnp.arange(self.shape[1])[None] < self.lengths[:, None]
 
     @property
     def _ends(self) -> tuple[Array, Array]:
@@ -96,7 +96,7 @@ class Rows:
             return x
         if self.lengths is None:
             return jnp.flip(x, axis=1)
-        t = jnp.arange(self.shape[1])
+        t = jnp.arange(self.shape[1])[None]
         from_ = jnp.where(self._real, self.lengths[:, None] - 1 - t, t)
         return jnp.take_along_axis(x, _like(from_, x), axis=1)
 
@@ -219,11 +219,11 @@ def window_at(history: Array, width: int, reach: Array | None, places: Array) ->
       places: int [B, N] in [-1, T); -1 is before the first token.
     """
     B, N = places.shape
-    at = (places[..., None] + jnp.arange(1, width + 1)).reshape(B, N * width)  # token t stands at t + width
+    at = (places[..., None] + jnp.arange(1, width + 1)[None, None]).reshape(B, N * width)  # token t stands at t + width
     last = _pick(history, at).reshape(B, N, width, *history.shape[2:])
     if reach is None:
         return last
-    back = jnp.arange(width - 1, -1, -1)
+    back = jnp.arange(width - 1, -1, -1)[None, None]
     within = (back <= _pick(reach, jnp.maximum(places, 0))[..., None]) | (places < 0)[..., None]
     return jnp.where(within.reshape(*within.shape, *[1] * (last.ndim - 3)), last, 0)
 

@@ -68,7 +68,7 @@ def states_at(call: Inputs, places: Array) -> Array:
         for x in (before_BMHKV, k_BMCHK, v_BMCHV, g_BMCHK, index_BMC, entering_BM)
     ]
     S, k, v, g, index, entering = picked
-    up_to = jnp.arange(C) <= c_BN[..., None]
+    up_to = jnp.arange(C)[None, None] <= c_BN[..., None]
     g = jnp.where(up_to[..., None, None], g, 0)
     its = jnp.take_along_axis(index, c_BN[..., None], axis=2)
     left = kept(g, entering == its[..., 0])

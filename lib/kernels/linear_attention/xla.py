@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..common.arguments import accumulator
+from ..common.arguments import accumulator, known, operand_dtype
 from ..common.sharding import vary_like
 from .inputs import Inputs, repeat_heads
 
@@ -25,14 +25,15 @@ LONGEST = 32  # chunks of one row in a group: the loop over their states is writ
 def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     """The contract of `linear_attention`, for checked inputs."""
     B, T, _, K = inputs.q.shape
-    H, V = inputs.heads, inputs.v.shape[-1]
-    dtype = accumulator(inputs.q.dtype)
-    C = min(CHUNK, 1 << (T - 1).bit_length())  # a power of two, no longer than T needs
-    N = -(-T // C)
+    H, V, out_dtype = inputs.heads, inputs.v.shape[-1], inputs.v.dtype
+    dtype, operand = accumulator(inputs.q.dtype), operand_dtype(inputs.q.dtype)
+    inputs = inputs._replace(**{n: getattr(inputs, n).astype(operand) for n in "qkv"})
     per_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
-    most = min(LONGEST, max(1, TOGETHER // (B * H * (2 if per_channel else 1))))
-    L = -(-N // most)  # groups
-    N = -(-N // L)  # chunks in each
+    C = min(CHUNK, 1 << (T - 1).bit_length()) if known(T) else CHUNK  # a power of two, not above T
+    N = min(LONGEST, max(1, TOGETHER // (H * (B if known(B) else 1) * (2 if per_channel else 1))))
+    L = -(-T // (C * N))  # groups
+    if known(T):
+        N = -(-T // (C * L))  # chunks in each
 
     def groups(x_BT):
         """[B, T, ...] -> [L, B, N, C, ...]; the padding adds nothing to a state and does not decay it."""
@@ -47,7 +48,8 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
         g = groups(jnp.broadcast_to(g, (B, T, H, g.shape[-1])))
     runs = entering = None
     if inputs.runs is not None:
-        runs = jnp.pad(inputs.runs, ((0, 0), (0, L * N * C - T)), mode="edge").reshape(B, L * N, C)
+        tail = jnp.broadcast_to(inputs.runs[:, -1:], (B, L * N * C - T))
+        runs = jnp.concatenate([inputs.runs, tail], 1).reshape(B, L * N, C)
         entering = jnp.concatenate([jnp.zeros_like(runs[:, :1, 0]), runs[:, :-1, -1]], 1)
         runs, entering = (jnp.moveaxis(x.reshape(B, L, N, *x.shape[2:]), 1, 0) for x in (runs, entering))
     state = vary_like(jnp.zeros((B, H, K, V), dtype), inputs)
@@ -64,7 +66,7 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
         keep = jax.checkpoint_policies.dots_saveable if per_channel else None
         state, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False, policy=keep), state, xs)
     out_BTHV = jnp.moveaxis(out, 0, 1).reshape(B, L * N * C, H, V)[:, :T]
-    return out_BTHV.astype(inputs.v.dtype), state
+    return out_BTHV.astype(out_dtype), state
 
 
 def _group(scale, bonus_HK, S_BHKV, x):
@@ -77,11 +79,11 @@ def _group(scale, bonus_HK, S_BHKV, x):
         q_BNGCK, k_BNGCK = (repeat_heads(y, H, 2) for y in (q_BNGCK, k_BNGCK))
 
     # Scores, lower triangular. The diagonal stands apart: no decay lies between a token and itself.
-    qk_BNGCK = q_BNGCK.astype(dtype) * k_BNGCK
+    qk_BNGCK = q_BNGCK.astype(dtype) * k_BNGCK.astype(dtype)
     if bonus_HK is None:
         u_BNHC = jnp.sum(qk_BNGCK, -1)
     else:
-        u_BNHC = jnp.sum(repeat_heads(qk_BNGCK, H, 2) * bonus_HK[:, None].astype(dtype), -1)
+        u_BNHC = jnp.sum(repeat_heads(qk_BNGCK, H, 2) * bonus_HK[None, None, :, None].astype(dtype), -1)
     exclusive = bonus_HK is not None
     if per_channel:
         A, before, after, total = _decayed(q_BNGCK, k_BNGCK, g.swapaxes(2, 3), u_BNHC, exclusive)
@@ -157,8 +159,8 @@ def _decayed(q, k, g, diagonal, exclusive: bool):
     h = 1  # half the width of the blocks that this level joins
     while h < C:
         join = partial(jnp.reshape, shape=(*lead, C // (2 * h), 2, h, K))
-        rows = join(q)[..., 1, :, :] * jnp.exp(join(before)[..., 1, :, :])
-        columns = join(k)[..., 0, :, :] * jnp.exp(join(after)[..., 0, :, :])
+        rows = join(q)[..., 1, :, :].astype(dtype) * jnp.exp(join(before)[..., 1, :, :])
+        columns = join(k)[..., 0, :, :].astype(dtype) * jnp.exp(join(after)[..., 0, :, :])
         corner = _dot("...ik,...jk->...ij", rows.astype(q.dtype), columns.astype(k.dtype), dtype)
         halves = A.reshape(*lead, C // (2 * h), 2, h, h)
         top = jnp.pad(halves[..., 0, :, :], [(0, 0)] * (len(lead) + 2) + [(0, h)])

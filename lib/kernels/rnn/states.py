@@ -22,7 +22,7 @@ def states_at(call: Inputs, h: Array, places: Array) -> Array:
         "bthi,hgio->bthgo", before.astype(call.recurrent.dtype), call.recurrent,
         precision="highest", preferred_element_type=dtype,
     )  # fmt: skip
-    r = r + call.bias.astype(dtype)
+    r = r + call.bias[None, None].astype(dtype)
     of_gates = [[y[..., g, :] for g in range(cell.gates)] for y in (call.gates.astype(dtype), r)]
     tokens = cell.combine(*of_gates), call.starts
 

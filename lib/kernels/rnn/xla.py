@@ -144,7 +144,7 @@ def _tangent(cell: Cell, walk: Inputs, h: Array, reads: Array, dwalk: Inputs) ->
         x = given.gates.astype(dtype)
         # Heads in front of time for this one: XLA's CPU has bfloat16 products only so.
         r_HTBG = _product(before.swapaxes(0, 1), given.recurrent, dtype)
-        r = r_HTBG.swapaxes(0, 1) + given.bias[:, None].astype(dtype)
+        r = r_HTBG.swapaxes(0, 1) + given.bias[None, :, None].astype(dtype)
         if cell.inputs == cell.recurrent:
             return x + r
         return jnp.concatenate(cell.combine(_split(x, cell.gates), _split(r, cell.gates)), axis=-1)

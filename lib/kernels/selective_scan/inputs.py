@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..common.arguments import accumulator, reject
+from ..common.arguments import accumulator, rates, reject
 from ..common.documents import documents
 from ..common.rows import Rows
 from ..common.sharding import vary_like
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
 def step_size(call: Inputs, softplus: bool) -> Array:
     """dt [B, T, D] as the recurrence has it, in the accumulator's dtype."""
-    dt_BTD = call.dt.astype(call.A.dtype) + call.dt_bias
+    dt_BTD = call.dt.astype(call.A.dtype) + call.dt_bias[None, None]
     return jax.nn.softplus(dt_BTD) if softplus else dt_BTD
 
 
@@ -46,7 +46,7 @@ def no_states(call: Inputs) -> Array:
 
 def finish(call: Inputs, y_BTD: Array) -> Array:
     """C h's way out: the skip, the gate, x's dtype."""
-    y_BTD = y_BTD + call.D * call.x.astype(y_BTD.dtype)
+    y_BTD = y_BTD + call.D[None, None] * call.x.astype(y_BTD.dtype)
     if call.z is not None:
         y_BTD = y_BTD * jax.nn.silu(call.z.astype(y_BTD.dtype))
     return y_BTD.astype(call.x.dtype)
@@ -92,10 +92,10 @@ def check(x, dt, A, B, C, D, z, dt_bias, initial_state, segment_ids) -> Inputs:
             reject(name, floats[name], str(list(shape)))
     packed = documents(segment_ids, batch, T)
     starts = None if packed is None else packed.starts.astype(jnp.int32)
-    dtype = accumulator(jnp.promote_types(x.dtype, dt.dtype))
+    dtype = accumulator(x.dtype, dt.dtype)
 
     def wide(array, shape):
         return jnp.zeros(shape, dtype) if array is None else array.astype(dtype)
 
     small = {name: wide(floats[name], shape) for name, shape in shapes.items() if name not in ("dt", "z")}
-    return Inputs(x=x, dt=dt, A=A.astype(dtype), z=z, starts=starts, **small)
+    return Inputs(x=x, dt=dt, A=rates(A, dtype), z=z, starts=starts, **small)

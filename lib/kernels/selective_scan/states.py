@@ -19,7 +19,7 @@ def states_at(call: Inputs, softplus: bool, places: Array) -> Array:
         dt_BD, source_BD, B_BN, starts_B = token
         if starts_B is not None:
             h_BDN = jnp.where(starts_B[:, None, None] == 1, 0, h_BDN)
-        return jnp.exp(dt_BD[..., None] * call.A) * h_BDN + source_BD[..., None] * B_BN[:, None]
+        return jnp.exp(dt_BD[..., None] * call.A[None]) * h_BDN + source_BD[..., None] * B_BN[:, None]
 
     time_first = [None if x is None else jnp.moveaxis(x, 1, 0) for x in tokens]
     return rows.states_at(step, call.initial_state, time_first, places)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ..common.arguments import known
 from ..common.sharding import vary_like
 from .inputs import Inputs, finish, no_states, step_size
 
@@ -87,7 +88,7 @@ def _chunk(A_ND: Array, h_BND: Array, tokens: _Tokens) -> tuple[Array, Array]:
 
 
 def _decay(A_ND: Array, token: _Tokens) -> Array:
-    return jnp.exp(token.dt[:, None] * A_ND)
+    return jnp.exp(token.dt[:, None] * A_ND[None])
 
 
 def _fresh(h_BND: Array, token: _Tokens) -> Array:
@@ -114,7 +115,7 @@ def _reverse(A_ND, carry, this):
     to_before_BND = _fresh(_decay(A_ND, token) * dh_BND, token)
     dlog_BND = to_before_BND * before_BND
     ones_N = jnp.ones(A_ND.shape[0], A_ND.dtype)
-    ddt_BD = _einsum("n,bnd->bd", ones_N, dlog_BND * A_ND)
+    ddt_BD = _einsum("n,bnd->bd", ones_N, dlog_BND * A_ND[None])
     dsource_BD = _einsum("bn,bnd->bd", token.B, dh_BND)
     dB_BN = _einsum("bnd,bd->bn", dh_BND, token.source)
     return (to_before_BND, dA_BND + dlog_BND * token.dt[:, None]), (ddt_BD, dsource_BD, dB_BN)
@@ -136,10 +137,11 @@ def _time_first(x: Array | None) -> Array | None:
 
 def _chunked(tokens):
     """[chunks, CHUNK, ...], with tokens at the end that have dt = 0: they leave the state as it is."""
-    chunk = min(CHUNK, jax.tree.leaves(tokens)[0].shape[0])
+    T = jax.tree.leaves(tokens)[0].shape[0]
+    chunk = min(CHUNK, T) if known(T) else CHUNK
 
     def cut(x):
-        x = jnp.pad(x, ((0, -len(x) % chunk), *((0, 0),) * (x.ndim - 1)))
+        x = jnp.pad(x, ((0, -T % chunk), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(-1, chunk, *x.shape[1:])
 
     return jax.tree.map(cut, tokens)
