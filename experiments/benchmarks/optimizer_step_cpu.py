@@ -160,7 +160,7 @@ def main() -> None:
             if args.only and not name.startswith(tuple(args.only)):
                 continue
             found = measure(optimizer, gradient, args.repeats)
-            found |= {"repeats": args.repeats, "date": result["date"]}
+            found |= {"repeats": args.repeats, "date": result["date"], "load_average": os.getloadavg()[0]}
             result["results"].setdefault(group, {})[name] = found
             print(group, name, found, flush=True)
             write(args.out, result)

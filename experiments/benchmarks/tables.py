@@ -14,9 +14,10 @@ from pathlib import Path
 from frugax.papers import families, papers
 
 from .markdown import RESULTS, caption, plain_caption, read, table
-from .sentences import five_numbers, what_runs_where, where_it_loses
+from .sentences import five_numbers, what_runs_where, what_steps_take, where_it_loses
 
 ROOT = Path(__file__).parents[2]
+BY_TURNS = "Contenders run by turns; a ratio is the median over turns, not the ratio of the medians."
 
 
 def linear_attention_cpu() -> str:
@@ -26,7 +27,7 @@ def linear_attention_cpu() -> str:
         for r in result["rows"]
     ]
     head = ["gate", "", "median ms", "temporaries MB", "time over frugax"]
-    return f"{caption(result)}\n\n{table(head, rows)}"
+    return f"{caption(result)} {BY_TURNS}\n\n{table(head, rows)}"
 
 
 def tpu_schedule(operation: str) -> str:
@@ -129,7 +130,7 @@ def optimizer_steps() -> str:
     head = ["", "rank", "step over `optax.adamw`'s", "amortized over 200", "state bytes a parameter"]
     about = f"{result['parameters']:,} parameters, float32"
     own = f"AdamW's own step {min(adamw):.0f} to {max(adamw):.0f} ms"
-    return f"{about}; {own}. {plain_caption(result)}\n\n{table(head, rows)}"
+    return f"{about}; {own}. {plain_caption(result)} {BY_TURNS}\n\n{table(head, rows)}"
 
 
 def mamba_cpu() -> str:
@@ -214,6 +215,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results/optimizers.md": {
         "optimizers_quality": optimizers_quality,
         "optimizer_steps": optimizer_steps,
+        "what_steps_take": what_steps_take,
         "mezo_finetune": mezo_finetune,
     },
     "docs/results/compiled.md": {
