@@ -1,4 +1,4 @@
-"""What the random arguments of operations have in common."""
+"""What the cases of operations have in common: random arguments, and what kernels tell apart."""
 
 import numpy as np
 
@@ -11,3 +11,13 @@ def document_ids(rng: np.random.Generator, B: int, T: int) -> np.ndarray:
 def wide(dtype: str) -> type:
     """Return the dtype of states and parameters beside inputs of a dtype."""
     return np.float64 if dtype == "float64" else np.float32
+
+
+def sizes(case: dict) -> set:
+    """Return what kernels have code of their own for: flags, dtypes, one token or tap, many channels."""
+    given = {"dtype": "float32"} | case
+    flags = {name for name, x in given.items() if x is True or isinstance(x, list)}
+    names = {f"{name} {x}" for name, x in given.items() if x is None or x is False or isinstance(x, str)}
+    ones = {f"{name} = 1" for name in "TNW" if given.get(name) == 1}
+    many = {f"{name} > {most}" for name, most in (("D", 128), ("N", 16)) if given.get(name, 1) > most}
+    return flags | names | ones | many

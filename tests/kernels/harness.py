@@ -7,9 +7,9 @@
     test_bad_input.py        errors
     test_deviceless.py       compilers of chips that are not here
 
-A case is a dict of sizes and flags. `row.arguments` makes it the keyword arguments of the public function: numpy
-arrays, trees of them, static values. Keys that it doesn't know go on to the function, with lists as int32 arrays:
-{"T": 9, "lengths": [9, 4], "reverse": True} needs no code of its own.
+A case is a dict of sizes and flags. `row.arguments` makes it the keyword arguments of the public function:
+numpy arrays, trees of them, static values. Keys that it doesn't know go on to the function, with lists as
+int32 arrays: {"T": 9, "lengths": [9, 4], "reverse": True} needs no code of its own.
 
     row = OPERATIONS["rnn"]
     arguments = row.arguments(row.small)  # a small call with a state and documents; or of any other case
@@ -27,10 +27,11 @@ from typing import Any
 import pytest
 
 import frugax
-from tests.cases import served, traits
+from tests.cases import served
 
 from .causal_conv1d import calls as conv_calls
 from .causal_conv1d import definition as conv_definition
+from .draws import sizes
 from .linear_attention import calls as attention_calls
 from .linear_attention import definition as attention_definition
 from .linear_recurrence import calls as recurrence_calls
@@ -101,13 +102,8 @@ def every_case() -> list:
             marks=pytest.mark.full if row.composed and param.values[0] in KERNELS else param.marks,
         )
         for row in OPERATIONS.values()
-        for param in served(row.cases, getattr(row.calls, "has", of_a_dtype), text)
+        for param in served(row.cases, getattr(row.calls, "has", sizes), text)
     ]
-
-
-def of_a_dtype(case: Case) -> set:
-    """Return the traits of a case, with its dtype if it names none."""
-    return traits({"dtype": "float32"} | case)
 
 
 KERNELS = ("pallas_tpu", "pallas_gpu")

@@ -58,7 +58,7 @@ CASES = {
     "reference": FLOAT64,
     "xla": [*RICH, FLOAT64[0], *LIST, *NARROW, FLOAT64[1]],
     "pallas_tpu": RICH + LIST + NARROW,
-    "pallas_gpu": [{"T": 70, "D": 130, "W": 3} | PACKED, *RICH, *LIST, *NARROW],
+    "pallas_gpu": [{"T": 70, "D": 130, "W": 2} | PACKED, *RICH, *LIST, *NARROW],
     None: [LIST[5], NARROW[0]],
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import frugax
+from frugax.kernels.quantized_update.tiling import CHUNK
 from tests.kernels.harness import OPERATIONS
 
 from .calls import DYNAMIC, HYPER, MU, case
@@ -15,8 +16,6 @@ ROW = OPERATIONS["quantized_update"]
 
 def test_chunks_and_their_rest_in_place():
     """More rows than one chunk, with some left over; temporaries are a chunk's, not a leaf's."""
-    from frugax.kernels.quantized_update.tiling import CHUNK
-
     for shape, group_size in (((2 * CHUNK // 256 + 5, 256), 256), ((CHUNK // 700 + 3, 700), 256)):
         arguments = ROW.arguments(case("adam", shape, group_size, DYNAMIC))
         g, moments = jnp.asarray(arguments["grad"]), arguments["moments"]
@@ -28,28 +27,30 @@ def test_chunks_and_their_rest_in_place():
         ROW.check(arguments, results, name=str(shape))
 
 
+def temporaries(rows, columns):
+    """Return the bytes that a step on a leaf takes, besides what it updates in place."""
+    g = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+    moments = jax.eval_shape(
+        lambda g: tuple(frugax.formats.quantize(g, n, axis=-1, group_size=256) for n in DYNAMIC), g
+    )
+    f = jax.jit(
+        lambda g, m: frugax.kernels.quantized_update("adam", g, m, HYPER["adam"]), donate_argnums=(0, 1)
+    )
+    return f.lower(g, moments).compile().memory_analysis().temp_size_in_bytes
+
+
 def test_temporaries_do_not_grow_with_the_leaf():
-    """A leaf of 64 MB needs six float32 copies of a chunk at most, besides what is updated in place.
+    """A leaf of 64 MB needs six float32 copies of a chunk at most."""
+    large = temporaries(4096, 4096)
+    assert large < 6 * 4 * CHUNK
+    assert abs(large - temporaries(1024, 4096)) < 2**17
 
-    And leaves of any size need less than the six bytes a number that 8 bits save.
-    """
-    from frugax.kernels.quantized_update.tiling import CHUNK
 
-    def temporaries(rows, columns=4096):
-        g = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
-        moments = jax.eval_shape(
-            lambda g: tuple(frugax.formats.quantize(g, n, axis=-1, group_size=256) for n in DYNAMIC),
-            g,
-        )
-        f = jax.jit(
-            lambda g, m: frugax.kernels.quantized_update("adam", g, m, HYPER["adam"]), donate_argnums=(0, 1)
-        )
-        return f.lower(g, moments).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporaries(4096) < 6 * 4 * CHUNK
-    assert abs(temporaries(4096) - temporaries(1024)) < 2**17
-    for rows, columns in ((64, 1024), (1000, 640), (512, 4096)):
-        assert temporaries(rows, columns) < 6 * rows * columns
+@pytest.mark.full
+@pytest.mark.parametrize(("rows", "columns"), [(64, 1024), (1000, 640), (512, 4096)])
+def test_temporaries_are_less_than_8_bits_save(rows, columns):
+    """Six bytes a number."""
+    assert temporaries(rows, columns) < 6 * rows * columns
 
 
 @pytest.mark.parametrize("formats", [DYNAMIC, MU])

@@ -64,8 +64,8 @@ CASES = {
     None: RICH + LIST,  # on CPU "xla", with the gradient by hand
     # Interpreted kernels take seconds to compile: each way through them once.
     "pallas_tpu": [
-        {"T": 150, "D": 130, "N": 3, "B": 1, "strong": True} | WHOLE,  # two blocks each way
-        {"T": 20, "D": 1, "N": 9, "state": True, "dtype": "bfloat16"},
+        {"T": 150, "D": 1, "N": 2, "B": 1, "strong": True} | WHOLE,  # two blocks each way
+        {"T": 16, "D": 130, "N": 20, "state": True, "dtype": "bfloat16"},
         {"T": 150, "D": 130, "B": 1, "strong": True} | WHOLE,
         {"T": 50, "D": 20, "N": 20, "B": 1, "state": True, "dtype": "bfloat16"},
         LIST[2],
@@ -124,6 +124,6 @@ REFUSED = [
 ]
 COMPILED = [
     {"T": 130, "D": 60, "N": 3, "B": 1, "dtype": "bfloat16"} | WHOLE,
-    {"T": 1024, "D": 1024, "B": 1, "dtype": "bfloat16"} | WHOLE,
     {"T": 130, "D": 60, "N": 4, "B": 1},
+    {"T": 1024, "D": 1024, "B": 1, "dtype": "bfloat16"} | WHOLE,
 ]

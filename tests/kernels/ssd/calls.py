@@ -46,8 +46,8 @@ def draw(
 PLAIN = {"skip": None, "fused": False, "state": False, "packed": False}
 CASES = {
     None: [
-        {"T": 70},
-        {"T": 70, "dtype": "bfloat16"},
+        {"T": 70, "fused": True, "state": True, "packed": True},
+        {"T": 70, "fused": False, "dtype": "bfloat16"},
         {"T": 1, "G": 4, "skip": "hp", "packed": False},
         {"T": 20, "G": 1} | PLAIN,
     ],

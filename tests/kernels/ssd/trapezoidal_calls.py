@@ -33,7 +33,7 @@ def draw(rng, T, G=2, H=4, P=5, N=3, B=2, state=True, packed=True, skip=True, dt
 
 CASES = {
     None: [
-        {"T": 70},
+        {"T": 70, "state": True, "packed": True},
         {"T": 1, "skip": False},
         {"T": 20, "G": 1, "state": False, "packed": False},
     ],
