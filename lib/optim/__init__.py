@@ -9,9 +9,11 @@ from . import zeroth_order
 from .common.leafwise import LeafwiseState
 from .common.matrix_spec import STACKED, MatrixAxes, MatrixSpec
 from .common.state_bytes import state_bytes
+from .layerwise.active import active_value_and_grad
 from .layerwise.badam import badam
 from .layerwise.lisa import lisa
 from .layerwise.slimfit import slimfit
+from .layerwise.step import Layerwise, layerwise_step
 from .low_bit.eight_bit import (
     EightBit,
     adafactor_8bit,
@@ -65,6 +67,7 @@ __all__ = [
     "EightBit",
     "Gaussian",
     "Gram",
+    "Layerwise",
     "LeafwiseState",
     "MatrixAxes",
     "MatrixSpec",
@@ -76,6 +79,7 @@ __all__ = [
     "Scaled",
     "SignSGD",
     "Slices",
+    "active_value_and_grad",
     "adafactor_8bit",
     "adam_8bit",
     "adamw_8bit",
@@ -90,6 +94,7 @@ __all__ = [
     "galore",
     "is_embedding",
     "kappas",
+    "layerwise_step",
     "lion",
     "lion_8bit",
     "lion_k",

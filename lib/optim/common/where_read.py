@@ -32,7 +32,11 @@ class Unread(NamedTuple):
     start: Array | int  # the row-major place in the leaf of the slice's first number, modulo 2^32
 
 
-def changed_where_read(fun: Callable[[Any], Any], params: Any, read: Read) -> Any:
+# (operands, the scan's parameters, read) -> results
+Scan = Callable[[Sequence[Any], dict[str, Any], Read], list[Any]]
+
+
+def changed_where_read(fun: Callable[[Any], Any], params: Any, read: Read, scan: Scan | None = None) -> Any:
     """fun(params) with read(its number, x, 0, ...) in the place of each leaf x.
 
     Args:
@@ -41,6 +45,7 @@ def changed_where_read(fun: Callable[[Any], Any], params: Any, read: Read) -> An
       read: (number, x, start, after) -> changed x. x is the whole leaf, or the slice of one turn of a
         `lax.scan` over it; x's first number is number `start` of the leaf. `after` are the other operands of
         the operation that reads: what depends on them too is not computed long before.
+      scan: evaluates a scan with `Unread` operands; None: the scan itself, with `read` in its body.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -51,16 +56,18 @@ def changed_where_read(fun: Callable[[Any], Any], params: Any, read: Read) -> An
     """
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(params)
-    out = _evaluate(closed.jaxpr, closed.consts, [Unread(i, x, 0) for i, x in enumerate(leaves)], read)
-    return jax.tree.unflatten(jax.tree.structure(shape), _values(out, read))
+    unread = [Unread(i, x, 0) for i, x in enumerate(leaves)]
+    out = _evaluate(closed.jaxpr, closed.consts, unread, read, scan or _scan)
+    return jax.tree.unflatten(jax.tree.structure(shape), values(out, read))
 
 
-def _values(operands: Sequence[Any], read: Read) -> list[Any]:
+def values(operands: Sequence[Any], read: Read) -> list[Any]:
+    """Operands, read where they are unread."""
     ready = [x for x in operands if isinstance(x, jax.core.Tracer)]
     return [read(*x, ready) if isinstance(x, Unread) else x for x in operands]
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], read: Read) -> list[Any]:
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], read: Read, scan: Scan) -> list[Any]:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def look(var: Any) -> Any:
@@ -70,11 +77,11 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], read: Read
         operands, name = [look(var) for var in eqn.invars], eqn.primitive.name
         unread = any(isinstance(x, Unread) for x in operands)
         if unread and name in CALLS:
-            results = _evaluate(*_open(eqn.params[CALLS[name]]), operands, read)
+            results = _evaluate(*opened(eqn.params[CALLS[name]]), operands, read, scan)
         elif unread and name == "scan":
-            results = _scan(operands, eqn.params, read)
+            results = scan(operands, eqn.params, read)
         else:
-            operands = _values(operands, read)
+            operands = values(operands, read)
             with eqn.ctx.manager:
                 found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
             results = list(found) if eqn.primitive.multiple_results else [found]
@@ -82,7 +89,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], read: Read
     return [look(var) for var in jaxpr.outvars]
 
 
-def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """A jaxpr and its constants, be it closed or not."""
     return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "jaxpr") else (jaxpr, getattr(jaxpr, "consts", ()))
 
@@ -99,22 +106,22 @@ def _scan(operands: Sequence[Any], params: dict[str, Any], read: Read) -> list[A
     """The same scan, with a body that reads slices of the leaves that are scanned over."""
     count, carried = operand_counts(params)
     carried += count
-    before = _values(operands[:carried], read)  # else each turn would change them again
+    before = values(operands[:carried], read)  # else each turn would change them again
     xs = operands[carried:]
-    body, consts = _open(params["jaxpr"])
+    body, consts = opened(params["jaxpr"])
 
     def turn(carry, of_turn):
-        step, values = of_turn
+        step, each = of_turn
         slices = [
             Unread(x.leaf, value, x.start + step * jnp.uint32(value.size)) if isinstance(x, Unread) else value
-            for x, value in zip(xs, values, strict=True)
+            for x, value in zip(xs, each, strict=True)
         ]
-        out = _evaluate(body, consts, [*before[:count], *carry, *slices], read)
-        out = _values(out, read)
+        out = _evaluate(body, consts, [*before[:count], *carry, *slices], read, _scan)
+        out = values(out, read)
         return out[: len(carry)], out[len(carry) :]
 
-    values = [x.value if isinstance(x, Unread) else x for x in xs]
+    whole = [x.value if isinstance(x, Unread) else x for x in xs]
     steps = jnp.arange(params["length"], dtype=jnp.uint32)
     options = {k: params[k] for k in ("reverse", "unroll", "length")}
-    carry, ys = lax.scan(turn, list(before[count:]), (steps, values), **options)
+    carry, ys = lax.scan(turn, list(before[count:]), (steps, whole), **options)
     return [*carry, *ys]

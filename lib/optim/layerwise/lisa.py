@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 
 from ..common.chains import static_size
 from ..common.matrix_spec import STACKED, MatrixSpec
 from ..low_rank.low_rank import low_rank
 from ..low_rank.projectors import Projector, Slices
+from .active import LAYERS, is_stacked
+from .step import Layerwise
 
 
 def lisa(
@@ -21,15 +26,16 @@ def lisa(
     weight_decay: Any = 0.0,
     *,
     mask: Any = None,
-    layers: str = r"(^|/)layers/",
+    layers: str = LAYERS,
     moments: str = "reset",
     seed: Any = 0,
-) -> optax.GradientTransformation:
+) -> Layerwise:
     """LISA: AdamW on `active` of the stacked layers, drawn every `update_interval` steps, and on all else.
 
     Layers are the slices of axis 0 of the leaves that `layers` finds, as `nn.scan` stacks them; the same are
     active in all leaves. The others don't move, nor decay. Moments live in `active` slots, which pass to
-    other layers at each draw. Gradients are taken of all layers: XLA can't know which ones will not be used.
+    other layers at each draw. `layerwise_step` takes gradients of the active layers alone; with `jax.grad`
+    they are taken of all.
 
     State, for a stacked leaf of size d a layer: 4 * (2 * active * d + 1) bytes; for another leaf of size d:
     4 * (2 d + 1); and 8 for two counts.
@@ -46,7 +52,7 @@ def lisa(
       seed: of the draws.
 
     Returns:
-      A drop-in for `optax.adamw`.
+      A drop-in for `optax.adamw`, and for `layerwise_step`.
 
     Raises:
       ValueError: as `low_rank`: `layers` finds nothing; more active layers than a leaf has.
@@ -62,12 +68,28 @@ def lisa(
     """
     slots = Slices(static_size("active", active))
     of_layers = layerwise(slots, update_interval, layers, seed)
-    return optax.chain(
+    rule = optax.chain(
         of_layers(optax.scale_by_adam(b1, b2, eps), moments),
         optax.add_decayed_weights(weight_decay, mask),
         of_layers(optax.identity(), "keep"),  # the same draws: what is not active doesn't decay
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    def drawn(state: Any, params: Any) -> Array:
+        count = depth(params, layers)
+        turn = state[0].step // jnp.asarray(update_interval, jnp.int32)
+        return slots.down(jnp.arange(count), (), jax.random.fold_in(jax.random.key(seed), turn))
+
+    return Layerwise(rule, drawn, layers)
+
+
+def depth(params: Any, layers: str) -> int:
+    """The number of stacked layers, the same in all leaves that `layers` finds."""
+    pairs = zip(jax.tree.leaves(params), is_stacked(params, layers), strict=True)
+    found = sorted({len(x) for x, is_one in pairs if is_one})
+    if len(found) > 1:
+        raise ValueError(f"params: got stacks of {found} layers; expected one number for all")
+    return found[0]
 
 
 def layerwise(
