@@ -173,6 +173,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         return report(config, module, mine, corpus, tokenizer, times, say=metrics.say)
     finally:
         metrics.close()
+        checkpoints.release()
 
 
 def _held_out(config, corpus, tokenizer) -> list[Any]:

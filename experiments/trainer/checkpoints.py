@@ -166,6 +166,12 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def release(self) -> None:
+        """Let go, whatever became of what was started: nothing writes in the folder any more."""
+        for end in (self._manager.wait_until_finished, self._manager.close):
+            with contextlib.suppress(Exception):  # it was raised before
+                end()
+
     def about(self, step: int) -> dict[str, Any]:
         """The config and the checksums stored at `step`."""
         about = self._read(step, {"about": ocp.args.JsonRestore()})["about"]
