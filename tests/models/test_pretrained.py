@@ -22,6 +22,11 @@ MODELS = {
     "mamba-untied": ("Mamba", {"time_step_rank": 3, "tie_word_embeddings": False, "use_conv_bias": False}),
     "falcon_mamba": ("FalconMamba", {"state_size": 5, "expand": 3, "mixer_rms_eps": 1e-3}),
     "mamba2": ("Mamba2", {"state_size": 6, "num_heads": 4, "head_dim": 10, "n_groups": 2, "chunk_size": 8}),
+    "mamba2-limited": (
+        "Mamba2",
+        {"state_size": 6, "num_heads": 4, "head_dim": 10, "n_groups": 2, "chunk_size": 8}
+        | {"time_step_limit": (0.3, 0.8), "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -76,6 +81,8 @@ def test_logits_and_greedy_tokens(folders, name):
     assert np.abs(np.stack(by_token, axis=1) - want).max() < 1e-4 * np.abs(want).max()
     assert_close(np.stack(by_token, axis=1), want, "float32")
 
+    if "limited" in name:
+        return  # decoding there, unlike reading a prompt, leaves the limits out
     picked = []
     for _ in range(steps):
         picked.append(np.argmax(logits[:, -1], axis=-1))
@@ -131,14 +138,13 @@ def test_wrong_tensors_are_listed_all(folders, tmp_path):
         (
             "mamba",
             {"model_type": "llama"},
-            "model_type: got 'llama'; one of 'mamba', 'falcon_mamba', 'mamba2'",
+            "model_type: got 'llama'; expected one of 'mamba', 'falcon_mamba', 'mamba2'",
         ),
         ("mamba", {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; expected 'silu' or 'swish'"),
         ("mamba", {"use_bias": True}, "use_bias: got True; expected False"),
         ("mamba", {"num_hidden_layers": 4}, "missing: backbone.layers.3.norm.weight, "),
         ("mamba", {"num_hidden_layers": 2}, "unexpected: backbone.layers.2.mixer.A_log, "),
         ("mamba", {"tie_word_embeddings": False}, "missing: lm_head.weight$"),
-        ("mamba2", {"time_step_limit": [0.001, 0.1]}, r"time_step_limit: got \[0.001, 0.1\]"),
         ("mamba2", {"head_dim": 12}, "head_dim: got 12; expected expand . hidden_size / num_heads = 10"),
     ],
 )

@@ -1,6 +1,7 @@
 """Mamba-2: one rate a head, so that the state-space model is linear attention with a decay."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ class Mamba2(Mixer):
       groups: divides the heads; the heads of a group share B and C, and their norm.
       conv_width: taps of the causal convolution.
       norm_epsilon: of the norm.
+      norm_before_gate: RMSNorm(C_t h_t + D u_t) * silu(z_t) in place of the norm behind the gate.
+      dt_limit: the least and the largest step; steps beyond are set to them.
       dtype, param_dtype, backend, out_scale: as in `Mixer`.
 
     Source: Dao and Gu 2024 (arXiv 2405.21060).
@@ -57,6 +60,8 @@ class Mamba2(Mixer):
     groups: int = 1
     conv_width: int = 4
     norm_epsilon: float = 1e-5
+    norm_before_gate: bool = False
+    dt_limit: tuple[float, float] = (0.0, math.inf)
 
     @nn.compact
     def mix(self, x: Array, state: Mamba2State | None, rows: RowArguments) -> tuple[Array, Mamba2State]:
@@ -67,6 +72,8 @@ class Mamba2(Mixer):
             raise ValueError(f"state_size: got {N}; expected a number >= 1")
         if G < 1 or H % G:
             raise ValueError(f"groups: got {G}; expected a number >= 1 that divides heads = {H}")
+        if not 0 <= self.dt_limit[0] < self.dt_limit[1]:
+            raise ValueError(f"dt_limit: got {self.dt_limit}; expected 0 <= least < largest")
         memory, conv = (None, None) if state is None else state
 
         edges = (E, 2 * (E + G * N))
@@ -76,6 +83,12 @@ class Mamba2(Mixer):
         u, B, C = jnp.split(uBC, (E, E + G * N), axis=-1)
 
         A_log = self.param("A_log", _init_rates, (H,), self.param_dtype)
+        dt_bias = self.param("dt_bias", init_dt_bias, (H,), self.param_dtype)
+        step: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": True}
+        if tuple(self.dt_limit) != (0.0, math.inf):
+            wide = accumulator(x.dtype)
+            dt = jax.nn.softplus(dt.astype(wide) + dt_bias.astype(wide)[None, None])
+            dt, step = jnp.clip(dt, *self.dt_limit).astype(x.dtype), {}
         y_BTHP, memory = ssd(
             split_heads(u, H),
             dt,
@@ -83,16 +96,18 @@ class Mamba2(Mixer):
             split_heads(B, G),
             split_heads(C, G),
             self.param("D", nn.initializers.ones, (H,), self.param_dtype),
-            z=split_heads(z, H),
-            dt_bias=self.param("dt_bias", init_dt_bias, (H,), self.param_dtype),
-            dt_softplus=True,
+            z=None if self.norm_before_gate else split_heads(z, H),
+            **step,
             initial_state=memory,
             **rows,
             backend=self.backend,
         )
         y = merge_heads(rms_normalize(split_heads(merge_heads(y_BTHP), G), self.norm_epsilon))
         weight = self.param("norm", nn.initializers.ones, (E,), self.param_dtype)
-        return self.output((y * weight).astype(x.dtype), width), Mamba2State(memory, conv)
+        y = (y * weight.astype(y.dtype)[None, None]).astype(x.dtype)
+        if self.norm_before_gate:
+            y = y * jax.nn.silu(z)
+        return self.output(y, width), Mamba2State(memory, conv)
 
 
 def _init_rates(key: Array, shape: tuple[int], dtype) -> Array:

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: Hugging Face folders of Mamba, FalconMamba and Mamba-2, into our `Decoder`."""
+"""Checkpoints from elsewhere: Mamba, FalconMamba and Mamba-2, loaded into our `Decoder`."""
 
 import json
 import math
@@ -16,6 +16,8 @@ from jax import Array
 
 from ...layers.block import Block
 from ..decoder import Decoder
+from .files import EMBEDDING, HEAD, Tensor, open_tensors
+from .state_spaces import from_state_spaces
 
 
 def load(folder: str | PathLike) -> tuple[Decoder, dict]:
@@ -23,10 +25,13 @@ def load(folder: str | PathLike) -> tuple[Decoder, dict]:
 
     Args:
       folder: holds config.json and either model.safetensors or the shards that model.safetensors.index.json
-        lists. The config's model_type says what it is: "mamba", "falcon_mamba" or "mamba2".
+        lists. The config's model_type says what it is: "mamba", "falcon_mamba" or "mamba2"; a config in the
+        words of the package mamba_ssm, with d_model and ssm_cfg, is read too. The tensors' names may lack
+        "backbone." in front, as a base model's do.
 
     Returns:
-      module: computes in float32; `module.clone(dtype=jnp.bfloat16)` in less.
+      module: computes in float32; `module.clone(dtype=jnp.bfloat16)` in less. Its head is its own where the
+        file has one that differs from the embedding, whatever the config says.
       variables: {"params": ...} in the dtypes of the file, for `module.apply(variables, tokens)`.
 
     Raises:
@@ -49,21 +54,22 @@ def load(folder: str | PathLike) -> tuple[Decoder, dict]:
             f"folder: got {str(folder)!r}, without a config.json; expected a Hugging Face folder"
         )
     config = json.loads((folder / "config.json").read_text())
+    if "model_type" not in config and {"d_model", "n_layer"} <= set(config):
+        config = from_state_spaces(config)
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
         names = ", ".join(map(repr, FAMILIES))
         raise ValueError(f"model_type: got {config.get('model_type')!r}; expected one of {names}")
-    module = _decoder(config, family)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    flat = flatten_dict(shapes["params"], sep="/")
-    arrays = _read(folder, flat, _sources(config, family, module))
+    with ExitStack() as stack:
+        tensors = open_tensors(folder, stack)
+        module = _decoder(config, family, _is_tied(config, family, tensors))
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))
+        flat = flatten_dict(shapes["params"], sep="/")
+        arrays = _read(folder, tensors, flat, _sources(config, family, module))
     return module, {"params": unflatten_dict(arrays, sep="/")}
 
 
-HEAD = "lm_head.weight"
-
-
-class Tensor(NamedTuple):
+class Place(NamedTuple):
     """Where a tensor goes, and how it is turned: "as is", "transposed", or "taps" ([E, 1, W] -> [W, E])."""
 
     path: str
@@ -75,26 +81,26 @@ class Family(NamedTuple):
 
     block: Callable[[dict], Block]
     tied: bool  # whether the head is the embedding where the config does not say
-    mixer: dict[str, Tensor]  # by the name behind "backbone.layers.<i>.mixer."
+    mixer: dict[str, Place]  # by the name behind "backbone.layers.<i>.mixer."
 
 
-_CONV = {"conv1d.weight": Tensor("conv/weight", "taps"), "conv1d.bias": Tensor("conv/bias")}
+_CONV = {"conv1d.weight": Place("conv/weight", "taps"), "conv1d.bias": Place("conv/bias")}
 _MAMBA = _CONV | {
-    "in_proj.weight": Tensor("in_gate/kernel", "transposed"),
-    "x_proj.weight": Tensor("dt_B_C/kernel", "transposed"),
-    "dt_proj.weight": Tensor("dt/kernel", "transposed"),
-    "dt_proj.bias": Tensor("dt_bias"),
-    "A_log": Tensor("A_log"),
-    "D": Tensor("D"),
-    "out_proj.weight": Tensor("out/kernel", "transposed"),
+    "in_proj.weight": Place("in_gate/kernel", "transposed"),
+    "x_proj.weight": Place("dt_B_C/kernel", "transposed"),
+    "dt_proj.weight": Place("dt/kernel", "transposed"),
+    "dt_proj.bias": Place("dt_bias"),
+    "A_log": Place("A_log"),
+    "D": Place("D"),
+    "out_proj.weight": Place("out/kernel", "transposed"),
 }
 _MAMBA2 = _CONV | {
-    "in_proj.weight": Tensor("gate_in_dt/kernel", "transposed"),
-    "dt_bias": Tensor("dt_bias"),
-    "A_log": Tensor("A_log"),
-    "D": Tensor("D"),
-    "norm.weight": Tensor("norm"),
-    "out_proj.weight": Tensor("out/kernel", "transposed"),
+    "in_proj.weight": Place("gate_in_dt/kernel", "transposed"),
+    "dt_bias": Place("dt_bias"),
+    "A_log": Place("A_log"),
+    "D": Place("D"),
+    "norm.weight": Place("norm"),
+    "out_proj.weight": Place("out/kernel", "transposed"),
 }
 
 
@@ -117,8 +123,6 @@ def _falcon_block(config: dict) -> Block:
 
 def _mamba2_block(config: dict) -> Block:
     low, high = config.get("time_step_limit", (0.0, math.inf))
-    if low != 0 or high not in (math.inf, {"__float__": "Infinity"}):
-        raise ValueError(f"time_step_limit: got {[low, high]}; expected 0 and Infinity")
     width, heads, expand = _get(config, "hidden_size"), _get(config, "num_heads"), config.get("expand", 2)
     if heads * _get(config, "head_dim") != int(expand * width):
         size = f"expand * hidden_size / num_heads = {expand * width / heads:g}"
@@ -131,6 +135,8 @@ def _mamba2_block(config: dict) -> Block:
         "groups": config.get("n_groups", 8),
         "conv_width": config.get("conv_kernel", 4),
         "norm_epsilon": epsilon,
+        "norm_before_gate": config.get("norm_before_gate", False),
+        "dt_limit": (low, math.inf if high == {"__float__": "Infinity"} else high),
     }
     return Block("Mamba2", None, args, norm_args={"epsilon": epsilon})
 
@@ -148,7 +154,15 @@ def _get(config: dict, name: str) -> Any:
     return config[name]
 
 
-def _decoder(config: dict, family: Family) -> Decoder:
+def _is_tied(config: dict, family: Family, tensors: dict[str, Tensor]) -> bool:
+    """Whether the head is the embedding: what the file holds decides where it holds both."""
+    tied = config.get("tie_word_embeddings", family.tied)
+    if HEAD not in tensors or EMBEDDING not in tensors:
+        return tied
+    return tied and np.array_equal(tensors[HEAD].read(), tensors[EMBEDDING].read())
+
+
+def _decoder(config: dict, family: Family, tied: bool) -> Decoder:
     for name, known in {"hidden_act": ("silu", "swish"), "use_bias": (False,)}.items():
         if config.get(name, known[0]) not in known:
             raise ValueError(f"{name}: got {config[name]!r}; expected {' or '.join(map(repr, known))}")
@@ -157,7 +171,7 @@ def _decoder(config: dict, family: Family) -> Decoder:
         width=_get(config, "hidden_size"),
         blocks=(family.block(config),),
         repeats=_get(config, "num_hidden_layers"),
-        tie_embeddings=config.get("tie_word_embeddings", family.tied),
+        tie_embeddings=tied,
     )
 
 
@@ -181,14 +195,12 @@ class Source(NamedTuple):
 
 def _sources(config: dict, family: Family, module: Decoder) -> dict[str, Source]:
     """Path of each of our arrays -> what it is made of."""
-    once = {"embedding": "backbone.embeddings.weight", "norm/weight": "backbone.norm_f.weight"}
+    once = {"embedding": EMBEDDING, "norm/weight": "backbone.norm_f.weight"}
     if not module.tie_embeddings:
         once["head"] = HEAD
     sources = {path: Source((name,), False, "as is") for path, name in once.items()}
-    in_layer = {"norm.weight": Tensor("mixer_norm/weight")}
-    in_layer |= {
-        f"mixer.{name}": Tensor(f"mixer/{path}", turn) for name, (path, turn) in family.mixer.items()
-    }
+    in_layer = {"norm.weight": Place("mixer_norm/weight")}
+    in_layer |= {f"mixer.{name}": Place(f"mixer/{path}", turn) for name, (path, turn) in family.mixer.items()}
     if not config.get("use_conv_bias", True):
         del in_layer["mixer.conv1d.bias"]
     for name, (path, turn) in in_layer.items():
@@ -197,46 +209,25 @@ def _sources(config: dict, family: Family, module: Decoder) -> dict[str, Source]
     return sources
 
 
-def _read(folder: Path, shapes: dict[str, Any], sources: dict[str, Source]) -> dict:
+def _read(
+    folder: Path, tensors: dict[str, Tensor], shapes: dict[str, Any], sources: dict[str, Source]
+) -> dict[str, Array]:
     """Our arrays by their paths, once every tensor is known to be there in the right shape."""
-    with ExitStack() as stack:
-        files = _open(folder, stack)
-        wanted = {
-            name: list(source.shape_in_file(shapes[path].shape))
-            for path, source in sources.items()
-            for name in source.names
-        }
-        found = {name: list(file.get_slice(name).get_shape()) for name, file in files.items()}
-        wrong = [name for name in wanted if name in found and found[name] != wanted[name]]
-        problems = {
-            "missing": [name for name in wanted if name not in found],
-            "unexpected": sorted(set(found) - set(wanted) - {HEAD}),  # a tied head may be there as well
-            "misshaped": [f"{name} {found[name]} (expected {wanted[name]})" for name in wrong],
-        }
-        if any(problems.values()):
-            lines = [f"\n  {what}: {', '.join(names)}" for what, names in problems.items() if names]
-            raise ValueError(
-                f"folder: {str(folder)!r} does not hold what its config.json says{''.join(lines)}"
-            )
-        values = {
-            path: source.array(lambda name: files[name].get_tensor(name)) for path, source in sources.items()
-        }
+    wanted = {
+        name: list(source.shape_in_file(shapes[path].shape))
+        for path, source in sources.items()
+        for name in source.names
+    }
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = [name for name in wanted if name in found and found[name] != wanted[name]]
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": sorted(set(found) - set(wanted) - {HEAD}),  # a tied head may be there as well
+        "misshaped": [f"{name} {found[name]} (expected {wanted[name]})" for name in wrong],
+    }
+    if any(problems.values()):
+        lines = [f"\n  {what}: {', '.join(names)}" for what, names in problems.items() if names]
+        raise ValueError(f"folder: {str(folder)!r} does not hold what its config.json says{''.join(lines)}")
+    values = {path: source.array(lambda name: tensors[name].read()) for path, source in sources.items()}
     # What no tensor makes is the bias of convolutions that have none.
     return {path: values.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in shapes.items()}
-
-
-def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Name of each tensor in the folder -> the open file it is in."""
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError("loading a checkpoint needs safetensors: pip install safetensors") from error
-    index = folder / "model.safetensors.index.json"
-    shards = ["model.safetensors"]
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    absent = [name for name in shards if not (folder / name).is_file()]
-    if absent:
-        raise ValueError(f"folder: {str(folder)!r} lacks {', '.join(absent)}")
-    opened = [stack.enter_context(safe_open(folder / name, framework="numpy")) for name in shards]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no mapping
