@@ -1,25 +1,27 @@
 """The Legendre delay system of the LMU: a window of the past as a few polynomial coefficients."""
 
 import functools
+import itertools
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .common.arguments import accumulator, as_shaped, reject
-from .common.documents import documents
+from .common.arguments import accumulator, as_shaped, known, reject
+from .common.documents import check_segment_ids, documents
 from .common.operation import Choice, record_choice
 from .common.rows import outputs_at, rows
 
-Method = Literal["fft", "recurrent"]
+Method = Literal["chunks", "fft", "recurrent"]
 
 # On CPU the loop: up to order 64 a convolution takes 1.4 to 5 times as long at every length from 4 to 256
 # tokens, at order 256 it takes 0.6 to 1.7 times as long (benchmarks/results/lmu_cpu.json, one core). On TPU
-# and GPU, where each step of a loop waits for the last, a convolution from this many tokens on: not measured.
-_FFT_FROM = 16
+# and GPU, where each step of a loop waits for the last, chunks from this many tokens on: not measured.
+_CHUNKS_FROM = 16
+_CHUNK = 32  # tokens
 
 
 def lmu(
@@ -46,14 +48,15 @@ def lmu(
       theta: the window's length in tokens, > 0.
       initial_state: the memory before the first token [B, D, N]; None means zeros.
       segment_ids: the document of each token; the memory restarts wherever the id changes. The initial state
-        belongs to the first token's document. A convolution knows no documents: "recurrent" alone takes them.
+        belongs to the first token's document. "recurrent" alone takes them.
       lengths: how many tokens of each row are real [B]; None means all. Those after them are not read, so
         nothing that stands there matters; their outputs are zeros.
       segment_states: return the states after each of a row's first N documents [B, N, ...] instead of its
         last; zeros for documents that a row does not have.
       reverse: read each row from its last real token to its first.
-      method: "fft" (a convolution, parallel over time) or "recurrent" (a loop); None takes the loop on CPU,
-        elsewhere for streams and segment_ids alone.
+      method: "recurrent" (a loop), "chunks" (products over 32 tokens, and a loop over those) or "fft" (one
+        convolution over all tokens, whose rounding lets a sample change the last digits of earlier memories).
+        None takes the loop on CPU, elsewhere for streams and segment_ids alone.
 
     Returns:
       m [B, T, D, N] in u's dtype, and the last memory [B, D, N] in float32 (float64 for float64 inputs),
@@ -91,7 +94,10 @@ def lmu(
     def recurrence(wide, m0):
         return _recurrence(wide, m0, float(theta), segment_ids)
 
-    forms = {"fft": convolution, "recurrent": recurrence}
+    def chunks(wide, m0):
+        return _in_chunks(wide, m0, float(theta))
+
+    forms = {"chunks": chunks, "fft": convolution, "recurrent": recurrence}
     chosen = _methods(u, segment_ids, method)
     record_choice(lambda: Choice("lmu", {place: f"xla ({form})" for place, form in chosen.items()}, {}))
     on_cpu, elsewhere = forms[chosen["cpu"]], forms[chosen["tpu"]]
@@ -106,7 +112,8 @@ def lmu(
 
 def _methods(u, segment_ids, method: Method | None) -> dict[str, Method]:
     """The method of each platform."""
-    elsewhere: Method = "fft" if u.shape[1] >= _FFT_FROM and segment_ids is None else "recurrent"
+    in_chunks = segment_ids is None and known(u.shape[1]) and u.shape[1] >= _CHUNKS_FROM
+    elsewhere: Method = "chunks" if in_chunks else "recurrent"
     return {"cpu": method or "recurrent", "tpu": method or elsewhere, "cuda": method or elsewhere}
 
 
@@ -160,6 +167,26 @@ def _free_response(m_BDN: Array, T: int, theta: float) -> Array:
     return m_BTDN[:, :T]
 
 
+def _in_chunks(u_BTD: Array, m_BDN: Array, theta: float) -> Array:
+    """m [B, T, D, N] in chunks of C tokens: what their own samples leave, and what is left of older ones."""
+    (B, T, D), N, C = u_BTD.shape, m_BDN.shape[-1], _CHUNK
+    response_CN = _impulse_response(N, theta, C)
+    since = np.arange(C)[:, None] - np.arange(C)
+    toeplitz = np.where((since >= 0)[..., None], response_CN[np.maximum(since, 0)], 0)
+    power, _ = _system(N, theta)
+    fade = np.stack(list(itertools.accumulate([power] * C, np.matmul)))
+    spread_CCN, fade_CNN = (jnp.asarray(x, u_BTD.dtype) for x in (toeplitz, fade))
+    u_BLCD = jnp.pad(u_BTD, ((0, 0), (0, -T % C), (0, 0))).reshape(B, -1, C, D)
+    own_BLCDN = jnp.einsum("blsd,csn->blcdn", u_BLCD, spread_CCN, precision="highest")
+
+    def step(m_BDN, own_BDN):
+        return jnp.einsum("bdj,ij->bdi", m_BDN, fade_CNN[-1], precision="highest") + own_BDN, m_BDN
+
+    _, before = jax.lax.scan(step, m_BDN, jnp.moveaxis(own_BLCDN[:, :, -1], 1, 0))
+    faded_BLCDN = jnp.einsum("lbdj,cij->blcdi", before, fade_CNN, precision="highest")
+    return (own_BLCDN + faded_BLCDN).reshape(B, -1, D, N)[:, :T]
+
+
 def _recurrence(u_BTD: Array, m_BDN: Array, theta: float, segment_ids: Array | None) -> Array:
     A_NN, B_N = (jnp.asarray(x, u_BTD.dtype) for x in _system(m_BDN.shape[-1], theta))
     packed = documents(segment_ids, *u_BTD.shape[:2])
@@ -168,7 +195,9 @@ def _recurrence(u_BTD: Array, m_BDN: Array, theta: float, segment_ids: Array | N
     def step(m_BDN, token):
         u_BD, start_B = token
         m_BDN = jnp.where(start_B[:, None, None], 0, m_BDN)
-        m_BDN = jnp.einsum("bdj,ij->bdi", m_BDN, A_NN, precision="highest") + u_BD[..., None] * B_N[None, None]
+        m_BDN = (
+            jnp.einsum("bdj,ij->bdi", m_BDN, A_NN, precision="highest") + u_BD[..., None] * B_N[None, None]
+        )
         return m_BDN, m_BDN
 
     tokens = (jnp.moveaxis(u_BTD, 1, 0), jnp.moveaxis(starts, 1, 0))
@@ -183,17 +212,16 @@ def _check(u, order, theta, initial_state, segment_ids, method) -> None:
         raise ValueError(f"order: got {order}; expected a whole number >= 1")
     if not theta > 0:
         raise ValueError(f"theta: got {theta}; expected a number of tokens above 0")
-    if method not in (None, "fft", "recurrent"):
-        raise ValueError(f"method: got {method!r}; expected 'fft', 'recurrent' or None")
+    if method not in (None, *get_args(Method)):
+        raise ValueError(f"method: got {method!r}; expected {', '.join(map(repr, get_args(Method)))} or None")
     B, T, D = u.shape
     if initial_state is not None and (
         initial_state.shape != (B, D, order) or not jnp.issubdtype(initial_state.dtype, jnp.floating)
     ):
         reject("initial_state", initial_state, f"floating [{B}, {D}, {order}]")
     if segment_ids is not None:
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer) or segment_ids.shape != (B, T):
-            reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
-        if method == "fft":
+        check_segment_ids(segment_ids, (B, T))
+        if method not in (None, "recurrent"):
             raise ValueError(
-                "segment_ids: a convolution knows no documents; expected method 'recurrent' or None"
+                f"segment_ids: method {method!r} knows no documents; expected method 'recurrent' or None"
             )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from .common.arguments import as_shaped, reject
+from .common.arguments import accumulator, as_shaped, operand_dtype, reject
 from .common.operation import Backend
 from .selective_scan import selective_scan
 
@@ -63,11 +63,13 @@ def selective_scan_2d(
     _check_paths(paths, dt, A, B, C, D, dt_bias)
 
     def one(x, dt, A, B, C, D, dt_bias):
+        x = x.astype(operand_dtype(x.dtype))  # paths add up before they are float16 again
         y, _ = selective_scan(x, dt, A, B, C, D, dt_bias=dt_bias, dt_softplus=dt_softplus, backend=backend)
         return y
 
     y = jax.vmap(one)(paths, dt, A, B, C, D, dt_bias)
-    return merge_paths_2d(y, x.shape[1], x.shape[2], scan=scan, step=step)
+    image = merge_paths_2d(y.astype(accumulator(y.dtype)), x.shape[1], x.shape[2], scan=scan, step=step)
+    return image.astype(x.dtype)
 
 
 def _check_paths(paths, dt, A, B, C, D, dt_bias) -> None:

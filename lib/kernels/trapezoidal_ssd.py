@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jaxtyping import Array, Float, Int
 
-from .common.arguments import accumulator, as_shaped, operand_dtype, reject
+from .common.arguments import accumulator, as_shaped, operand_dtype, rates, reject
 from .common.documents import Documents, documents
 from .common.operation import Backend
 from .common.rows import outputs_at, rows
@@ -96,7 +96,7 @@ def trapezoidal_ssd(
     if read is not None:
         x, dt, A, B, C, mix = map(read.read, (x, dt, A, B, C, mix))
         segment_ids = read.ids
-    dt, A, mix = (y.astype(wide) for y in (dt, A, mix))
+    dt, A, mix = dt.astype(wide), rates(A, wide), mix.astype(wide)
 
     a_BTH, own_BTH = jnp.exp(dt * A), mix * dt
     weight_BTH = a_BTH * (jnp.pad(own_BTH[:, :-1], ((0, 0), (1, 0), (0, 0))) + (1 - mix) * dt)

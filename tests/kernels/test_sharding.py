@@ -15,7 +15,7 @@ def placed() -> list:
         if row.placed
         for first in [("pallas_tpu", "Explicit") if row.quick else (None, "Auto")]
         for backend in row.cases
-        if backend not in ("reference", "pallas_gpu", "fft")
+        if backend not in ("reference", "pallas_gpu", "chunks", "fft")
         for kind in row.meshes
     ]
 

@@ -26,7 +26,7 @@ def test_vmap_equals_a_loop(operation, backend):
     """Values and gradients of two calls at once."""
     row = OPERATIONS[operation]
     arguments = row.arguments(row.small | ({"dtype": "bfloat16"} if backend == "pallas_gpu" else {}))
-    if backend == "fft":
+    if backend in ("chunks", "fft"):
         del arguments["segment_ids"]
     floats, arrays, static = parts(arguments)
     run = program(row, backend, static)
@@ -56,7 +56,7 @@ def test_forward_mode_and_second_derivatives(operation, backend):
     """jvp equals vjp, curvatures are the same in every order of modes, and both are finite differences."""
     row = OPERATIONS[operation]
     arguments = row.arguments(row.small | {"dtype": "float64"})
-    if backend == "fft":
+    if backend in ("chunks", "fft"):
         del arguments["segment_ids"]
     floats, arrays, static = parts(arguments)
     arrays = jax.tree.map(jnp.asarray, arrays)

@@ -1,21 +1,34 @@
 """Argument checks that every operation shares."""
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def accumulator(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of states and sums: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(dtype, jnp.float32)
+def accumulator(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The dtype of states and sums: float32, or float64 if any input is."""
+    return jnp.dtype(jnp.float64 if jnp.float64 in dtypes else jnp.float32)
 
 
 def operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of a product's operands: the input's, but float32 for float16, whose range holds no sums."""
-    return jnp.promote_types(dtype, jnp.float32) if dtype == jnp.float16 else dtype
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+
+
+def rates(A: Array, dtype: jnp.dtype) -> Array:
+    """Rates A <= 0 of decay in `dtype`, minus infinity as a number that is finite in other units of time too.
+
+    Of A = -exp(A_log) an extreme parameter makes infinity, and 0 * A would be NaN, here and in gradients.
+    """
+    return jnp.maximum(A.astype(dtype), jnp.asarray(jnp.finfo(dtype).min / 2, dtype))
+
+
+def known(size: Any) -> bool:
+    """Say whether a size is a number, not a symbol, as in programs exported for any batch or length."""
+    return isinstance(size, int)
 
 
 def as_shaped(x):

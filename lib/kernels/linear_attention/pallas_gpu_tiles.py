@@ -21,7 +21,7 @@ from ..common.hopper import F32, ROWS, Tiles, along_rows
 CHUNK = 64
 LEVELS = 6  # 2**6 == CHUNK
 SQUARE = (CHUNK, CHUNK)
-SMALLEST_LOG = -1e4  # exp of it is 0; keeps log_decay = -inf out of 0 * inf
+SMALLEST_LOG = -127.0  # exp of it is 0; sums of 64 keep their digits, and -inf stays out of 0 * inf
 
 
 class ChunkTiles(Tiles):

@@ -178,7 +178,7 @@ class _Call:
         if x is None:
             return
         if name == "rows":
-            many, groups = x.shape[0] > 1, x.shape[1] > 1
+            many, groups = int(x.shape[0] > 1), int(x.shape[1] > 1)
             block = (1, 1, SUBLANES, self.tiling.block)
             self.launch.add(name, x, pl.BlockSpec(block, lambda b, h, t: (b * many, h * groups, 0, at(t))))
         elif name == "initial_state":

@@ -33,7 +33,7 @@ def check(a, b, initial_state, segment_ids, reverse: bool) -> Inputs:
     B, T, D = a.shape
     if initial_state is not None and initial_state.shape != (B, D):
         reject("initial_state", initial_state, f"[{B}, {D}]")
-    dtype = accumulator(jnp.promote_types(a.dtype, b.dtype))
+    dtype = accumulator(a.dtype, b.dtype)
     h0 = jnp.zeros((B, D), dtype) if initial_state is None else initial_state.astype(dtype)
     packed = documents(segment_ids, B, T)
     if packed is None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from ..common.arguments import accumulator, reject
+from ..common.arguments import accumulator, operand_dtype, reject
 from ..common.documents import documents
 from ..common.rows import Rows
 from .cells import CELLS, Cell, find
@@ -51,6 +51,7 @@ def check(gates, recurrent, bias, initial_state, segment_ids, *, cell: str) -> I
     packed = documents(segment_ids, B, T)
     starts = None if packed is None else packed.starts
     dtype = accumulator(gates.dtype)
+    recurrent = recurrent.astype(operand_dtype(recurrent.dtype))  # of float16: states may be above its range
     state = jnp.zeros((B, S, H, D), dtype) if initial_state is None else initial_state.astype(dtype)
     bias = jnp.zeros((H, G, D), gates.dtype) if bias is None else bias
     return Inputs(gates, recurrent, bias, state, starts)

@@ -19,7 +19,7 @@ def pre_activations(call: Inputs, h: Array) -> Array:
     r = jnp.einsum(
         "bthi,hgio->bthgo", before(call, h), call.recurrent, precision="highest", preferred_element_type=dtype
     )
-    x, r = call.gates.astype(dtype), r + call.bias.astype(dtype)
+    x, r = call.gates.astype(dtype), r + call.bias.astype(dtype)[None, None]
     if call.cell.inputs == call.cell.recurrent:
         return x + r
     split = ([y[..., g, :] for g in range(call.cell.gates)] for y in (x, r))

@@ -139,10 +139,11 @@ def _chunked(tokens):
     """[chunks, CHUNK, ...], with tokens at the end that have dt = 0: they leave the state as it is."""
     T = jax.tree.leaves(tokens)[0].shape[0]
     chunk = min(CHUNK, T) if known(T) else CHUNK
+    chunks = -(-T // chunk)
 
     def cut(x):
-        x = jnp.pad(x, ((0, -T % chunk), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(-1, chunk, *x.shape[1:])
+        x = jnp.pad(x, ((0, chunks * chunk - T), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(chunks, chunk, *x.shape[1:])
 
     return jax.tree.map(cut, tokens)
 

@@ -35,7 +35,7 @@ def test_one_token_goes_to_xla_on_gpu(op):
     assert "cuda: pallas_gpu" in named  # who names it gets it
 
 
-@pytest.mark.parametrize(("T", "method"), [(1, "recurrent"), (1000, "fft")])
+@pytest.mark.parametrize(("T", "method"), [(1, "recurrent"), (1000, "chunks")])
 def test_lmu_names_its_method(T, method):
     text = frugax.kernels.explain("lmu", array(1, T, 3), 4, 50.0)
     assert "cpu: xla (recurrent)" in text

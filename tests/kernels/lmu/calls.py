@@ -22,6 +22,7 @@ CASES = {
         {"T": 45, "state": True},
         {"T": 1},
     ],
+    "chunks": [{"T": 70, "state": True}, {"T": 9, "dtype": "bfloat16"}],
     "recurrent": [{"T": 45, "state": True, "packed": True}, {"T": 1, "dtype": "bfloat16"}],
     None: [{"T": 45}],
 }
@@ -32,8 +33,8 @@ WRONG = [
     ({"u": jnp.ones((2, 5, 3), jnp.int32)}, "u: got int32"),
     ({"order": 0}, "order: got 0"),
     ({"theta": 0.0}, "theta: got 0.0"),
-    ({"method": "scan"}, "method: got 'scan'; expected 'fft', 'recurrent' or None"),
+    ({"method": "scan"}, "method: got 'scan'; expected 'chunks', 'fft', 'recurrent' or None"),
     ({"initial_state": jnp.ones((2, 3, 5))}, r"initial_state: got .* expected floating \[2, 3, 4\]"),
     ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids: got .* expected integers \[2, 5\]"),
-    ({"segment_ids": jnp.ones((2, 5), jnp.int32), "method": "fft"}, "segment_ids: a convolution knows no"),
+    ({"segment_ids": jnp.ones((2, 5), jnp.int32), "method": "fft"}, "segment_ids: method 'fft' knows no"),
 ]
