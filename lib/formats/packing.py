@@ -27,7 +27,7 @@ def pack(codes: Array, bits: int) -> Array:
     for width in _planes(bits):
         part = (codes >> low) & ((1 << width) - 1)
         part = part.reshape(*codes.shape[:-1], -1, 8 // width)
-        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
+        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8).reshape(*[1] * (part.ndim - 1), -1)
         planes.append(jnp.sum(part << shifts, axis=-1, dtype=jnp.uint8))
         low += width
     return planes[0] if len(planes) == 1 else jnp.concatenate(planes, axis=-1)
@@ -39,7 +39,7 @@ def unpack(packed: Array, bits: int, *, signed: bool) -> Array:
     codes, low, byte = jnp.zeros((*packed.shape[:-1], n), jnp.int32), 0, 0
     for width in _planes(bits):
         count = n * width // 8
-        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)
+        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8).reshape(*[1] * packed.ndim, -1)
         part = (packed[..., byte : byte + count, None] >> shifts) & ((1 << width) - 1)
         codes = codes | (part.astype(jnp.int32).reshape(codes.shape) << low)
         low, byte = low + width, byte + count

@@ -15,7 +15,7 @@ from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import SimpleRMSNorm
 from ..modules.over_depth import LayerFraction
 from ..modules.rotary import angles, positions
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 
 class LightningState(NamedTuple):
@@ -94,22 +94,21 @@ class LightningAttention(Mixer):
             angle = angles(place[:, :, None, None], theta_HK[None, None], accumulator(x.dtype))
             cos, sin = jnp.cos(angle), jnp.sin(angle)
             q_BTHK, k_BTHK = (
-                jnp.concatenate([y * cos, y * sin], axis=-1).astype(x.dtype) for y in (q_BTHK, k_BTHK)
+                jnp.concatenate([y.astype(cos.dtype) * part for part in (cos, sin)], axis=-1).astype(x.dtype)
+                for y in (q_BTHK, k_BTHK)
             )
 
         slopes = jnp.asarray(decay_slopes(H), accumulator(x.dtype))
         log_decay_H = -slopes * (1 + 1e-5 - (0.0 if fraction is None else fraction))
         o_BTHV, memory = linear_attention(
-            q_BTHK,
-            k_BTHK,
-            v_BTHV,
+            *summable(q_BTHK, k_BTHK, v_BTHV),
             log_decay_H,
             scale=1.0,
             initial_state=None if state is None else state.memory,
             **rows,
             backend=self.backend,
         )
-        o = SimpleRMSNorm()(merge_heads(o_BTHV))
+        o = SimpleRMSNorm()(merge_heads(o_BTHV)).astype(x.dtype)
         return self.output(u * o, D), LightningState(memory, offset)
 
 

@@ -11,7 +11,7 @@ from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
 from ..modules.feature_maps import LearnedMap, elu_plus_one, taylor
 from ..modules.heads import head_size, merge_heads, split_heads
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 FEATURE_MAPS = ("elu+1", "relu", "taylor", "learned")
 
@@ -60,7 +60,7 @@ class LinearAttention(Mixer):
         K = self.key_size or (16 if self.feature_map == "taylor" else V)
         q_k, v = jnp.split(self.dense(x, H * (2 * K + V), "qkv"), [2 * H * K], axis=-1)
         q_BTHK, k_BTHK = (split_heads(y, H) for y in jnp.split(q_k, 2, axis=-1))
-        v_BTHV = split_heads(v, H)
+        q_BTHK, k_BTHK, v_BTHV = summable(q_BTHK, k_BTHK, split_heads(v, H))
         q_BTHF, k_BTHF = self._features(q_BTHK, "q_map"), self._features(k_BTHK, "k_map")
 
         if self.normalize:  # a column of ones adds up the weights
@@ -76,8 +76,8 @@ class LinearAttention(Mixer):
         )
         if self.normalize:
             o_BTHV, weight = o_BTHV[..., :-1], o_BTHV[..., -1:].astype(accumulator(x.dtype))
-            o_BTHV = (o_BTHV / (weight + self.epsilon)).astype(x.dtype)
-        return self.output(merge_heads(o_BTHV), D), LinearAttentionState(memory)
+            o_BTHV = (o_BTHV.astype(weight.dtype) / (weight + self.epsilon)).astype(x.dtype)
+        return self.output(merge_heads(o_BTHV).astype(x.dtype), D), LinearAttentionState(memory)
 
     def _features(self, x: Array, name: str) -> Array:
         if self.feature_map == "elu+1":

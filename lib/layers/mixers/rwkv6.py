@@ -11,10 +11,11 @@ from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
 from ...kernels.common.rows import last_output
 from ..modules.heads import head_size, merge_heads, split_heads
+from ..modules.inputs import beside
 from ..modules.norms import HeadLayerNorm
 from ..modules.over_depth import LayerFraction
 from ..modules.token_shift import Start, log_decay, token_shift
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 
 class RWKV6State(NamedTuple):
@@ -65,24 +66,23 @@ class RWKV6(Mixer):
 
         before = None if state is None else state.last
         step = token_shift(x, before, rows["segment_ids"]) - x
-        mixed = x + step * self._param("mu_x", start.mix, (D,), x.dtype)
+        mixed = x + step * beside(self._param("mu_x", start.mix, (D,), x.dtype), x)
         low = jnp.tanh(self.dense(mixed, 5 * self.mix_rank, "mix_in"))
         low = low.reshape(*x.shape[:2], 5, self.mix_rank)
         up = self._param("mix_out", nn.initializers.zeros, (5, self.mix_rank, D), x.dtype)
-        mix = self._param("mu", start.mixes, (5, D), x.dtype) + jnp.einsum("btnr,nrd->btnd", low, up)
+        mix = jnp.einsum("btnr,nrd->btnd", low, up)
+        mix = mix + beside(self._param("mu", start.mixes, (5, D), x.dtype), mix)
         r, k, v, g, w = jnp.moveaxis(x[:, :, None] + step[:, :, None] * mix, 2, 0)
 
         r, k, v, g = (self.dense(y, D, name) for y, name in ((r, "r"), (k, "k"), (v, "v"), (g, "g")))
         wide = accumulator(x.dtype)
         low = jnp.tanh(self.dense(w, self.decay_rank, "decay_in"))
         w = low @ self._param("decay_out", nn.initializers.zeros, (self.decay_rank, D), x.dtype)
-        w = w.astype(wide) + self._param("decay", start.decay, (D,), wide)
+        w = w.astype(wide) + beside(self._param("decay", start.decay, (D,), wide), w)
         u_HK = self._param("bonus", start.bonus, (H, K), wide)
 
         o_BTHV, memory = linear_attention(
-            split_heads(r, H),
-            split_heads(k, H),
-            split_heads(v, H),
+            *summable(*(split_heads(y, H) for y in (r, k, v))),
             split_heads(log_decay(w), H),
             bonus=u_HK,
             scale=1.0,
@@ -90,7 +90,7 @@ class RWKV6(Mixer):
             **rows,
             backend=self.backend,
         )
-        o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV))
+        o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV)).astype(x.dtype)
         return self.output(o * jax.nn.silu(g), D), RWKV6State(memory, last_output(x, before, **rows))
 
     def _param(self, name: str, init, shape: tuple[int, ...], dtype) -> Array:

@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ...kernels.common.arguments import accumulator
+from .inputs import beside
 
 
 def rms_normalize(x: Array, epsilon: float) -> Array:
@@ -35,7 +36,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        return (rms_normalize(x, self.epsilon) * weight).astype(self.dtype or x.dtype)
+        return (rms_normalize(x, self.epsilon) * beside(weight, x)).astype(self.dtype or x.dtype)
 
 
 class SimpleRMSNorm(nn.Module):
@@ -80,7 +81,8 @@ class GatedNorm(nn.Module):
     def __call__(self, x: Array, gate: Array) -> Array:
         y = rms_normalize(x, self.epsilon)
         if self.affine:
-            y = y * self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+            weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+            y = y * beside(weight, y)
         return y.astype(x.dtype) * self.activation(gate)
 
 
@@ -105,4 +107,4 @@ class HeadLayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, x.shape[-2:], self.param_dtype)
         y = x.astype(accumulator(x.dtype))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-        return (rms_normalize(y, self.epsilon) * weight + bias).astype(x.dtype)
+        return (rms_normalize(y, self.epsilon) * beside(weight, y) + beside(bias, y)).astype(x.dtype)

@@ -10,6 +10,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from .inputs import beside
+
 
 class LayerFraction(nn.Module):
     """{"fraction": l / (L - 1)} for the layers l = 0..L-1 of a decoder of L, and 0 where L is 1."""
@@ -44,7 +46,7 @@ def floored_gate(logits: Array, floor: Array | None) -> tuple[Array, Array]:
       logits: any shape [..., D]; below -60 they count as -60, where the gate is closed but its log finite.
       floor: [D] in [0, 1); None means 0.
     """
-    lowest = 0.0 if floor is None else floor
+    lowest = 0.0 if floor is None else beside(floor, logits)
     z = jnp.maximum(logits, -60.0)
     log_f = jax.nn.log_sigmoid(z) + jnp.log1p(lowest * jnp.exp(-z))
     return jnp.minimum(log_f, 0), (1 - lowest) * jax.nn.sigmoid(-z)  # rounding can leave it above 0

@@ -41,7 +41,7 @@ def positions(
     B, T = shape
     before = jnp.zeros(B, jnp.int32) if offset is None else offset.astype(jnp.int32)
     packed = documents(segment_ids, B, T)
-    place = before[:, None] + jnp.arange(T, dtype=jnp.int32) if packed is None else packed.reach(before)
+    place = before[:, None] + jnp.arange(T, dtype=jnp.int32)[None] if packed is None else packed.reach(before)
     rows = RowArguments(segment_ids=segment_ids, lengths=lengths, segment_states=segment_states)
     return place, last_output(place + 1, before, **rows)
 

@@ -45,6 +45,6 @@ class Start:
 
     def bonus(self, key, shape, dtype):
         channels = jnp.arange(shape[0] * shape[1])
-        zigzag = 0.1 * ((channels + 1) % 3 - 1)
+        zigzag = 0.1 * ((channels + 1) % 3 - 1).astype(jnp.float32)
         falling = self.fraction * (1 - channels / max(channels.size - 1, 1))
         return (falling + zigzag).reshape(shape).astype(dtype)

@@ -58,7 +58,7 @@ def scale_by_fisher(history: int = 20, damping: Any = 1e-3) -> optax.GradientTra
 
         def precondition(h: Array) -> Array:
             gram = slicewise(lambda h_SK: h_SK @ h_SK.T, h.reshape(*h.shape[:-2], -1))
-            damped = gram + damping * jnp.eye(size, dtype=h.dtype)
+            damped = gram + damping * jnp.eye(size, dtype=h.dtype).reshape(*[1] * (gram.ndim - 2), size, size)
             newest = jnp.zeros(size, h.dtype).at[place].set(1)
             weights = slicewise(lambda a: jnp.linalg.solve(a, newest), damped)
             return jnp.einsum("...i,...irn->...rn", weights, h)

@@ -393,7 +393,8 @@ class DCT(_Rowwise):
         """The chosen columns [..., m, r]."""
         k = kept[..., None, :]
         scale = jnp.where(k == 0, m**-0.5, (2 / m) ** 0.5).astype(dtype)
-        turns = (2 * jnp.arange(m)[:, None] + 1) * k % (4 * m)  # whole turns drop out before they cost digits
+        odd = (2 * jnp.arange(m) + 1).reshape(*[1] * (k.ndim - 2), m, 1)
+        turns = odd * k % (4 * m)  # whole turns drop out before they cost digits
         return scale * jnp.cos((jnp.pi / (2 * m)) * turns.astype(dtype))
 
     def down(self, g: Array, kept: Array, key: Any) -> Array:

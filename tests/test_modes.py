@@ -1,0 +1,80 @@
+"""Strict settings of JAX, which users turn on to find their own mistakes, find none of the library's."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import frugax
+from tests.kernels.harness import OPERATIONS, parts
+from tests.layers.mixers.mixers import MIXERS, VARIANTS, make
+from tests.optim.optimizers import CASES as OPTIMIZERS
+
+
+@contextlib.contextmanager
+def strict():
+    """Raise where JAX would add axes, or widen a dtype, by itself."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_trace_under_strict_promotion(operation):
+    """Value and gradients, with all arguments, of the form that a CPU gets; in bfloat16 where it may be."""
+    row = OPERATIONS[operation]
+    has_gradients = row.check is None
+    floats, arrays, static = parts(
+        row.arguments(row.small | ({"dtype": "bfloat16"} if has_gradients else {}))
+    )
+    floats, arrays = jax.tree.map(jnp.asarray, (floats, arrays))
+
+    def results(floats):
+        return row.call(
+            None if row.choice != "backend" or row.composed else "xla", **floats, **arrays, **static
+        )
+
+    def gradients(floats):
+        out, pull = jax.vjp(results, floats)
+        return pull(out)
+
+    with strict():
+        jax.eval_shape(gradients if has_gradients else results, floats)
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in VARIANTS])
+def test_mixers_trace_under_strict_promotion(name):
+    """Value and gradients, packed and with a state: bfloat16 layers over float32 parameters."""
+    module = make(name, time=5, dtype=jnp.float32)[0].clone(dtype=jnp.bfloat16)
+    x, ids = jnp.ones((2, 5, 8), jnp.bfloat16), jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
+    with strict():
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        _, state = jax.eval_shape(module.apply, variables, x)
+
+        def loss(variables, x, state):
+            y, _ = module.apply(variables, x, state=state, segment_ids=ids)
+            return jnp.sum(y.astype(jnp.float32))
+
+        jax.eval_shape(jax.grad(loss, (0, 1)), variables, x, state)
+
+
+def test_decoders_trace_under_strict_promotion():
+    """Tied bfloat16 layers of two kinds, with remat, documents and padded rows."""
+    blocks = (frugax.layers.Block("RWKV6", "RWKVChannel", {"heads": 2}), frugax.layers.Block("Mamba", "MLP"))
+    model = frugax.layers.Decoder(11, 8, blocks, 2, remat=True, dtype=jnp.bfloat16)
+    tokens, ids = jnp.ones((2, 5), jnp.int32), jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
+    how = {"segment_ids": ids, "lengths": jnp.array([5, 3])}
+    with strict():
+        variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        _, state = jax.eval_shape(model.apply, variables, tokens)
+        jax.eval_shape(jax.grad(lambda v, s: jnp.sum(model.apply(v, tokens, s, **how)[0])), variables, state)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_promote_no_rank(name):
+    """Under strict dtype promotion Optax's own bias correction doesn't trace, nor any Adam with it."""
+    optimizer = OPTIMIZERS[name].make(1e-2)
+    params = {"layers": {"kernel": jnp.ones((3, 8, 12))}, "bias": jnp.ones(12)}
+    with jax.numpy_rank_promotion("raise"):
+        state = jax.eval_shape(optimizer.init, params)
+        jax.eval_shape(optimizer.update, params, state, params)
