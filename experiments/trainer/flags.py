@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of experiments/configs; FILE:smoke is the same run in seconds."
@@ -48,8 +48,20 @@ def parse(argv: list[str]) -> list[str]:
     if options and CONFIG.value is not None:
         with CONFIG.value.unlocked():
             for name, _, text in options:
-                CONFIG.value.optimizer.options[name] = _literal(text)
+                _put(CONFIG.value.optimizer.options, name.split("."), _literal(text))
     return left
+
+
+def _put(node: ConfigDict, path: list[str], value: Any) -> None:
+    """Set a field below `node`, such as moments.group_size, with the dicts on the way to it."""
+    *above, last = path
+    for key in above:
+        if key not in node:
+            node[key] = ConfigDict()
+        node = node[key]
+    if last in node:
+        del node[last]  # with its type
+    node[last] = value
 
 
 def _literal(text: str) -> Any:

@@ -103,7 +103,8 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     unknown = sorted(set(options) - set(takes))
     if unknown:
         raise ValueError(
-            f"optimizer.options: {config.name} takes no {', '.join(unknown)}; expected {', '.join(takes)}"
+            f"optimizer.options.{unknown[0]}: got {options[unknown[0]]!r}; expected an argument of "
+            f"{config.name}, which takes {', '.join(takes)}"
         )
     if config.name == "muon":
         # Muon's orthogonal update is scaled to AdamW's usual size: one learning rate can serve both halves.
@@ -154,8 +155,8 @@ def _eight_bit(fields: dict[str, Any]) -> frugax.optim.EightBit:
         fields = fields | {"full_precision": lambda path: bool(found.search(path))}
     try:
         return frugax.optim.EightBit(**fields)
-    except TypeError as error:
-        raise ValueError(f"optimizer.options.moments: {error}; expected fields of EightBit") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"optimizer.options.moments: {error}; see frugax.optim.EightBit") from error
 
 
 def check_optimizer(config: ConfigDict, optimizer: optax.GradientTransformation, params: Any) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from experiments import train
 from experiments.trainer.optimizers import make_optimizer
-from experiments.trainer.runs import build_model
+from experiments.trainer.runs import build_model, shapes_of
+from tests.experiments import tiny
 from tests.experiments.runs import ROOT, call, finish, start, write_corpus
 
 FILES = sorted((ROOT / "experiments/configs").glob("*/*.py"))
@@ -46,6 +47,19 @@ def test_a_config_says_what_it_is_for_and_builds(name):
         get_config("large")
 
 
+def test_params_in_float32_are_the_master_weights_of_a_narrow_model():
+    config = tiny.get_config()
+    config.model.update(vocab_size=256, dtype="bfloat16")
+    module = build_model(config)
+    shapes = shapes_of(module, config)
+    assert {x.dtype.name for x in jax.tree.leaves(shapes)} == {"float32"}
+    seen = jax.eval_shape(
+        lambda p: module.apply({"params": p}, jnp.zeros((1, 2), jnp.int32), capture_intermediates=True)[1],
+        shapes,
+    )
+    assert any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(seen))
+
+
 @pytest.mark.parametrize(
     "name", [name if name == "quickstart" else pytest.param(name, marks=pytest.mark.full) for name in CONFIGS]
 )
@@ -69,7 +83,15 @@ def test_a_smoke_variant_runs(name, tmp_path):
         (["--config=experiments/configs/lm/quickstart.py", "--config.no_such=1"], "got 'no_such'; expected"),
         (
             ["--config=experiments/configs/lm/quickstart.py", "--config.optimizer.options.rank=8"],
-            "optimizer.options: muon takes no rank; expected learning_rate, ns_coeffs",
+            "optimizer.options.rank: got 8; expected an argument of muon, which takes learning_rate",
+        ),
+        (
+            [
+                "--config=tests/experiments/tiny.py",
+                "--config.optimizer.name=adamw_8bit",
+                "--config.optimizer.options.moments.group_size=0",
+            ],
+            "optimizer.options.moments: group_size: got 0; expected at least 1",
         ),
         (["--config=experiments/configs/lm/quickstart.py:large"], "'large'; expected nothing or 'smoke'"),
         (["--config=experiments/configs/lm/quickstart.py", "lonely"], "'lonely' is no flag"),
