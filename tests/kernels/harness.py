@@ -17,6 +17,7 @@ int32 arrays: {"T": 9, "lengths": [9, 4], "reverse": True} needs no code of its 
     results, gradients = expected(row, row.small)  # the same from the definition in float64
     row.axes_of("gates", arguments)  # "b t h g d"; an argument's tokens lie along "t"
     list(row.cases)  # the backends that it has to serve; None picks by the platform
+    row.small_on("pallas_gpu")  # `small` in the dtypes and sizes that a backend serves
 
 One program is compiled for each row, backend, set of static values and shapes; a process's tests share it.
 """
@@ -121,6 +122,7 @@ OPERATIONS = {
             | {"v": "b t h v", "log_decay": "h | b t h | b t h k", "bonus": "h k"}
             | {"initial_state": "b h k v", "segment_ids": "b t"},
             small={"T": 9, "K": 4, "V": 3} | attention_calls.EVERYTHING,
+            changed={"pallas_gpu": {"dtype": "bfloat16", "K": 64, "V": 64}},
             defined=attention_calls.DEFINED,
             like="v",
             split=("b", "h"),
@@ -248,6 +250,7 @@ OPERATIONS = {
             like="u",
             split=("b", "d"),
             placed={"T": 9, "B": 4, "D": 2, "state": True, "packed": True},
+            changed={"chunks": {"packed": False}, "fft": {"packed": False}},
             choice="method",
             twice=("fft", "recurrent"),
             reference="recurrent",

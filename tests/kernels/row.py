@@ -3,7 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +29,7 @@ class Row:
       definition: the equation in float64 numpy, which also takes complex numbers.
       axes: the axes of each array argument; those of other ranks after a bar: "h | b t h".
       small: a case with all arguments, some documents, and few tokens.
+      changed: what `small` has otherwise for a backend that can't serve it.
       defined: further cases in which the reference is held to `definition`.
       like: the argument that has the output's dtype.
       states: for each array of the state the argument that has its dtype, or None: float32, but float64 for
@@ -57,6 +58,7 @@ class Row:
     axes: dict[str, str]
     small: Case
     like: str
+    changed: dict[str, Case] = field(default_factory=lambda: {"pallas_gpu": {"dtype": "bfloat16"}})
     defined: Sequence[Case] = ()
     states: tuple[str | None, ...] = (None,)
     split: tuple[str, ...] = ()
@@ -94,6 +96,10 @@ class Row:
         """Return the keyword arguments of a case, the same at every call."""
         drawn = self.calls.draw(generator(zlib.crc32(repr(case).encode())), **case)
         return {n: np.asarray(x, np.int32) if isinstance(x, list) else x for n, x in drawn.items()}
+
+    def small_on(self, backend: str | None) -> Case:
+        """Return `small` in the dtypes and sizes that a backend serves."""
+        return self.small | self.changed.get(backend, {})
 
     def axes_of(self, name: str, arguments: Arguments) -> str:
         """Return the axes of an array among the arguments: "b t h"."""
