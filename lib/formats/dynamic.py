@@ -30,6 +30,7 @@ class Dynamic(Format):
         return 1 if self.signed else 2
 
     def encode(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
         magnitude = jnp.abs(x) if self.signed else x
         # Values up to 0.9 of a cell past the end of a decade still round to that decade's last value.
         cells = jnp.full_like(x, self._cells)

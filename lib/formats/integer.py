@@ -18,7 +18,8 @@ class Integer(Format):
         return 2 ** (self.bits - self.signed) - 1
 
     def encode(self, x: Array) -> Array:
-        return jnp.clip(round_half_away(x * self.highest), self.lowest, self.highest).astype(jnp.int32)
+        nearest = round_half_away(x.astype(jnp.float32) * self.highest)
+        return jnp.clip(nearest, self.lowest, self.highest).astype(jnp.int32)
 
     def decode(self, codes: Array) -> Array:
         return codes.astype(jnp.float32) * (1 / self.highest)

@@ -116,7 +116,7 @@ def quantize_array(
     if key is None:
         codes = format.encode(unit)
     else:
-        codes = format.encode_stochastic(unit, jax.random.uniform(key, unit.shape))
+        codes = format.encode_stochastic(unit, jax.random.uniform(key, unit.shape, jnp.float32))
     padding = 0
     if format.bits < 8:
         padding = -n % codes_per_unit(format.bits)

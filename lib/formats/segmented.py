@@ -33,12 +33,14 @@ class Segmented(Format):
         return ONE - (8 << 4) if self.signed else ONE - 255
 
     def encode(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
         if self.signed:
             code = self._nearest(jnp.abs(x) * TOP + OFFSET)
             return jnp.where(x < 0, -code, code)
         return jnp.maximum(self._nearest(x), 0)
 
     def decode(self, codes: Array) -> Array:
+        codes = codes.astype(jnp.int32)
         upper = (jnp.abs(codes) if self.signed else codes) + self._zero
         value = lax.bitcast_convert_type(upper << DROPPED, jnp.float32)
         if not self.signed:

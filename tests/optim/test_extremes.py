@@ -14,12 +14,12 @@ from tests.optim.optimizers import CASES
 
 def sizes(gradient_of_step, opt, steps):
     """The norm of each update [steps], for gradients by step."""
-    w = {"kernel": jnp.zeros((8, 16))}
+    w = {"kernel": jnp.zeros((8, 16), jnp.float32)}
 
     def step(state, i):
         g = {"kernel": gradient_of_step(i)}
         updates, state = opt.update(g, state, w)
-        return state, jnp.linalg.norm(updates["kernel"])
+        return state, jnp.linalg.norm(updates["kernel"].astype(jnp.float32))
 
     return np.asarray(jax.jit(lambda: jax.lax.scan(step, opt.init(w), jnp.arange(steps))[1])())
 
@@ -27,7 +27,7 @@ def sizes(gradient_of_step, opt, steps):
 @pytest.mark.parametrize("make", [optim.apollo, optim.fira])
 def test_updates_come_back_after_gradients_vanished(make):
     """A limit of 1.01 on growth alone would take more than 900 steps after a hundred tiny gradients."""
-    g = jax.random.normal(jax.random.key(0), (8, 16))
+    g = jax.random.normal(jax.random.key(0), (8, 16), jnp.float32)
     vanished = lambda i: g * jnp.where((i >= 20) & (i < 120), 1e-6, 1.0)  # noqa: E731
     norm = sizes(vanished, make(1.0, rank=2, update_interval=1000), 520)
     assert norm[100] < 0.2 * norm[19]

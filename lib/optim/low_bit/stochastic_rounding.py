@@ -83,4 +83,4 @@ def round_stochastic(x: Float[Array, "*s"], dtype, key: Key[Array, ""]) -> Float
     gap = beside.astype(jnp.float32) - value
     inexact = (x != value) & jnp.isfinite(gap)
     away = jnp.where(inexact, (x - value) / jnp.where(inexact, gap, 1.0), 0.0)
-    return jnp.where(jax.random.uniform(key, x.shape) < away, beside, nearest)
+    return jnp.where(jax.random.uniform(key, x.shape, jnp.float32) < away, beside, nearest)

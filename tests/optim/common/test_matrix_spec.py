@@ -135,7 +135,7 @@ def test_the_unsharded_side():
             {"w": jnp.ones((2, 3))},
             ["w of shape [2, 3]", "distinct"],
         ),
-        (MatrixSpec(), {"w": jnp.ones((2, 3), int)}, ["int32[2, 3] at w", "expected floats"]),
+        (MatrixSpec(), {"w": jnp.ones((2, 3), jnp.int32)}, ["int32[2, 3] at w", "expected floats"]),
         (MatrixSpec(), {"bias": jnp.ones(3)}, ["no leaf is a matrix", "bias"]),
     ],
 )
