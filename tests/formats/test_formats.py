@@ -70,7 +70,7 @@ def test_the_nearest_code_is_chosen(name):
     np.testing.assert_array_equal(format.encode(jnp.asarray(x)), nearest)
 
 
-@pytest.mark.parametrize("name", ["int8", *EVERY[len(INTEGERS):]])
+@pytest.mark.parametrize("name", ["int8", *EVERY[len(INTEGERS) :]])
 def test_tables_are_the_arithmetic(name):
     """Tables do as arithmetic does, on both sides of every middle and for zeros and tiny numbers."""
     format, values = frugax.formats.format_named(name), table(name)
