@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import importlib.metadata
 import pkgutil
@@ -12,7 +13,9 @@ import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
+import jax
 import pytest
+from flax import linen as nn
 
 import frugax
 
@@ -46,8 +49,24 @@ def test_import_costs_nothing_over_jax():
     assert out.strip() == "{'frugax'}"
 
 
+@pytest.fixture
+def compiled_modules(monkeypatch):
+    """Calls of Flax modules as one program each, where an example without `jit` makes a hundred small ones."""
+
+    def compiled(method):
+        def call(self, *args, **named):
+            arrays = {n: x for n, x in named.items() if isinstance(x, jax.Array)}
+            rest = {n: x for n, x in named.items() if n not in arrays}
+            return jax.jit(functools.partial(method, self, **rest))(*args, **arrays)
+
+        return call
+
+    for name in ("init_with_output", "apply"):  # `init` calls the first
+        monkeypatch.setattr(nn.Module, name, compiled(getattr(nn.Module, name)))
+
+
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_run(name):
+def test_examples_run(name, compiled_modules):
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
