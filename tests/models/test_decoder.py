@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax import export
 
 import frugax
 from frugax.layers import Block, Decoder
@@ -184,6 +185,26 @@ def test_remat_and_unrolling_change_no_number():
             return str(jax.make_jaxpr(m.apply)(mine.variables, mine.now)).count("remat")
 
         assert remats(model.clone(remat=True)) > remats(model)
+
+
+@pytest.mark.parametrize(
+    "blocks", [(GLA,), pytest.param(MIXED, marks=pytest.mark.full)], ids=["gla", "mixed"]
+)
+def test_exports_with_any_batch_and_time(blocks, unchecked_types):
+    """One exported program serves prompts of any size, and another with a state decodes any batch."""
+    model, variables, tokens = make(blocks, repeats=1)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), variables)
+    B, T = export.symbolic_shape("b, t")
+    whole = export.export(jax.jit(model.apply))(shapes, jax.ShapeDtypeStruct((B, T), jnp.int32))
+    for batch, time in ((2, 13), (1, 5)):
+        part = tokens[:batch, :time]
+        want, state = model.apply(variables, part)
+        got, got_state = whole.call(variables, part)
+        assert_close(got, want, jnp.float32)
+    states = jax.eval_shape(model.apply, shapes, jax.ShapeDtypeStruct((B, 3), jnp.int32))[1]
+    step = export.export(jax.jit(model.apply))(shapes, jax.ShapeDtypeStruct((B, 1), jnp.int32), states)
+    want, _ = model.apply(variables, tokens[:1, 5:6], state)
+    assert_close(step.call(variables, tokens[:1, 5:6], got_state)[0], want, jnp.float32)
 
 
 def test_depth_adds_no_program():

@@ -12,7 +12,7 @@ from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import GatedNorm
 from ..modules.short_conv import ShortConv
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 
 class GLAState(NamedTuple):
@@ -72,6 +72,7 @@ class GatedLinearAttention(Mixer):
         forget = self.dense(low, H * K, "forget", use_bias=True)
         log_decay = jax.nn.log_sigmoid(forget.astype(accumulator(x.dtype))) / self.gate_temperature
 
+        q_BTHK, k_BTHK, v_BTHV = summable(q_BTHK, k_BTHK, v_BTHV)
         o_BTHV, memory = linear_attention(
             q_BTHK,
             k_BTHK,
@@ -81,8 +82,8 @@ class GatedLinearAttention(Mixer):
             **rows,
             backend=self.backend,
         )
-        o_BTHV = GatedNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV, split_heads(gate, H))
-        return self.output(merge_heads(o_BTHV), D), GLAState(memory, conv)
+        o_BTHV = GatedNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV, *summable(split_heads(gate, H)))
+        return self.output(merge_heads(o_BTHV).astype(x.dtype), D), GLAState(memory, conv)
 
 
 def _split(x: Array, sizes: tuple[int, ...]) -> list[Array]:

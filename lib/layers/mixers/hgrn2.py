@@ -12,7 +12,7 @@ from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import RMSNorm
 from ..modules.over_depth import ForgetFloors, floored_gate
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 
 class HGRN2State(NamedTuple):
@@ -54,14 +54,17 @@ class HGRN2(Mixer):
         head_size("width", D, H)
         q, f, i = jnp.split(self.dense(x, 3 * D, "qfi"), 3, axis=-1)
         log_f, k = floored_gate(f.astype(accumulator(x.dtype)), floor)
+        q_BTHK, k_BTHK, v_BTHV = summable(
+            *(split_heads(y, H) for y in (jax.nn.silu(q), k.astype(x.dtype), i))
+        )
         o_BTHV, memory = linear_attention(
-            split_heads(jax.nn.silu(q), H),
-            split_heads(k.astype(x.dtype), H),
-            split_heads(i, H),
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
             split_heads(log_f, H),
             initial_state=None if state is None else state.memory,
             **rows,
             backend=self.backend,
         )
-        o = RMSNorm(param_dtype=self.param_dtype, name="norm")(merge_heads(o_BTHV))
+        o = RMSNorm(param_dtype=self.param_dtype, name="norm")(merge_heads(o_BTHV)).astype(x.dtype)
         return self.output(o, D), HGRN2State(memory)

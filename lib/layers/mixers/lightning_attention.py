@@ -100,8 +100,11 @@ class LightningAttention(Mixer):
 
         slopes = jnp.asarray(decay_slopes(H), accumulator(x.dtype))
         log_decay_H = -slopes * (1 + 1e-5 - (0.0 if fraction is None else fraction))
+        q_BTHK, k_BTHK, v_BTHV = summable(q_BTHK, k_BTHK, v_BTHV)
         o_BTHV, memory = linear_attention(
-            *summable(q_BTHK, k_BTHK, v_BTHV),
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
             log_decay_H,
             scale=1.0,
             initial_state=None if state is None else state.memory,

@@ -14,7 +14,7 @@ from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import rms_normalize
 from ..modules.short_conv import ShortConv
 from .mamba import init_dt_bias, inner_width
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 
 class Mamba2State(NamedTuple):
@@ -80,7 +80,8 @@ class Mamba2(Mixer):
         z, uBC, dt = jnp.split(self.dense(x, edges[1] + H, "gate_in_dt"), edges, axis=-1)
         short_conv = ShortConv(self.conv_width, "silu", self.param_dtype, self.backend, True, name="conv")
         uBC, conv = short_conv(uBC, state=conv, **rows)
-        u, B, C = jnp.split(uBC, (E, E + G * N), axis=-1)
+        z, dt, *u_B_C = summable(z, dt, *jnp.split(uBC, (E, E + G * N), axis=-1))
+        u, B, C = u_B_C
 
         A_log = self.param("A_log", _init_rates, (H,), self.param_dtype)
         dt_bias = self.param("dt_bias", init_dt_bias, (H,), self.param_dtype)
@@ -88,7 +89,7 @@ class Mamba2(Mixer):
         if tuple(self.dt_limit) != (0.0, math.inf):
             wide = accumulator(x.dtype)
             dt = jax.nn.softplus(dt.astype(wide) + dt_bias.astype(wide)[None, None])
-            dt, step = jnp.clip(dt, *self.dt_limit).astype(x.dtype), {}
+            dt, step = jnp.clip(dt, *self.dt_limit).astype(u.dtype), {}
         y_BTHP, memory = ssd(
             split_heads(u, H),
             dt,
@@ -104,10 +105,10 @@ class Mamba2(Mixer):
         )
         y = merge_heads(rms_normalize(split_heads(merge_heads(y_BTHP), G), self.norm_epsilon))
         weight = self.param("norm", nn.initializers.ones, (E,), self.param_dtype)
-        y = (y * weight.astype(y.dtype)[None, None]).astype(x.dtype)
+        y = (y * weight.astype(y.dtype)[None, None]).astype(u.dtype)
         if self.norm_before_gate:
             y = y * jax.nn.silu(z)
-        return self.output(y, width), Mamba2State(memory, conv)
+        return self.output(y.astype(x.dtype), width), Mamba2State(memory, conv)
 
 
 def _init_rates(key: Array, shape: tuple[int], dtype) -> Array:

@@ -13,6 +13,11 @@ from ..modules.inputs import check_input
 from ..modules.scaled_dense import scaled_dense
 
 
+def summable(*operands: Array) -> tuple[Array, ...]:
+    """The operands of sums over time: float16 as float32, whose range the sums before a norm can't leave."""
+    return tuple(x.astype(jnp.float32) if x.dtype == jnp.float16 else x for x in operands)
+
+
 class Mixer(nn.Module):
     """A sequence mixer: `mixer(x, *, state=None, segment_ids=None) -> (y, state)` over x [B, T, D].
 

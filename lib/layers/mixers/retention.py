@@ -12,7 +12,7 @@ from ...kernels.common.arguments import accumulator
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import GatedNorm
 from ..modules.rotary import positions, rotary
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 
 class RetentionState(NamedTuple):
@@ -58,14 +58,15 @@ class Retention(Mixer):
         q_BTHK, k_BTHK = (rotary(split_heads(y, H), place) for y in (q, k))
 
         log_decay_H = jnp.asarray(np.log1p(-(2.0 ** (-5 - np.arange(H)))), accumulator(x.dtype))
+        q_BTHK, k_BTHK, v_BTHV = summable(q_BTHK, k_BTHK, split_heads(v, H))
         o_BTHV, memory = linear_attention(
             q_BTHK,
             k_BTHK,
-            split_heads(v, H),
+            v_BTHV,
             log_decay_H,
             initial_state=None if state is None else state.memory,
             **rows,
             backend=self.backend,
         )
-        o_BTHV = GatedNorm(affine=False, name="norm")(o_BTHV, split_heads(gate, H))
-        return self.output(merge_heads(o_BTHV), D), RetentionState(memory, offset)
+        o_BTHV = GatedNorm(affine=False, name="norm")(o_BTHV, *summable(split_heads(gate, H)))
+        return self.output(merge_heads(o_BTHV).astype(x.dtype), D), RetentionState(memory, offset)

@@ -14,7 +14,7 @@ from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import HeadLayerNorm
 from ..modules.over_depth import LayerFraction
 from ..modules.token_shift import Start, log_decay, token_shift
-from .mixer import Mixer, RowArguments
+from .mixer import Mixer, RowArguments, summable
 
 
 class RWKV5State(NamedTuple):
@@ -67,13 +67,17 @@ class RWKV5(Mixer):
         wide = accumulator(x.dtype)
         w = self.param("decay", start.decay, (D,), self.param_dtype).astype(wide)
         decay_BTD = jnp.broadcast_to(log_decay(w)[None, None], x.shape)
+        r_BTHK, k_BTHK, v_BTHV = summable(*(split_heads(y, H) for y in (r, k, v)))
         o_BTHV, memory = linear_attention(
-            *(split_heads(y, H) for y in (r, k, v, decay_BTD)),
+            r_BTHK,
+            k_BTHK,
+            v_BTHV,
+            split_heads(decay_BTD, H),
             bonus=self.param("bonus", start.bonus, (H, K), self.param_dtype).astype(wide),
             scale=1.0,
             initial_state=None if state is None else state.memory,
             **rows,
             backend=self.backend,
         )
-        o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV))
+        o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV)).astype(x.dtype)
         return self.output(o * jax.nn.silu(g), D), RWKV5State(memory, last_output(x, before, **rows))

@@ -81,8 +81,11 @@ class RWKV6(Mixer):
         w = w.astype(wide) + beside(self._param("decay", start.decay, (D,), wide), w)
         u_HK = self._param("bonus", start.bonus, (H, K), wide)
 
+        r_BTHK, k_BTHK, v_BTHV = summable(*(split_heads(y, H) for y in (r, k, v)))
         o_BTHV, memory = linear_attention(
-            *summable(*(split_heads(y, H) for y in (r, k, v))),
+            r_BTHK,
+            k_BTHK,
+            v_BTHV,
             split_heads(log_decay(w), H),
             bonus=u_HK,
             scale=1.0,

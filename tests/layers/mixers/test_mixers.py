@@ -13,8 +13,8 @@ from tests.errors import assert_close
 from ..calls import floats
 from .mixers import MIXERS, TIME, VARIANTS, WIDTH, calls, make, together, whole
 
-# Mixers on operations that let a NaN pass by a product with zero: to later tokens' place, or other documents.
-LINEAR = {
+# Mixers of sums that a norm or a quotient follows.
+LINEAR = [
     "LinearAttention",
     "LightningAttention",
     "Retention",
@@ -22,9 +22,10 @@ LINEAR = {
     "HGRN2",
     "RWKV5",
     "RWKV6",
-}
-NAN_GOES_BACK = LINEAR | {"Mamba2", "Based"}
-NAN_CROSSES = NAN_GOES_BACK | {"MLGRU", "Mamba"}
+]
+
+# Chunks of linear attention let a NaN reach the tokens before it in its chunk.
+NAN_GOES_BACK = {*LINEAR, "Based", "Mamba2"}
 
 
 @together()
@@ -70,7 +71,7 @@ def test_documents_do_not_see_each_other(name):
         bad[0, 2] = bad[1, :5] = True
         cotangents = jnp.where(bad[..., None], 0, of_y), of_state
         (y, state), (_, (of_x,), _) = mine.packed(mine.now, mine.nothing_read, cotangents)
-        for other in (-3.0, jnp.nan)[: 1 if MIXERS[name][0] in NAN_CROSSES else 2]:
+        for other in (-3.0, jnp.nan):
             spoiled = mine.now.at[0, 2].multiply(other).at[1, 3].multiply(other)
             got, (_, (of_spoiled,), _) = mine.packed(spoiled, mine.nothing_read, cotangents)
             assert (np.asarray(got[0])[~bad] == np.asarray(y)[~bad]).all()
@@ -101,6 +102,23 @@ def test_half_precision_in_half_precision_out(name):
         assert leaf.shape[0] == 2, "every leaf of a state has the batch in front"
     forced = type(module)(**{**MIXERS[name][1], "dtype": jnp.bfloat16})
     assert jax.eval_shape(forced.apply, variables, x)[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "LinearAttention-elu+1" else pytest.param(name, marks=pytest.mark.full)
+        for name, (class_name, _) in MIXERS.items()
+        if class_name in {*LINEAR, "Based", "Mamba2"} and name != "LinearAttention-sum"
+    ],
+)
+def test_sums_beyond_the_range_of_float16(name):
+    """Sums over 200 tokens of large products: a norm or a quotient brings them back into float16's range."""
+    module, variables, x = make(name, dtype=jnp.float32, time=200)
+    x = (50 + 30 * x).astype(jnp.float16)
+    y, _ = module.apply(variables, x)
+    assert y.dtype == jnp.float16
+    assert_close(y, module.apply(variables, x.astype(jnp.float32))[0], jnp.float16, times=12)
 
 
 @pytest.mark.full
