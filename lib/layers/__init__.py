@@ -9,11 +9,11 @@ from typing import Any
 
 from flax.linen import LayerNorm
 
+from .bidirectional import Bidirectional
 from .block import Block
 from .channel.mlp import GLU, MLP
 from .channel.rwkv_channel import RWKVChannel
 from .mixers.based import Based
-from .mixers.bidirectional import Bidirectional
 from .mixers.flash_rnn import FlashRNN
 from .mixers.gated_convolution import GatedConvolution
 from .mixers.gated_linear_attention import GatedLinearAttention

@@ -6,7 +6,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from .mixer import Mixer
+from .mixers.mixer import Mixer
 
 SHARED = ("projections", "all", "none")
 
