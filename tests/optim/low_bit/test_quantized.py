@@ -93,7 +93,7 @@ def test_parts_need_less_than_the_state_takes():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_random_rounding_is_unbiased(dtype):
     """The mean of n draws lies within five standard errors; each draw is a neighbour; exact numbers stay."""
-    n = 4000
+    n = 1000
     x = jax.random.normal(jax.random.key(0), (50,)) * 10.0 ** jnp.arange(-4, 1).repeat(10)
     draws = round_stochastic(jnp.tile(x, (n, 1)), jnp.dtype(dtype), jax.random.key(1))
     drawn, x = np.asarray(draws, np.float64), np.asarray(x, np.float64)
@@ -108,8 +108,8 @@ def test_random_rounding_is_unbiased(dtype):
 
 def test_small_updates_are_not_lost():
     """A hundred updates of a tenth of a code each: random rounding adds them up, the nearest code stalls."""
-    w = jnp.ones((64, 256), jnp.bfloat16)
-    q = frugax.formats.quantize(jnp.linspace(0.5, 1, 64 * 256).reshape(64, 256), "int8", group_size=64)
+    w = jnp.ones((16, 256), jnp.bfloat16)
+    q = frugax.formats.quantize(jnp.linspace(0.5, 1, 16 * 256).reshape(16, 256), "int8", group_size=64)
     tree = {"bfloat16": w, "int8": q, "float32": jnp.ones(3)}
     before = {"bfloat16": 1.0, "int8": np.asarray(q.dequantize()).mean(), "float32": 1.0}
     small = {
