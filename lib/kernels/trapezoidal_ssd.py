@@ -99,9 +99,9 @@ def trapezoidal_ssd(
     dt, A, mix = dt.astype(wide), rates(A, wide), mix.astype(wide)
 
     a_BTH, own_BTH = jnp.exp(dt * A), mix * dt
-    weight_BTH = a_BTH * (jnp.pad(own_BTH[:, :-1], ((0, 0), (1, 0), (0, 0))) + (1 - mix) * dt)
-    memory, B_first, x_first = (None, None, None) if initial_state is None else initial_state
     packed = documents(segment_ids, *x.shape[:2])
+    weight_BTH = a_BTH * (_a_token_late(own_BTH, None, packed) + (1 - mix) * dt)
+    memory, B_first, x_first = (None, None, None) if initial_state is None else initial_state
     operand = operand_dtype(x.dtype)
     B_late, x_late = _a_token_late(B, B_first, packed), _a_token_late(x, x_first, packed)
     qkvg = (
@@ -146,7 +146,7 @@ def _a_token_late(x: Array, first: Array | None, packed: Documents | None) -> Ar
     """x_{t-1} [B, T, ...] for each token: `first` for a row's first, zeros for the first of a document."""
     first = jnp.zeros_like(x[:, 0]) if first is None else first.astype(x.dtype)
     late = jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
-    return late if packed is None else jnp.where(packed.starts[..., None, None], 0, late)
+    return late if packed is None else jnp.where(jnp.expand_dims(packed.starts, range(2, x.ndim)), 0, late)
 
 
 def _check_rows(dt, A, mix) -> None:

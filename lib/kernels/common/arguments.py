@@ -19,11 +19,11 @@ def operand_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def rates(A: Array, dtype: jnp.dtype) -> Array:
-    """Rates A <= 0 of decay in `dtype`, minus infinity as a number that is finite in other units of time too.
+    """Rates A <= 0 of decay in `dtype`, none below -1e30, at which a step of 1e-28 forgets all.
 
     Of A = -exp(A_log) an extreme parameter makes infinity, and 0 * A would be NaN, here and in gradients.
     """
-    return jnp.maximum(A.astype(dtype), jnp.asarray(jnp.finfo(dtype).min / 2, dtype))
+    return jnp.maximum(A.astype(dtype), jnp.asarray(-1e30, dtype))
 
 
 def known(size: Any) -> bool:

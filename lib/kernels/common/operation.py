@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from .arguments import known
 from .isolation import isolated
 from .lazy import PLATFORM_OF, when_lowered
 from .sharding import AxisNames, align, per_shard
@@ -128,6 +129,8 @@ class Operation:
 
     def unsupported_reason(self, backend: str, call: Any, options: dict[str, Any]) -> str | None:
         """Why a Pallas backend can't serve the call; None if it can."""
+        if not all(known(size) for x in jax.tree.leaves(call) for size in x.shape):
+            return "a size is a symbol, where a kernel's are numbers"
         static = {name: options[name] for name in self.static}
         return self._module(backend).unsupported_reason(call, **static)
 

@@ -1,0 +1,121 @@
+"""Gates and parameters at the ends of their ranges: values of the limit, and gradients that are finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frugax import kernels
+from tests.errors import assert_close
+
+T = 6
+BACKENDS = [None, *(pytest.param(b, marks=pytest.mark.full) for b in ("reference", "xla", "pallas_tpu"))]
+LEAST = [-1e4, -1e30, -np.inf]
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def finite(tree) -> bool:
+    return all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree))
+
+
+def with_gradients(function, **floats):
+    """Return the results, and the gradient of a sum over them."""
+
+    @jax.jit
+    def run(floats):
+        results, pullback = jax.vjp(lambda floats: function(**floats), floats)
+        return results, pullback(jax.tree.map(jnp.ones_like, results))[0]
+
+    return run(floats)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_decays_of_linear_attention(backend, per_channel):
+    """A gate that is shut forgets all: the tokens before it are another document."""
+    q, k, v = normal(0, 3, 1, T, 1, 4)
+    decay = jnp.full((1, T, 1, 4) if per_channel else (1, T, 1), -0.1)
+    call = lambda g, ids=None: kernels.linear_attention(  # noqa: E731
+        q, k, v, g, segment_ids=ids, backend=backend
+    )
+    ids = (jnp.arange(T) >= 3)[None].astype(jnp.int32)
+    want = call(decay, ids)
+    for least in LEAST:
+        got, gradients = with_gradients(call, g=decay.at[:, 3].set(least))
+        assert_close(got, want, "float32")
+        assert finite(gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rates_and_steps_of_selective_scan(backend):
+    x, z = normal(1, 2, 1, T, 3)
+    B, C = normal(2, 2, 1, T, 2)
+    rates = jnp.array([[-1.0, -2.0]] * 3)
+    raw = jnp.array([0.5, -1e4, 1e4, -jnp.inf, 0.0, -88.0])[None, :, None] * jnp.ones((1, 1, 3))
+
+    def call(A, dt, softplus=True):
+        return kernels.selective_scan(x, dt, A, B, C, z=z, dt_softplus=softplus, backend=backend)
+
+    got, gradients = with_gradients(call, A=rates, dt=raw)
+    assert finite((got, gradients))
+    steps = jnp.array([0.5, 0.0, 1e-30, 1.0, 0.0, 2.0])[None, :, None] * jnp.ones((1, 1, 3))
+    for least in LEAST[1:]:
+        A = rates.at[:, 1].set(least)
+        got, gradients = with_gradients(lambda A, dt: call(A, dt, False), A=A, dt=steps)
+        want = call(rates.at[:, 1].set(-1e33), steps, False)
+        assert finite(gradients)
+        if least == -np.inf:
+            assert_close(got, want, "float32")
+
+
+@pytest.mark.parametrize("mamba", [2, 3])
+def test_rates_and_steps_of_ssd(mamba):
+    x = normal(3, 1, T, 2, 3)
+    B, C = normal(4, 2, 1, T, 1, 2)
+    dt = jnp.array([0.5, 0.0, 1e4, 1e-30, 0.0, 1.0])[None, :, None] * jnp.ones((1, 1, 2))
+
+    def call(A, dt):
+        if mamba == 2:
+            return kernels.ssd(x, dt, A, B, C)
+        return kernels.trapezoidal_ssd(x, dt, jnp.broadcast_to(A, dt.shape), B, C, jnp.full_like(dt, 0.3))
+
+    for least in LEAST:
+        got, gradients = with_gradients(call, A=jnp.array([-1.0, least]), dt=dt)
+        assert finite((got, gradients))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("cell", "gates"), [("lstm", 4), ("gru", 3), ("elman", 1), ("slstm", 4)])
+def test_gates_of_rnn(backend, cell, gates):
+    x = jnp.where(normal(5, 1, T, 1, gates, 2) > 0, 1e4, -1e4)
+    recurrent = normal(6, 1, gates, 2, 2)
+    got, gradients = with_gradients(
+        lambda x, R: kernels.rnn(x, R, cell=cell, backend=backend), x=x, R=recurrent
+    )
+    assert finite((got, gradients))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_beside_what_grows(backend):
+    """Products of a's leave the range of float32 within a row, and a zero lets h start again."""
+    a = jnp.array([1e30, 1e30, 0.0, 1e30, 1e-30, 0.0])[None, :, None]
+    b = jnp.array([0.0, 1e-30, 1.0, 0.0, 1.0, 1.0])[None, :, None]
+    (h, _), gradients = with_gradients(
+        lambda a, b: kernels.linear_recurrence(a, b, backend=backend), a=a, b=b
+    )
+    np.testing.assert_allclose(h[0, :, 0], [0.0, 1e-30, 1.0, 1e30, 2.0, 1.0], rtol=1e-6)
+    assert finite(gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_silu_of_large_sums(backend):
+    x = jnp.array([1e30, -1e30, 1e4, -1e4, 0.0, 88.0])[None, :, None]
+    w = jnp.array([[1.0], [1.0]])
+    got, gradients = with_gradients(
+        lambda x, w: kernels.causal_conv1d(x, w, activation="silu", backend=backend)[0], x=x, w=w
+    )
+    assert finite(got)
+    assert finite(gradients["x"])
