@@ -86,13 +86,17 @@ def test_at_first_nothing_changes_then_merged_is_unmerged(params):
     module, targets = decoder(), (*FUSED, "channel/out")
     fresh = lora_init(jax.random.key(1), params, targets=targets, rank=RANK)
     adapters = trained(params, targets=targets, alpha=1.0)
-    logits = jax.jit(lambda params, adapters: lora_apply(module, {"params": params}, adapters, TOKENS)[0])
-    plain = jax.jit(lambda params: module.apply({"params": params}, TOKENS)[0])
+
+    @jax.jit
+    def both(params, adapters):
+        """Logits beside adapters, and with them merged."""
+        beside, _ = lora_apply(module, {"params": params}, adapters, TOKENS)
+        return beside, module.apply({"params": lora_merge(params, adapters)}, TOKENS)[0]
 
     jax.tree.map(np.testing.assert_array_equal, lora_merge(params, fresh), params)
-    before, after = plain(params), logits(params, adapters)
-    assert_close(logits(params, fresh), before, "float32")
-    assert_close(after, plain(lora_merge(params, adapters)), "float32")
+    (before, same), (after, merged) = both(params, fresh), both(params, adapters)
+    assert_close(before, same, "float32")
+    assert_close(after, merged, "float32")
     assert float(jnp.max(jnp.abs(after - before))) > 0.1 * float(jnp.max(jnp.abs(before)))
 
 
@@ -143,12 +147,17 @@ def test_decoding_and_packing_go_through(params):
     """A state handed on and segment_ids reach the module as in its own apply."""
     module, adapters = decoder(), trained(params)
     segments = jnp.array([[0] * 4 + [1] * 3] * 2)
-    whole, _ = lora_apply(module, {"params": params}, adapters, TOKENS, segment_ids=segments)
-    first, state = lora_apply(
-        module, {"params": params}, adapters, TOKENS[:, :4], segment_ids=segments[:, :4]
-    )
-    rest, _ = lora_apply(module, {"params": params}, adapters, TOKENS[:, 4:], state, segments[:, 4:])
-    assert_close(jnp.concatenate([first, rest], 1), whole, "float32")
+
+    @jax.jit
+    def run(params, adapters):
+        whole, _ = lora_apply(module, {"params": params}, adapters, TOKENS, segment_ids=segments)
+        first, state = lora_apply(
+            module, {"params": params}, adapters, TOKENS[:, :4], segment_ids=segments[:, :4]
+        )
+        rest, _ = lora_apply(module, {"params": params}, adapters, TOKENS[:, 4:], state, segments[:, 4:])
+        return jnp.concatenate([first, rest], 1), whole
+
+    assert_close(*run(params, adapters), "float32")
 
 
 def test_what_can_not_be_right_is_refused(params, unchecked_types):

@@ -84,6 +84,7 @@ def test_any_axes_and_dtypes():
 def test_a_language_model_keeps_more_than_at_one_rank_and_its_low_part_learns_it_back():
     text, _, _ = language()
 
+    @jax.jit
     def loss(tree):
         scores = logits(tree, text[:-1])
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, text[1:]))
