@@ -171,6 +171,51 @@ def mezo_finetune() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def zo_queries() -> str:
+    result, rows = read("zo_queries"), []
+    shown = [i for i, queries in enumerate(result["queries"]) if queries in (600, 1800, 3600, 6000)]
+    for name, r in result["rows"].items():
+        accuracy = [f"{100 * r['accuracy'][i]:.1f}" for i in shown]
+        rows.append([name, r["queries_of_a_step"], f"{r['rate']:.0e}", *accuracy])
+    head = ["", "queries of a step", "rate", *(f"{result['queries'][i]} queries" for i in shown)]
+    about = f"Accuracy, %, over forward passes: {result['task']}; {result['parameters']:,} parameters, "
+    about += f"{100 * result['accuracy_before']:.1f} % to begin with, the mean of {result['seeds']} seeds"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def mamba_lyapunov() -> str:
+    """Tabulate what bfloat16 and LoRA change in a Mamba and in a Transformer, and the Mamba's exponents."""
+    result = read("mamba_lyapunov")
+    models = ("mamba", "transformer")
+
+    def change(way: str, start: str, key: str) -> list[str]:
+        return [f"{result['tuning'][model][way]['from ' + start][key]:.4f}" for model in models]
+
+    rows = [
+        [
+            "bfloat16 from float32, same weights",
+            *(f"{result['bfloat16_logits'][m]['mean']:.4f}" for m in models),
+        ]
+    ]
+    for way, start in (("full bfloat16", "full float32"), ("lora bfloat16", "lora float32")):
+        rows.append([f"{way} from {start}, after tuning", *change(way, start, "logits")])
+    rows.append(
+        ["lora float32 from full float32, after tuning", *change("lora float32", "full float32", "logits")]
+    )
+    rows.append(["the same in bits per byte", *change("lora float32", "full float32", "bits_per_byte")])
+    exponents = [
+        [i, f"{layer['estimate']:.6f}", f"{layer['closed_form']:.6f}", f"{layer['largest_estimate']:.6f}"]
+        for i, layer in enumerate(result["exponents"])
+    ]
+    gaps = {name: gap["at_the_end"] for name, gap in result["bfloat16_states"].items()}
+    text = f"{result['sizes']['steps']} steps of training on bytes, then {result['sizes']['tune_steps']} of tuning"
+    first = table(["relative change of logits", "Mamba", "Transformer"], rows)
+    second = table(["block", "largest exponent, estimated", "closed form", "largest of rows"], exponents)
+    states = f"bfloat16 in place of float32 states: a difference of {gaps['trained']:.2f} after a row, in a control "
+    states += f"of positive exponents {gaps['control']:.0e}."
+    return f"{text}. {plain_caption(result)}\n\n{first}\n\n{second}\n\n{states}"
+
+
 def family_rows() -> str:
     """Tabulate the families of papers: one row each, with its methods."""
     rows = []
@@ -211,12 +256,17 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "rnn_cpu": rnn_cpu,
         "mamba_cpu": mamba_cpu,
     },
-    "docs/results/training.md": {"training": training, "classification": classification},
+    "docs/results/training.md": {
+        "training": training,
+        "classification": classification,
+        "mamba_lyapunov": mamba_lyapunov,
+    },
     "docs/results/optimizers.md": {
         "optimizers_quality": optimizers_quality,
         "optimizer_steps": optimizer_steps,
         "what_steps_take": what_steps_take,
         "mezo_finetune": mezo_finetune,
+        "zo_queries": zo_queries,
     },
     "docs/results/compiled.md": {
         "tpu_linear_attention": partial(tpu_schedule, "linear_attention"),

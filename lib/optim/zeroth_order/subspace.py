@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 
 class SubspaceState(NamedTuple):
@@ -35,8 +35,7 @@ def history_subspace(window: int, variance: float) -> optax.GradientTransformati
 
     Source: Seo et al. 2025, Efficient Personalization of Quantized Diffusion Model without Backpropagation
     (arXiv 2503.14868), where 1 - variance is nu. The authors' code divides each coordinate of the values by
-    its spread before it looks for components; here they are those of the values. Their sampling of timesteps
-    is the caller's: it is `jax.random.randint` over a range.
+    its spread before it looks for components; here they are those of the values.
 
     Example:
         >>> import frugax, jax.numpy as jnp
@@ -61,6 +60,8 @@ def history_subspace(window: int, variance: float) -> optax.GradientTransformati
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("params: got None; expected the params, to keep a history of them")
+        if any(jnp.iscomplexobj(x) for x in jax.tree.leaves(params)):
+            raise ValueError("params: got complex leaves; expected floats")
         history = jax.tree.map(
             lambda h, x: h.at[state.count % window].set(x.ravel().astype(jnp.float32)), state.history, params
         )
@@ -82,6 +83,37 @@ def history_subspace(window: int, variance: float) -> optax.GradientTransformati
         return jnp.zeros_like(values).at[: len(rows)].set(rows)
 
     return optax.GradientTransformation(init, update)
+
+
+def partial_timesteps(
+    key: Key[Array, ""], shape: tuple[int, ...], *, steps: int = 1000, low: float = 0.5, high: float = 0.9
+) -> Int[Array, "*shape"]:
+    """Draw diffusion timesteps from the part in which a text's condition matters.
+
+    They are uniform over round(low * steps) to round(high * steps) - 1, of timesteps 0 to steps - 1 from the
+    least noise to the most. Outside of that part a token's gradient is mostly noise.
+
+    Args:
+      key: fresh for each step.
+      shape: of the result, such as (batch,).
+      steps: timesteps of the diffusion.
+      low, high: the part's ends, as shares; 0.5 and 0.9 are the authors'.
+
+    Raises:
+      ValueError: the part is empty or not inside of [0, 1].
+
+    Source: Seo et al. 2025 (arXiv 2503.14868), partial uniform timestep sampling.
+
+    Example:
+        >>> import frugax, jax
+        >>> t = frugax.optim.zeroth_order.partial_timesteps(jax.random.key(0), (64,))
+        >>> bool((t >= 500).all()), bool((t < 900).all())
+        (True, True)
+    """
+    first, end = round(low * steps), round(high * steps)
+    if not 0 <= low < high <= 1 or first == end:
+        raise ValueError(f"low, high: got {low} and {high} of {steps} steps; expected a part of [0, 1]")
+    return jax.random.randint(key, shape, first, end)
 
 
 def _without(g: Array, directions: Float[Array, "w d"]) -> Array:
