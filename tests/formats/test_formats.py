@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 
 import frugax
 from frugax.formats.integer import Integer
@@ -180,6 +181,13 @@ def test_tensors(name, shape, axis, group):
     back = jax.jit(lambda q: (q.dequantize(), q.dequantize(jnp.bfloat16)))
     np.testing.assert_allclose(back(twice)[0], np.stack([want, 2 * want]), rtol=4 * EPS)
     assert back(q)[1].dtype == jnp.bfloat16
+
+
+def test_flax_serialization():
+    q = frugax.formats.quantize(jnp.linspace(-1, 1, 10), "int3", axis=0, group_size=4)
+    again = serialization.from_bytes(jax.tree.map(jnp.zeros_like, q), serialization.to_bytes(q))
+    assert jax.tree.structure(again) == jax.tree.structure(q)
+    jax.tree.map(np.testing.assert_array_equal, again, q)
 
 
 def test_bytes():

@@ -1,9 +1,15 @@
-"""A transformation is traced once for leaves of a shape, and may close over traced values."""
+"""A transformation is traced once for leaves of a shape, closes over traced values, takes any container."""
 
+from typing import Any, NamedTuple
+
+import flax.core
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax import nnx
 
 from frugax import optim
 
@@ -54,3 +60,40 @@ def test_a_traced_argument_in_two_loops():
 
     traced, constant = jax.jit(steps)(0.5), jax.jit(lambda: steps(0.5))()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), traced, constant)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@pytest.mark.parametrize(
+    ("params", "paths"),
+    [
+        ([{"w": jnp.ones((4, 6))}, None, jnp.ones(6)], ["0/w", "2"]),
+        ((jnp.ones(3), Pair({"kernel": jnp.ones((4, 6))}, optax.MaskedNode())), ["0", "1/first/kernel"]),
+        (jnp.ones((32, 40)), [""]),
+        (flax.core.freeze({"a/b": {"w": jnp.ones((2, 4, 6))}}), ["a/b/w"]),
+        ({"w": nnx.Param(jnp.ones((4, 6))), "b": nn.Partitioned(jnp.ones(6), ("x",))}, ["b", "w"]),
+    ],
+    ids=["list", "tuples", "array", "frozen", "boxes"],
+)
+def test_params_in_any_container(params, paths):
+    """Updates come in the container of params, states in dicts by path, without boxes."""
+    rule = optim.galore(1e-2, rank=2)
+    assert [d.path for d in optim.MatrixSpec().decisions(params)] == paths
+    state = jax.eval_shape(rule.init, params)
+    updates, after = jax.eval_shape(rule.update, params, state, params)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(updates) == shapes(params)
+    assert shapes(after) == shapes(state)
+    held = {key for path, _ in jax.tree_util.tree_leaves_with_path(state[0].leaves) for key in path}
+    assert not any(isinstance(key, jax.tree_util.SequenceKey) for key in held)
+
+
+def test_params_without_a_leaf_of_the_gradients():
+    rule, g = optim.galore(1e-2, rank=2), {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    with pytest.raises(ValueError, match=r"params: got nothing at b; expected \[6\]"):
+        rule.update(g, rule.init(g), {"w": g["w"]})
+    with pytest.raises(ValueError, match=r"state: got nothing at .* for w; expected"):
+        rule.update(g, rule.init({"v": {"w": g["w"]}, "b": g["b"]}), g)
