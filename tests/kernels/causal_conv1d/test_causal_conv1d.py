@@ -1,16 +1,19 @@
 """What only causal_conv1d has: blocks of a long sequence, dtypes that fall back, names of an activation."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.benchmarks.deviceless_gpu import kernels_for_h200
 from frugax.kernels import causal_conv1d
 from frugax.kernels.causal_conv1d import pallas_tpu
 from frugax.kernels.causal_conv1d.tiling import TPUTiling
 from frugax.kernels.common.operation import BACKENDS
 from tests.errors import assert_close
-from tests.kernels.harness import OPERATIONS, expected, value_and_gradients
+from tests.kernels.harness import OPERATIONS, both_passes, expected, value_and_gradients
 
 from .calls import PACKED
 
@@ -45,3 +48,12 @@ def test_swish_is_silu():
     np.testing.assert_array_equal(
         causal_conv1d(x, weight, activation="swish")[0], causal_conv1d(x, weight, activation="silu")[0]
     )
+
+
+@pytest.mark.full
+@pytest.mark.deviceless
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin")
+def test_mapped_calls_are_two_kernels_on_h200():
+    function, arguments = both_passes(OPERATIONS["causal_conv1d"], {"T": 200, "D": 130, "W": 4} | PACKED)
+    stacked = jax.tree.map(lambda s: jax.ShapeDtypeStruct((3, *s.shape), s.dtype), arguments)
+    assert len(kernels_for_h200(jax.vmap(function), *stacked)) == 2
