@@ -125,7 +125,7 @@ def one_byte_step(
       mesh, axis: the workers.
       samples: directions, each with a share of the batch of its own, for a worker and step.
       code: "dynamic", 8-bit dynamic codes of slope / limit, or "log", the sign and the logarithm of
-        |slope| / limit in eighths from e^-15.625 on, as the authors' code sends it in sixteenths.
+        |slope| / limit in eighths from e^-15.75 on, as the authors' code sends it in sixteenths.
 
     Returns:
       New params, bit for bit the same on every worker, and the bytes sent, samples of a worker side by side:

@@ -10,7 +10,7 @@ from ...formats import dynamic8
 
 Code = Literal["dynamic", "log"]
 NOT_FINITE = 255  # in the dynamic map the code of 1, which rounds to the value below it instead
-PER_E, LEAST = 8, 125  # steps of the logarithm for a factor e, and the smallest magnitude: e^(-125 / 8)
+PER_E, LEAST = 8, 126  # steps of the logarithm for a factor e, and the smallest magnitude: e^(-126 / 8)
 
 
 def code_named(code: Code) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
@@ -44,7 +44,7 @@ def _dynamic_code(x: Array) -> Array:
 
 
 def _log_code(x: Array) -> Array:
-    """0: zero; 1 to 126 the positive values e^((code - 126) / 8), and the same plus 126 the negative ones."""
+    """0: zero; 1 to 127 the positive values e^((code - 127) / 8), and the same plus 127 the negative ones."""
     power = jnp.round(PER_E * jnp.log(jnp.abs(x)))
     code = jnp.clip(power, -LEAST, 0).astype(jnp.int32) + LEAST + 1
     code = jnp.where(power < -LEAST, 0, code)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import frugax
 from frugax.optim import zeroth_order as zo
@@ -87,7 +88,11 @@ def test_sparse_mezo_masks_inside_the_forward_pass():
     assert temporaries(step, donate_argnums=0) < temporaries(lambda p, key: loss(p)) + 1.1 * layer
 
 
-def test_weights_moved_where_they_are_read_are_the_moved_weights():
+WAYS = ["sparse", *(pytest.param(name, marks=pytest.mark.full) for name in ("gaussian", "random"))]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_moved_where_they_are_read_are_the_moved_weights(way):
     """Scans (forwards, backwards, nested, with remat), calls, leaves read twice or whole: the same loss."""
     params = {
         "deep": jax.random.normal(jax.random.key(1), (3, 2, 4, 4)) / 2,
@@ -107,12 +112,17 @@ def test_weights_moved_where_they_are_read_are_the_moved_weights():
         h, sums = jax.lax.scan(outer, p["tied"], (p["deep"], p["scale"]), reverse=True)
         return jnp.mean((h @ p["tied"].T) ** 2) + jnp.mean(sums), {"untouched": p["scale"]}
 
-    for direction in (zo.gaussian, zo.sparse(thresholds), zo.random_subset(0.5)):
-        key, amount = jax.random.key(4), jnp.float32(0.3)
-        got = jax.jit(lambda p, d=direction: loss_along(loss, p, key, amount, d))(params)  # noqa: B023
-        want = loss(zo.displace(params, key, amount, direction))
-        assert_close(got, want, "float32")
-        assert abs(want[0] - loss(params)[0]) > 1e-3
+    ways = {"gaussian": zo.gaussian, "sparse": zo.sparse(thresholds), "random": zo.random_subset(0.5)}
+    key, amount, direction = jax.random.key(4), jnp.float32(0.3), ways[way]
+
+    @jax.jit
+    def both(p):
+        there = zo.displace(p, key, amount, direction)
+        return loss_along(loss, p, key, amount, direction), loss(there), loss(p)
+
+    got, want, before = both(params)
+    assert_close(got, want, "float32")
+    assert abs(want[0] - before[0]) > 1e-3
 
 
 def test_a_random_subset_moves_its_share():
@@ -156,7 +166,7 @@ def quantized_model():
 
 def test_qzo_estimates_the_gradient_of_the_scales():
     params, loss = quantized_model()
-    n = 4000
+    n = 1000
     slopes = jax.jit(
         lambda keys: jax.lax.map(
             lambda k: zo.qzo_step(loss, params, k, learning_rate=-1e-3, epsilon=1e-3, clip=None), keys
@@ -165,8 +175,8 @@ def test_qzo_estimates_the_gradient_of_the_scales():
     estimate = np.asarray(slopes["q"].scales - params["q"].scales, np.float64).mean(0)
     exact = np.asarray(jax.grad(loss, allow_int=True)(params)["q"].scales, np.float64)
     cosine = np.sum(estimate * exact) / np.linalg.norm(estimate) / np.linalg.norm(exact)
-    # The mean of n draws has an error of |g| sqrt((d + 1) / n) for d = 64 scales: an eighth of |g|.
-    assert cosine > 0.95
+    # The mean of n draws has an error of |g| sqrt((d + 1) / n) for d = 64 scales: a quarter of |g|.
+    assert cosine > 0.93
 
 
 def test_qzo_tunes_scales_and_nothing_else():
@@ -179,6 +189,7 @@ def test_qzo_tunes_scales_and_nothing_else():
     assert info.loss[-20:].mean() < 0.2 * info.loss[:20].mean()
 
 
+@pytest.mark.full
 def test_qzo_clipping_prevents_a_divergence():
     params, loss = quantized_model()
 
@@ -255,6 +266,7 @@ def test_the_history_subspace_is_pca():
         assert_close(got, g - noise.T @ (noise @ g), "float32", times=10)
 
 
+@pytest.mark.full
 def test_the_history_subspace_denoises():
     """In a valley of 2 dimensions of 20, at equal passes and lengths of steps, it points and gets closer."""
     d = 20

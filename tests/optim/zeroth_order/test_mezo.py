@@ -34,7 +34,10 @@ def test_a_step_is_the_definition():
     np.testing.assert_allclose(info.scalar, -1e-3 * info.slope, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+BOTH = [pytest.param("float32", marks=pytest.mark.full), "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", BOTH)
 def test_parameters_return_to_rounding(dtype):
     """A step of rate zero: each of the three moves rounds once."""
     params, loss = network(dtype=jnp.dtype(dtype))
@@ -52,19 +55,19 @@ def test_parameters_return_to_rounding(dtype):
     chex.assert_trees_all_equal(exact, params)
 
 
-def test_the_log_replays_the_run():
+@pytest.mark.parametrize("dtype", BOTH)
+def test_the_log_replays_the_run(dtype):
     """Keys and scalars alone, without data or loss, lead to the same weights to rounding."""
-    for dtype in (jnp.float32, jnp.bfloat16):
-        params, loss = network(dtype=dtype)
-        keys = jax.random.split(jax.random.key(0), 20)
-        step = jax.jit(lambda p, key, loss=loss: mezo_step(loss, p, key, learning_rate=1e-2, epsilon=1e-3))
-        trained, scalars = params, []
-        for key in keys:
-            trained, info = step(trained, key)
-            scalars.append(info.scalar)
-        again = jax.jit(lambda p, k, s: zo.replay(p, k, s, epsilon=1e-3))(params, keys, jnp.stack(scalars))
-        assert_close(again, trained, dtype)
-        assert error(params["w"], trained["w"]) > 3 * bound(dtype)
+    params, loss = network(dtype=jnp.dtype(dtype))
+    keys = jax.random.split(jax.random.key(0), 20)
+    step = jax.jit(lambda p, key: mezo_step(loss, p, key, learning_rate=1e-2, epsilon=1e-3))
+    trained, scalars = params, []
+    for key in keys:
+        trained, info = step(trained, key)
+        scalars.append(info.scalar)
+    again = jax.jit(lambda p, k, s: zo.replay(p, k, s, epsilon=1e-3))(params, keys, jnp.stack(scalars))
+    assert_close(again, trained, dtype)
+    assert error(params["w"], trained["w"]) > 3 * bound(dtype)
 
 
 def test_a_step_needs_what_a_forward_pass_needs():
@@ -110,6 +113,7 @@ def test_a_part_alone_and_an_accuracy_alone():
     assert info.loss[-100:].mean() < 0.6 * info.loss[:100].mean()
 
 
+@pytest.mark.full
 def test_fine_tuning_a_classifier():
     """A small classifier, pretrained by gradients, learns a shifted task by forward passes alone."""
 

@@ -12,6 +12,7 @@ from tests.errors import assert_close
 from tests.optim.zeroth_order.models import WIDTH, blocks_of_a_network
 
 
+@pytest.mark.full
 def test_equals_mezo_in_memory_bit_for_bit():
     """Bits are promised as users compile, not under this suite's hurried flags."""
     run_alone("tests.optim.zeroth_order.bit_for_bit")
@@ -29,14 +30,23 @@ def test_one_trip_a_block_and_few_blocks_at_once(monkeypatch):
         return put(block)
 
     monkeypatch.setattr(jax, "device_put", counted)
-    zo.zo2_step(functions, parts, batch, jax.random.key(0), pending=None, learning_rate=0.1, epsilon=1e-3)
+    blocks, pending, info = zo.zo2_step(
+        functions, parts, batch, jax.random.key(0), pending=None, learning_rate=0.1, epsilon=1e-3
+    )
     assert len(uploads) == len(parts)
     assert sum(uploads) == sum(x.nbytes for x in jax.tree.leaves(parts))
     hidden = 4 * 16 * WIDTH * 4
     assert max(present) < 3 * size + hidden + 4096  # before the next one arrives
+    # The step, which is in the blocks after the flush, is MeZO's along block i's own direction.
+    monkeypatch.undo()
+    after, key = zo.zo2_flush(blocks, pending), jax.random.fold_in(jax.random.key(0), 6)
+    np.testing.assert_allclose(pending.scalar, -0.1 * info.slope, rtol=1e-6)
+    z = jax.random.normal(jax.random.fold_in(key, 0), parts[6].shape)
+    assert_close(after[6] - parts[6], np.float64(pending.scalar) * np.asarray(z), "float32", times=10)
+    assert_close(after[6], np.asarray(parts[6] + pending.scalar * z), "float32")
 
 
-@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kept", [pytest.param("bfloat16", marks=pytest.mark.full), "int8"])
 def test_blocks_travel_in_few_bits_and_no_step_is_too_small(kept, monkeypatch):
     """Worked on in float32: the slope is that of the wide weights, and on average steps arrive whole."""
     functions = [lambda w, x: x @ w, lambda w, h: jnp.sum(h * w)]
@@ -69,10 +79,10 @@ def test_blocks_travel_in_few_bits_and_no_step_is_too_small(kept, monkeypatch):
     # A step below half of the format's: rounded at random, its mean over many keys is the step.
     pending = pending._replace(scalar=jnp.float32(5e-4))
     moved = []
-    for i in range(40):
+    for i in range(15):
         noise = pending._replace(key=jax.random.key(i))
         new = zo.zo2_flush([blocks[0]], noise, dtype=jnp.float32)[0]
         assert jax.tree.structure(new) == jax.tree.structure(blocks[0])
         z = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(noise.key, 0), 0), (64, 8)))
         moved.append(np.sum((read(new) - before[0]) * z) / np.sum(z * z))
-    assert abs(np.mean(moved) - 5e-4) < 1.5e-4
+    assert abs(np.mean(moved) - 5e-4) < 3e-4
