@@ -170,7 +170,9 @@ def stand_in(shape: Shape) -> Shape:
 
 
 def ssd_stand_in(shape: SSD) -> SSD:
-    return SSD(1, min(shape.T, 300), 128 if shape.B * shape.H >= 114 else 2, shape.P, shape.N)
+    from frugax.kernels.common.chips import PROCESSORS
+
+    return SSD(1, min(shape.T, 300), 128 if shape.B * shape.H >= PROCESSORS else 2, shape.P, shape.N)
 
 
 def least_bytes(shape: Shape, passes: str) -> int:

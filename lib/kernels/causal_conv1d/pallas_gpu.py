@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.arguments import pad_to, trim
 from ..common.chips import LANES
 from ..common.hopper import launch
 from ..common.tiling import round_up
@@ -33,7 +34,6 @@ def unsupported_reason(call: Inputs) -> str | None:
 
 def forward(call: Inputs, activation: str | None, *, interpret: bool) -> Array:
     """y [B, T, D] in x's dtype."""
-    _, T, D = call.x.shape
     W, tiling = call.width, for_gpu(call)
     operands = _operands(call, tiling)
     x_BTD = operands[0]
@@ -47,12 +47,12 @@ def forward(call: Inputs, activation: str | None, *, interpret: bool) -> Array:
         ],
         **_launch("causal_conv1d", x_BTD, tiling, interpret),
     )(*operands)
-    return y_BTD[:, :T, :D]
+    return trim(y_BTD, call.x.shape)
 
 
 def backward(call: Inputs, dy: Array, activation: str | None, *, interpret: bool) -> Inputs:
     """The gradients, as `Inputs`; z is computed again from x."""
-    B, T, D = call.x.shape
+    B, _, D = call.x.shape
     W, tiling = call.width, for_gpu(call)
     masked = call.reach is not None
     operands = _operands(call, tiling)
@@ -81,10 +81,10 @@ def backward(call: Inputs, dy: Array, activation: str | None, *, interpret: bool
             plgpu.Barrier(num_arrivals=(W > 1) + (2 + masked) * (1 + (after > 0))),
         ],
         **_launch("causal_conv1d_backward", x_BTD, tiling, interpret),
-    )(*operands, _pad(dy, x_BTD.shape))
+    )(*operands, pad_to(dy, x_BTD.shape))
     dweight_WD = dweight_BNWD.sum((0, 1))[:, :D]  # its last row is the bias's
     return Inputs(
-        x=dx_BTD[:, :T, :D],
+        x=trim(dx_BTD, call.x.shape),
         weight=dweight_WD[:W].astype(call.weight.dtype),
         bias=None if call.bias is None else dweight_WD[W].astype(call.bias.dtype),
         initial_state=None if call.initial_state is None else dbefore_BHD[:, : W - 1, :D],
@@ -252,21 +252,17 @@ def _launch(name: str, x_BTD: Array, tiling: GPUTiling, interpret: bool) -> dict
     return dict(grid=tuple(grid.values()), grid_names=tuple(grid), **launch(name, interpret=interpret))
 
 
-def _pad(a: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.pad(a, [(0, n - m) for m, n in zip(a.shape, shape, strict=True)]) if a.shape != shape else a
-
-
 def _operands(call: Inputs, tiling: GPUTiling) -> list[Array]:
-    """What the kernels read, of whole tiles. The history has a row that nothing reads where W = 1."""
+    """The operands of the kernels, in whole tiles. The history has a row that nothing reads where W = 1."""
     B, T, D = call.x.shape
     W = call.width
     T, D = round_up(T, tiling.time), round_up(D, tiling.channels)
     before = jnp.zeros((B, 0, D), call.x.dtype) if call.initial_state is None else call.initial_state
     bias = jnp.zeros((0,)) if call.bias is None else call.bias
     operands = [
-        _pad(call.x, (B, T, D)),
-        _pad(before, (B, max(W - 1, 1), D)),
-        _pad(call.weight.astype(jnp.float32), (W, D)),
-        _pad(bias.astype(jnp.float32), (D,)),
+        pad_to(call.x, (B, T, D)),
+        pad_to(before, (B, max(W - 1, 1), D)),
+        pad_to(call.weight.astype(jnp.float32), (W, D)),
+        pad_to(bias.astype(jnp.float32), (D,)),
     ]
-    return operands if call.reach is None else [*operands, _pad(call.reach, (B, T))]
+    return operands if call.reach is None else [*operands, pad_to(call.reach, (B, T))]

@@ -14,6 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..common.arguments import pad_to
 from ..common.chips import LANES, SUBLANES
 from ..common.tiling import round_up
 from ..common.tpu import F32, Launch, TimeGrid, iota
@@ -228,8 +229,7 @@ def _history(tiling: TPUTiling) -> tuple[int, int, int]:
 
 
 def _pad_channels(a: Array) -> Array:
-    missing = round_up(a.shape[-1], LANES) - a.shape[-1]
-    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]) if missing else a
+    return pad_to(a, (*a.shape[:-1], round_up(a.shape[-1], LANES)))
 
 
 def _read(

@@ -105,14 +105,14 @@ def _spoil(x: Array, mask_BT: Array, axes: list[str], place: int) -> Array:
 
 
 def _reached(bad_BT: Array, index: Array) -> Array:
-    """Whether a token of the same document, this one or one before it, is bad."""
+    """The tokens [B, T] that are bad, or come after one that is in their document."""
     t = lax.broadcasted_iota(jnp.int32, index.shape, 1)
     starts = jnp.pad(index[:, 1:] != index[:, :-1], ((0, 0), (1, 0)))
     return lax.cummax(jnp.where(bad_BT, t, -1), axis=1) >= lax.cummax(jnp.where(starts, t, 0), axis=1)
 
 
 def _document_of(bad_BT: Array, index: Array) -> Array:
-    """Whether any token of the same document is bad."""
+    """The tokens [B, T] of documents that have a bad one."""
     after = jnp.flip(_reached(jnp.flip(bad_BT, 1), jnp.flip(index, 1)), 1)
     return _reached(bad_BT, index) | after
 

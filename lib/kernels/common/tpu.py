@@ -1,4 +1,4 @@
-"""What TPU kernels are put together from: a launch, the walk over time, the layout of heads, products."""
+"""The parts of TPU kernels: a launch, the walk over time, the layout of heads, products."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ class TimeGrid:
 
     @property
     def ragged(self) -> bool:
-        """Whether the last block hangs over the end of the sequence."""
+        """The last block hangs over the end of the sequence."""
         return self.length != self.padded
 
     def launch(self, name: str, *, interpret: bool, vmem_limit: int | None = None) -> Launch:
@@ -188,7 +188,7 @@ class Layout:
 
     @property
     def group(self) -> int:
-        """How many of the call's heads read one of this array's."""
+        """The number of the call's heads that read one of this array's."""
         return self.heads // self.shape[2]
 
     @property
@@ -197,7 +197,7 @@ class Layout:
 
     @property
     def ragged(self) -> bool:
-        """Whether the last block hangs over the end of the array."""
+        """The last block hangs over the end of the array."""
         return self.time_major and self.grid.ragged
 
     @property

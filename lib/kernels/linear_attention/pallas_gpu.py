@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..common import compat
+from ..common.arguments import pad_to
 from .inputs import Inputs, repeat_heads
 from .pallas_gpu_backward import gradients
 from .pallas_gpu_forward import outputs, states
@@ -82,8 +83,8 @@ def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, int
     rows = _rows(padded, T)
     tiling = _tiling(padded)
     log_decay, packed = _per_channel(padded), call.runs is not None
-    d_out = _pad_to(cotangents[0], q.shape[1], v.shape[-1])
-    d_final = _pad_to(cotangents[1], q.shape[-1], v.shape[-1], axes=(2, 3))
+    d_out = _pad_axes(cotangents[0], q.shape[1], v.shape[-1])
+    d_final = _pad_axes(cotangents[1], q.shape[-1], v.shape[-1], axes=(2, 3))
 
     before, _ = _states(padded, rows, tiling, interpret)
     d_v, d_initial, d_after = _walk_back(padded, rows, tiling, d_out, d_final, scale, interpret)
@@ -147,7 +148,7 @@ def _rows(padded: Inputs, T: int) -> _Rows:
         g = jnp.zeros((1, 1, 1, 1), jnp.float32)
     else:
         g = jnp.broadcast_to(g, (B, T, H)) if g.ndim == 1 else g
-        g = _pad_to(jnp.maximum(g.astype(jnp.float32), SMALLEST_LOG), length, axes=(1,))
+        g = _pad_axes(jnp.maximum(g.astype(jnp.float32), SMALLEST_LOG), length, axes=(1,))
         g = g.swapaxes(1, 2).reshape(B, H, *shape[2:])
     g = jnp.broadcast_to(g, (B, g.shape[1], *shape[2:]))
     through = jnp.cumsum(g, -1)
@@ -244,23 +245,27 @@ def _pad(call: Inputs) -> Inputs:
     log_decay, bonus, state, runs = call.log_decay, call.bonus, call.initial_state, call.runs
     if log_decay is not None and log_decay.ndim == 4:
         kind = jnp.bfloat16 if log_decay.dtype == jnp.bfloat16 else jnp.float32
-        log_decay = _pad_to(log_decay.astype(kind), T, K)
+        log_decay = _pad_axes(log_decay.astype(kind), T, K)
     if bonus is not None:
-        bonus = _pad_to(bonus.astype(jnp.float32), K, axes=(1,))
+        bonus = _pad_axes(bonus.astype(jnp.float32), K, axes=(1,))
     if state is not None:
-        state = _pad_to(state.astype(jnp.float32), K, V, axes=(2, 3))
+        state = _pad_axes(state.astype(jnp.float32), K, V, axes=(2, 3))
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, T - runs.shape[1])), mode="edge")
     return Inputs(
-        _pad_to(call.q, T, K), _pad_to(call.k, T, K), _pad_to(call.v, T, V), log_decay, bonus, state, runs
+        _pad_axes(call.q, T, K),
+        _pad_axes(call.k, T, K),
+        _pad_axes(call.v, T, V),
+        log_decay,
+        bonus,
+        state,
+        runs,
     )
 
 
-def _pad_to(x: Array, *sizes: int, axes: tuple[int, ...] = (1, 3)) -> Array:
-    widths = [(0, 0)] * x.ndim
-    for axis, size in zip(axes, sizes, strict=True):
-        widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths) if any(right for _, right in widths) else x
+def _pad_axes(x: Array, *sizes: int, axes: tuple[int, ...] = (1, 3)) -> Array:
+    to = dict(zip(axes, sizes, strict=True))
+    return pad_to(x, [to.get(axis, size) for axis, size in enumerate(x.shape)])
 
 
 def _sum_heads(d_x: Array, x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels of linear attention share: tiles, products, sums of log-decays.
+"""The parts that the Mosaic GPU kernels of linear attention share: tiles, products, sums of log-decays.
 
 Decay per channel without a positive exponent. Token pairs i > j of a chunk fall into six levels: level l
 holds the pairs whose numbers first differ in bit l, so that i lies in the right half and j in the left half

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from ..common.arguments import pad_to, trim
 from ..common.chips import LANES, SUBLANES, VMEM_LIMIT
 from ..common.tiling import round_up
 from ..common.tpu import F32, Layout, TimeGrid
@@ -162,11 +163,10 @@ class _Call:
         self.launch.write(name, shape, F32, self.state_spec)
 
     def pad_state(self, x: Array) -> Array:
-        K, V = self.widths
-        return jnp.pad(x.astype(jnp.float32), ((0, 0), (0, 0), (0, K - x.shape[2]), (0, V - x.shape[3])))
+        return pad_to(x.astype(F32), (*x.shape[:2], *self.widths))
 
     def trim_state(self, x: Array) -> Array:
-        return x[:, :, : self.call.q.shape[3], : self.call.v.shape[3]]
+        return trim(x, (*x.shape[:2], self.call.q.shape[3], self.call.v.shape[3]))
 
     def read(self, *names: str) -> None:
         """Add inputs of the call, where it has them."""
@@ -184,7 +184,7 @@ class _Call:
         elif name == "initial_state":
             self.launch.add(name, self.pad_state(x), self.state_spec)
         elif name == "bonus":
-            x = jnp.pad(x.astype(F32), ((0, 0), (0, K - x.shape[1]))).reshape(-1, n, K)
+            x = pad_to(x.astype(F32), (x.shape[0], K)).reshape(-1, n, K)
             self.launch.add(name, x, pl.BlockSpec((1, n, K), lambda b, h, t: (h, 0, 0)))
         elif name != "log_decay" or x.ndim == 4:
             layout = self.layout(name, x.dtype, x.shape)

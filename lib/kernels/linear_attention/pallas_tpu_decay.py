@@ -29,7 +29,7 @@ class HeadDecay:
 
 
 def prepare_decays(rows: Array, *, bonus: bool, exact: bool) -> tuple[Array, Array]:
-    """What `head_decay` needs of a chunk's log decays [8, C]: as rows [24, C], and as columns [C, 24].
+    """The operands of `head_decay`, from a chunk's log decays [8, C]: rows [24, C] and columns [C, 24].
 
     Rows: the tokens' weights in the outgoing state, and the running sums, in two parts if `exact` (float32
     needs it, for mild gates beside strong ones), else whole, and 16 rows. Columns: the same weights, and the
@@ -132,7 +132,7 @@ def split(x: Array, half: int) -> tuple[list[Array], list[Array]]:
 
 
 def join(lefts: list[Array], rights: list[Array]) -> Array:
-    """What `split` took apart."""
+    """The rows that `split` took apart."""
     return jnp.concatenate([x for pair in zip(lefts, rights, strict=True) for x in pair], axis=0)
 
 

@@ -19,7 +19,7 @@ Out = TypeVar("Out")
 
 @dataclass(frozen=True)
 class Spec:
-    """What a kernel must know of a call, all of it static."""
+    """A kernel's static description of a call."""
 
     tiling: Tiling
     grid: TimeGrid

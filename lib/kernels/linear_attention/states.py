@@ -37,7 +37,7 @@ def states_at(call: Inputs, places: Array) -> Array:
     entering_BM = jnp.pad(index_BMC[:, :-1, -1], ((0, 0), (1, 0)))
 
     def added(k, v, g, own):
-        """What tokens [..., C, H] of the document `own` [..., C] add to the state after them."""
+        """The share that tokens [..., C, H] of the document `own` [..., C] add to the state after them."""
         after = _behind(g)
         k = jnp.where(own[..., None, None], k.astype(dtype) * jnp.exp(after), 0).astype(v.dtype)
         v = jnp.where(own[..., None, None], v, 0)

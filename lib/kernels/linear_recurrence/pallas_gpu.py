@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat
+from ..common.arguments import pad_to, trim
 from ..common.chips import WARPGROUP
 from ..common.hopper import F32, Pipeline, launch
 from ..common.tiling import round_up
@@ -200,19 +201,14 @@ def _groups(backwards: bool) -> list[range]:
 
 def _pad(x: Array, reverse: bool, with_value: float = 0.0) -> Array:
     """Whole tiles. Tokens are added where the recurrence ends: a = 1 and b = 0 there keep its state."""
-    _, T, D = x.shape
-    tokens = round_up(T, TOKENS) - T
-    time = (tokens, 0) if reverse else (0, tokens)
-    return jnp.pad(
-        x, ((0, 0), time, (0, round_up(D, CHANNELS) - D)), constant_values=jnp.asarray(with_value, x.dtype)
-    )
+    B, T, D = x.shape
+    shape = (B, round_up(T, TOKENS), round_up(D, CHANNELS))
+    return jnp.flip(pad_to(jnp.flip(x, 1), shape, with_value), 1) if reverse else pad_to(x, shape, with_value)
 
 
 def _pad_channels(x: Array) -> Array:
-    return jnp.pad(x, ((0, 0), (0, round_up(x.shape[1], CHANNELS) - x.shape[1])))
+    return pad_to(x, (x.shape[0], round_up(x.shape[1], CHANNELS)))
 
 
 def _trim(x: Array, shape: tuple[int, ...], reverse: bool) -> Array:
-    _, T, D = shape
-    first = x.shape[1] - T if reverse else 0
-    return x[:, first : first + T, :D]
+    return trim(x[:, x.shape[1] - shape[1] :] if reverse else x, shape)

@@ -7,7 +7,7 @@ from jax import Array
 
 from ...formats import Format, QuantizedTensor
 from ...formats.lookup import Lookup
-from ..common.arguments import reject
+from ..common.arguments import known, reject
 from .rules import RULES, scalars
 
 # Rows, then what stacks them, then groups: where nothing says how a leaf is split, rows are guessed first.
@@ -40,6 +40,8 @@ def check(rule: str, grad: Array, moments: tuple[QuantizedTensor, ...], hyper) -
     wanted = RULES[rule]
     if not jnp.issubdtype(grad.dtype, jnp.floating) or grad.ndim == 0 or 0 in grad.shape:
         reject("grad", grad, "a floating dtype, at least one axis, every size >= 1")
+    if not all(known(size) for size in grad.shape):
+        reject("grad", grad, "sizes that are numbers, as moments have")
     if len(moments) != wanted.moments:
         raise ValueError(f"moments: got {len(moments)}; expected {wanted.moments} for {rule!r}")
     if len(hyper) != len(wanted.hyper):

@@ -7,14 +7,13 @@ lanes, picked from and put back into a tile of scales by its column.
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..common.chips import LANES
-from ..common.tpu import iota
+from ..common.tpu import Launch, iota
 from .blocks import update_blocks
 from .inputs import Inputs, Spec
 from .tiling import ROWS, for_tpu
@@ -43,25 +42,24 @@ def forward(
     k = len(scales)
     tile = pl.BlockSpec((tiling.rows, tiling.groups * G), lambda i: (i, 0))
     column = pl.BlockSpec((tiling.rows, tiling.groups), lambda i: (i, 0))
-    arrays = [*wide, *scales]
-    results = pl.pallas_call(
-        partial(_kernel, spec=spec, groups=tiling.groups),
-        grid=(pl.cdiv(R, tiling.rows),),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *[tile] * (1 + k), *[column] * k],
-        out_specs=[*[tile] * (1 + k), *[column] * k],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays],
-        input_output_aliases={1 + i: i for i in range(len(arrays))},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        interpret=interpret,
-        name=f"quantized_update_{spec.rule}",
-    )(call.hyper[None], *arrays)
+    grid = (pl.cdiv(R, tiling.rows),)
+    launch = Launch(f"quantized_update_{spec.rule}", grid, ("parallel",), interpret=interpret)
+    launch.add("hyper", call.hyper[None], pl.BlockSpec(memory_space=pltpu.SMEM))
+    names = ["grad", *(f"code{i}" for i in range(k)), *(f"scale{i}" for i in range(k))]
+    arrays = list(zip(names, [*wide, *scales], [*[tile] * (1 + k), *[column] * k], strict=True))
+    for name, x, block in arrays:
+        launch.add(name, x, block)
+    for name, x, block in arrays:
+        launch.write(f"new_{name}", x.shape, x.dtype, block, over=name)
+    results = list(launch.run(partial(_kernel, spec=spec, groups=tiling.groups)).values())
     update, *codes = (x.reshape(call.grad.shape) for x in results[: 1 + k])
     return update, tuple(codes), tuple(s.reshape(call.scales[0].shape) for s in results[1 + k :])
 
 
-def _kernel(hyper_ref, *refs, spec: Spec, groups: int):
+def _kernel(*, hyper_ref, spec: Spec, groups: int, **refs):
+    """refs: grad, codes, scales, and their new values: in the order in which they were added."""
     k = len(spec.formats)
-    ins, outs = refs[: 1 + 2 * k], refs[1 + 2 * k :]
+    ins, outs = list(refs.values())[: 1 + 2 * k], list(refs.values())[1 + 2 * k :]
     hyper = [hyper_ref[0, i] for i in range(hyper_ref.shape[1])]
     at = iota((ROWS, groups), 1)
 

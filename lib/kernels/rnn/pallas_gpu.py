@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..common import compat, hopper
+from ..common.arguments import pad_to
 from ..common.hopper import F32, Pipeline, Tiles, along_rows, swizzled
 from ..common.tiling import round_up
 from .cells import Cell
@@ -36,37 +37,37 @@ def forward(call: Inputs, keep: bool = False, *, interpret: bool) -> tuple[Array
     """h [B, T, H, D], the last state [B, S, H, D]; with `keep` also what steps read [T, H, R, B, D]."""
     B, T, H, G, D = call.gates.shape
     cell = call.cell
-    walk = _Walk(call, interpret, backward=False)
+    program = _Program(call, interpret, backward=False)
     S, R = len(cell.states), len(cell.reads) if keep else 0
-    bias_HGD = jnp.pad(call.bias.astype(F32), ((0, 0), (0, 0), (0, walk.D - D)))
+    bias_HGD = jnp.pad(call.bias.astype(F32), ((0, 0), (0, 0), (0, program.D - D)))
     operands = [
-        walk.channels_first(call.gates, BF16),
-        walk.matrices(jnp.swapaxes(call.recurrent, 2, 3)),
+        program.channels_first(call.gates, BF16),
+        program.matrices(jnp.swapaxes(call.recurrent, 2, 3)),
         bias_HGD,
-        walk.state_in(call.initial_state),
-        *walk.starts(),
+        program.state_in(call.initial_state),
+        *program.starts(),
     ]
     h, state, *reads = plgpu.kernel(
-        partial(_forward_kernel, cell=cell, walk=walk, keep=R > 0),
-        out_type=[walk.tokens(1, BF16), walk.states(S), *([walk.tokens(R, F32)] if R else [])],
+        partial(_forward_kernel, cell=cell, program=program, keep=R > 0),
+        out_type=[program.tokens(1, BF16), program.states(S), *([program.tokens(R, F32)] if R else [])],
         scratch_types=dict(
-            matrix=walk.tile((G * walk.D, walk.D), BF16),
-            bias=plgpu.SMEM((G, walk.D), F32),
-            states=walk.tile((S * walk.D, walk.N), F32),
-            operand=walk.tile((2, walk.D, walk.N), BF16),
-            x_tile=walk.tile((walk.stages, G * walk.D, walk.N), BF16),
-            start_tile=walk.tile((walk.stages, walk.D, walk.N), BF16) if walk.packed else None,
+            matrix=program.tile((G * program.D, program.D), BF16),
+            bias=plgpu.SMEM((G, program.D), F32),
+            states=program.tile((S * program.D, program.N), F32),
+            operand=program.tile((2, program.D, program.N), BF16),
+            x_tile=program.tile((program.stages, G * program.D, program.N), BF16),
+            start_tile=program.tile((program.stages, program.D, program.N), BF16) if program.packed else None,
             once=plgpu.Barrier(num_arrivals=2 + G),
-            arrived=plgpu.Barrier(num_arrivals=1 + walk.packed, num_barriers=walk.stages),
+            arrived=plgpu.Barrier(num_arrivals=1 + program.packed, num_barriers=program.stages),
         ),
-        **walk.launch("rnn_forward"),
+        **program.launch("rnn_forward"),
     )(*operands)
-    results = walk.batch_first(h, 1)[:, :, :, 0], walk.state_out(state)
+    results = program.batch_first(h, 1)[:, :, :, 0], program.state_out(state)
     if not keep:
         return results
     if not R:
         return (*results, jnp.zeros((T, H, 0, B, D), F32))
-    return (*results, jnp.transpose(walk.batch_first(reads[0], R), (1, 2, 3, 0, 4)))
+    return (*results, jnp.transpose(program.batch_first(reads[0], R), (1, 2, 3, 0, 4)))
 
 
 def backward(
@@ -74,33 +75,35 @@ def backward(
 ) -> Inputs:
     """The gradients, as `Inputs`, from what `forward` returned."""
     cell = call.cell
-    walk = _Walk(call, interpret, backward=True)
+    program = _Program(call, interpret, backward=True)
     P, S, R, G = cell.pre_activations, len(cell.states), len(cell.reads), cell.gates
     dh, dstate = cotangents
     operands = [
-        walk.channels_first(pre_activations(call, h), F32),
-        walk.channels_first(dh[:, :, :, None], BF16),
-        walk.matrices(call.recurrent),
-        walk.state_in(dstate),
-        *([walk.channels_first(jnp.transpose(reads, (3, 0, 1, 2, 4)), F32)] if R else []),
-        *walk.starts(),
+        program.channels_first(pre_activations(call, h), F32),
+        program.channels_first(dh[:, :, :, None], BF16),
+        program.matrices(call.recurrent),
+        program.state_in(dstate),
+        *([program.channels_first(jnp.transpose(reads, (3, 0, 1, 2, 4)), F32)] if R else []),
+        *program.starts(),
     ]
     dpre, dstate = plgpu.kernel(
-        partial(_backward_kernel, cell=cell, walk=walk),
-        out_type=[walk.tokens(P, BF16), walk.states(S)],
+        partial(_backward_kernel, cell=cell, program=program),
+        out_type=[program.tokens(P, BF16), program.states(S)],
         scratch_types=dict(
-            matrix=walk.tile((G * walk.D, walk.D), BF16),
-            pre_tile=walk.tile((walk.stages, P * walk.D, walk.N), F32),
-            dh_tile=walk.tile((walk.stages, walk.D, walk.N), BF16),
-            read_tile=walk.tile((walk.stages, R * walk.D, walk.N), F32) if R else None,
-            start_tile=walk.tile((walk.stages, walk.D, walk.N), BF16) if walk.packed else None,
-            dpre_tile=walk.tile((2, P * walk.D, walk.N), BF16),
+            matrix=program.tile((G * program.D, program.D), BF16),
+            pre_tile=program.tile((program.stages, P * program.D, program.N), F32),
+            dh_tile=program.tile((program.stages, program.D, program.N), BF16),
+            read_tile=program.tile((program.stages, R * program.D, program.N), F32) if R else None,
+            start_tile=program.tile((program.stages, program.D, program.N), BF16) if program.packed else None,
+            dpre_tile=program.tile((2, P * program.D, program.N), BF16),
             once=plgpu.Barrier(num_arrivals=2),
-            arrived=plgpu.Barrier(num_arrivals=2 + (R > 0) + walk.packed, num_barriers=walk.stages),
+            arrived=plgpu.Barrier(num_arrivals=2 + (R > 0) + program.packed, num_barriers=program.stages),
         ),
-        **walk.launch("rnn_backward"),
+        **program.launch("rnn_backward"),
     )(*operands)
-    return matrix_gradients(call, h, walk.batch_first(dpre, P))._replace(initial_state=walk.state_out(dstate))
+    return matrix_gradients(call, h, program.batch_first(dpre, P))._replace(
+        initial_state=program.state_out(dstate)
+    )
 
 
 def _tiling(call: Inputs, backward: bool) -> tuple[GPUTiling | None, str | None]:
@@ -108,7 +111,7 @@ def _tiling(call: Inputs, backward: bool) -> tuple[GPUTiling | None, str | None]
     return for_gpu(call.cell, Shape(B, T, H, D, 2, call.starts is not None), backward=backward)
 
 
-class _Walk:
+class _Program:
     """The grid (batch, head), the walk over time, and arrays [T, H, n, D', B'] as matrices around them."""
 
     def __init__(self, call: Inputs, interpret: bool, *, backward: bool):
@@ -136,7 +139,7 @@ class _Walk:
     def channels_first(self, x: Array, dtype) -> Array:
         """[B, T, H, n, D] -> [T * H * n * D', B']."""
         x = jnp.transpose(x.astype(dtype), (1, 2, 3, 4, 0))
-        return _pad(x, (*x.shape[:3], self.D, self.batches * self.N)).reshape(-1, self.batches * self.N)
+        return pad_to(x, (*x.shape[:3], self.D, self.batches * self.N)).reshape(-1, self.batches * self.N)
 
     def batch_first(self, x: Array, n: int) -> Array:
         """[T * H * n * D', B'] -> [B, T, H, n, D]."""
@@ -146,7 +149,7 @@ class _Walk:
     def state_in(self, x: Array) -> Array:
         """[B, S, H, D] -> [H * S * D', B']."""
         x = jnp.transpose(x.astype(F32), (2, 1, 3, 0))
-        return _pad(x, (*x.shape[:2], self.D, self.batches * self.N)).reshape(-1, self.batches * self.N)
+        return pad_to(x, (*x.shape[:2], self.D, self.batches * self.N)).reshape(-1, self.batches * self.N)
 
     def state_out(self, x: Array) -> Array:
         """[H * S * D', B'] -> [B, S, H, D]."""
@@ -155,13 +158,13 @@ class _Walk:
 
     def matrices(self, x: Array) -> Array:
         """[H, G, D, D] -> [H * G * D', D']."""
-        return _pad(x, (*x.shape[:2], self.D, self.D)).reshape(-1, self.D)
+        return pad_to(x, (*x.shape[:2], self.D, self.D)).reshape(-1, self.D)
 
     def starts(self) -> list[Array]:
         """[T * D', B'], the same in every channel, if there are any."""
         if not self.packed:
             return []
-        starts_TB = _pad(self.call.starts.T.astype(BF16), (self.T, self.batches * self.N))
+        starts_TB = pad_to(self.call.starts.T.astype(BF16), (self.T, self.batches * self.N))
         return [jnp.repeat(starts_TB, self.D, axis=0)]
 
     def launch(self, name: str) -> dict:
@@ -202,29 +205,33 @@ class _Walk:
 
 def _forward_kernel(
     x_ref, matrix_ref, bias_ref, first_ref, *refs,
-    cell: Cell, walk: _Walk, keep: bool,
+    cell: Cell, program: _Program, keep: bool,
     matrix, bias, states, operand, x_tile, start_tile, once, arrived,
 ):  # fmt: skip
-    start_ref, *refs = refs if walk.packed else (None, *refs)
+    start_ref, *refs = refs if program.packed else (None, *refs)
     h_ref, last_ref, *refs = refs
-    (h, lanes), tiles = walk.here(), walk.tiles
-    G, S, R, H = cell.gates, len(cell.states), len(cell.reads), walk.H
-    plgpu.copy_gmem_to_smem(matrix_ref.at[walk.rows(h, G)], matrix, once)
-    plgpu.copy_gmem_to_smem(first_ref.at[walk.rows(h, S), lanes], states, once)
+    (h, lanes), tiles = program.here(), program.tiles
+    G, S, R, H = cell.gates, len(cell.states), len(cell.reads), program.H
+    plgpu.copy_gmem_to_smem(matrix_ref.at[program.rows(h, G)], matrix, once)
+    plgpu.copy_gmem_to_smem(first_ref.at[program.rows(h, S), lanes], states, once)
     for g in range(G):
         plgpu.copy_gmem_to_smem(bias_ref.at[h, g], bias.at[g], once)
     plgpu.barrier_wait(once)
 
     def fetch(t, slot):
-        plgpu.copy_gmem_to_smem(x_ref.at[walk.rows(t * H + h, G), lanes], x_tile.at[slot], arrived.at[slot])
-        if walk.packed:
+        plgpu.copy_gmem_to_smem(
+            x_ref.at[program.rows(t * H + h, G), lanes], x_tile.at[slot], arrived.at[slot]
+        )
+        if program.packed:
             plgpu.copy_gmem_to_smem(
-                start_ref.at[walk.rows(t, 1), lanes], start_tile.at[slot], arrived.at[slot]
+                start_ref.at[program.rows(t, 1), lanes], start_tile.at[slot], arrived.at[slot]
             )
 
-    carry = tuple(tuple(tiles.load(states.at[walk.part(s, d)]) for s in range(S)) for d in walk.blocks())
-    for d, block in zip(walk.blocks(), carry, strict=True):
-        operand[0, walk.part(0, d)] = block[0].astype(BF16)
+    carry = tuple(
+        tuple(tiles.load(states.at[program.part(s, d)]) for s in range(S)) for d in program.blocks()
+    )
+    for d, block in zip(program.blocks(), carry, strict=True):
+        operand[0, program.part(0, d)] = block[0].astype(BF16)
     plgpu.commit_smem()
 
     def visit(t, slot, i, fetch_next, carry):
@@ -232,60 +239,64 @@ def _forward_kernel(
         plgpu.barrier_wait(arrived.at[slot])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the token before: tiles may be written again
         moved = []
-        for d, state in zip(walk.blocks(), carry, strict=True):
-            zeros = tiles.full((ROWS, walk.N), 0)
-            products = ((zeros, (matrix.at[walk.part(g, d)], operand.at[now])) for g in range(G))
+        for d, state in zip(program.blocks(), carry, strict=True):
+            zeros = tiles.full((ROWS, program.N), 0)
+            products = ((zeros, (matrix.at[program.part(g, d)], operand.at[now])) for g in range(G))
             r = tiles.add_each(*products)
-            if walk.packed:
-                fresh = tiles.load(start_tile.at[slot, walk.part(0, d)]) > 0.5
+            if program.packed:
+                fresh = tiles.load(start_tile.at[slot, program.part(0, d)]) > 0.5
                 r, state = ([jnp.where(fresh, zeros, y) for y in ys] for ys in (r, state))
             biases = (tiles.load(bias.at[g, pl.ds(d, ROWS)], hopper.ROWS) for g in range(G))
             r = [y + along_rows(b, y.shape) for y, b in zip(r, biases, strict=True)]
-            x = [tiles.load(x_tile.at[slot, walk.part(g, d)]) for g in range(G)]
+            x = [tiles.load(x_tile.at[slot, program.part(g, d)]) for g in range(G)]
             reads = [state[s] for s in cell.reads]
             if keep:
                 for n, read in enumerate(reads):
-                    states[walk.part(n, d)] = read
+                    states[program.part(n, d)] = read
             state = cell.step(cell.combine(x, r), reads)
-            operand[after, walk.part(0, d)] = state[0].astype(BF16)
+            operand[after, program.part(0, d)] = state[0].astype(BF16)
             moved.append(tuple(state))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(operand.at[after], h_ref.at[walk.rows(t * H + h, 1), lanes])
+        plgpu.copy_smem_to_gmem(operand.at[after], h_ref.at[program.rows(t * H + h, 1), lanes])
         if keep:
-            kept = states.at[pl.ds(0, R * walk.D)]
-            plgpu.copy_smem_to_gmem(kept, refs[0].at[walk.rows(t * H + h, R), lanes])
+            kept = states.at[pl.ds(0, R * program.D)]
+            plgpu.copy_smem_to_gmem(kept, refs[0].at[program.rows(t * H + h, R), lanes])
         fetch_next()
         return tuple(moved)
 
-    carry = walk.each_token(fetch, visit, carry)
-    _write_states(carry, states, last_ref, h, lanes, walk)
+    carry = program.each_token(fetch, visit, carry)
+    _write_states(carry, states, last_ref, h, lanes, program)
 
 
 def _backward_kernel(
     pre_ref, dh_ref, matrix_ref, dlast_ref, *refs,
-    cell: Cell, walk: _Walk,
+    cell: Cell, program: _Program,
     matrix, pre_tile, dh_tile, read_tile, start_tile, dpre_tile, once, arrived,
 ):  # fmt: skip
     read_ref, *refs = refs if cell.reads else (None, *refs)
-    start_ref, *refs = refs if walk.packed else (None, *refs)
+    start_ref, *refs = refs if program.packed else (None, *refs)
     dpre_ref, dfirst_ref = refs
-    (h, lanes), tiles = walk.here(), walk.tiles
-    G, P, S, R, H = cell.gates, cell.pre_activations, len(cell.states), len(cell.reads), walk.H
-    states = pre_tile.at[0, pl.ds(0, S * walk.D)]  # memory for them before the walk and after it: S <= P
-    plgpu.copy_gmem_to_smem(matrix_ref.at[walk.rows(h, G)], matrix, once)
-    plgpu.copy_gmem_to_smem(dlast_ref.at[walk.rows(h, S), lanes], states, once)
+    (h, lanes), tiles = program.here(), program.tiles
+    G, P, S, R, H = cell.gates, cell.pre_activations, len(cell.states), len(cell.reads), program.H
+    states = pre_tile.at[0, pl.ds(0, S * program.D)]  # memory for them before the walk and after it: S <= P
+    plgpu.copy_gmem_to_smem(matrix_ref.at[program.rows(h, G)], matrix, once)
+    plgpu.copy_gmem_to_smem(dlast_ref.at[program.rows(h, S), lanes], states, once)
     plgpu.barrier_wait(once)
     fetched = [(pre_ref, pre_tile, P), (dh_ref, dh_tile, 1), (read_ref, read_tile, R)]
 
     def fetch(t, slot):
         for ref, tile, n in fetched if R else fetched[:2]:
-            plgpu.copy_gmem_to_smem(ref.at[walk.rows(t * H + h, n), lanes], tile.at[slot], arrived.at[slot])
-        if walk.packed:
             plgpu.copy_gmem_to_smem(
-                start_ref.at[walk.rows(t, 1), lanes], start_tile.at[slot], arrived.at[slot]
+                ref.at[program.rows(t * H + h, n), lanes], tile.at[slot], arrived.at[slot]
+            )
+        if program.packed:
+            plgpu.copy_gmem_to_smem(
+                start_ref.at[program.rows(t, 1), lanes], start_tile.at[slot], arrived.at[slot]
             )
 
-    carry = tuple(tuple(tiles.load(states.at[walk.part(s, d)]) for s in range(S)) for d in walk.blocks())
+    carry = tuple(
+        tuple(tiles.load(states.at[program.part(s, d)]) for s in range(S)) for d in program.blocks()
+    )
     plgpu.commit_smem()  # every thread has read them
 
     def visit(t, slot, i, fetch_next, carry):
@@ -293,42 +304,42 @@ def _backward_kernel(
         plgpu.barrier_wait(arrived.at[slot])
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         moved = []
-        for d, dstate in zip(walk.blocks(), carry, strict=True):
-            pre = [tiles.load(pre_tile.at[slot, walk.part(p, d)]) for p in range(P)]
-            reads = [tiles.load(read_tile.at[slot, walk.part(n, d)]) for n in range(R)]
-            dh = dstate[0] + tiles.load(dh_tile.at[slot, walk.part(0, d)])
+        for d, dstate in zip(program.blocks(), carry, strict=True):
+            pre = [tiles.load(pre_tile.at[slot, program.part(p, d)]) for p in range(P)]
+            reads = [tiles.load(read_tile.at[slot, program.part(n, d)]) for n in range(R)]
+            dh = dstate[0] + tiles.load(dh_tile.at[slot, program.part(0, d)])
             dpre, dreads = cell.pullback(pre, reads, (dh, *dstate[1:]))
             for p in range(P):
-                dpre_tile[now, walk.part(p, d)] = dpre[p].astype(BF16)
+                dpre_tile[now, program.part(p, d)] = dpre[p].astype(BF16)
             sent = dict(zip(cell.reads, dreads, strict=True))
-            moved.append([sent.get(s, tiles.full((ROWS, walk.N), 0)) for s in range(S)])
+            moved.append([sent.get(s, tiles.full((ROWS, program.N), 0)) for s in range(S)])
         starts = (
-            [tiles.load(start_tile.at[slot, walk.part(0, d)]) for d in walk.blocks()] if walk.packed else []
+            [tiles.load(start_tile.at[slot, program.part(0, d)]) for d in program.blocks()]
+            if program.packed
+            else []
         )
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(dpre_tile.at[now], dpre_ref.at[walk.rows(t * H + h, P), lanes])
+        plgpu.copy_smem_to_gmem(dpre_tile.at[now], dpre_ref.at[program.rows(t * H + h, P), lanes])
         fetch_next()
-        for k, d in enumerate(walk.blocks()):
-            whole = (pl.ds(p * walk.D, walk.D) for p in cell.recurrent)
-            products = ((matrix.at[walk.part(g, d)], dpre_tile.at[now, rows]) for g, rows in enumerate(whole))
+        for k, d in enumerate(program.blocks()):
+            whole = (pl.ds(p * program.D, program.D) for p in cell.recurrent)
+            products = (
+                (matrix.at[program.part(g, d)], dpre_tile.at[now, rows]) for g, rows in enumerate(whole)
+            )
             moved[k][0] = tiles.add_products(moved[k][0], *products)
-            if walk.packed:
+            if program.packed:
                 moved[k] = [jnp.where(starts[k] > 0.5, 0.0, y) for y in moved[k]]
         return tuple(map(tuple, moved))
 
-    carry = walk.each_token(fetch, visit, carry)
-    _write_states(carry, states, dfirst_ref, h, lanes, walk)
+    carry = program.each_token(fetch, visit, carry)
+    _write_states(carry, states, dfirst_ref, h, lanes, program)
 
 
-def _write_states(carry, states, ref, h, lanes, walk: _Walk) -> None:
+def _write_states(carry, states, ref, h, lanes, program: _Program) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for d, block in zip(walk.blocks(), carry, strict=True):
+    for d, block in zip(program.blocks(), carry, strict=True):
         for s, value in enumerate(block):
-            states[walk.part(s, d)] = value
+            states[program.part(s, d)] = value
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(states, ref.at[walk.rows(h, len(carry[0])), lanes])
+    plgpu.copy_smem_to_gmem(states, ref.at[program.rows(h, len(carry[0])), lanes])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _pad(x: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)]) if x.shape != shape else x

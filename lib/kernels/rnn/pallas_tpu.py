@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
+from ..common.arguments import pad_to, trim
 from ..common.chips import LANES, VMEM_LIMIT
 from ..common.tiling import round_up
 from ..common.tpu import F32, Launch, TimeGrid, dot
@@ -35,23 +36,23 @@ def forward(call: Inputs, keep: bool = False, *, interpret: bool) -> tuple[Array
     """h [B, T, H, D], the last state [B, S, H, D]; with `keep` also what steps read [T, H, R, B, D]."""
     B, T, H, G, D = call.gates.shape
     cell, dtype = call.cell, call.gates.dtype
-    walk = _Walk(call, backward=False)
+    blocks = _Blocks(call, backward=False)
     S, R = len(cell.states), len(cell.reads) if keep else 0
-    launch = walk.grid.launch("rnn_forward", interpret=interpret, vmem_limit=VMEM_LIMIT)
-    matrix, bias = walk.parameters()
-    launch.add("x", walk.wide_time_first(call.gates, dtype), walk.wide_block(G))
-    launch.add("matrix", matrix, walk.matrix(G))
-    launch.add("bias", bias, walk.bias(G))
-    launch.add("first", walk.time_first_state(call.initial_state), walk.state(S))
-    launch.add("starts", walk.time_first_starts(), walk.starts)
-    launch.write("h", *walk.wide_tokens(1, dtype), walk.wide_block(1))
-    launch.write("last", *walk.states(S), walk.state(S))
+    launch = blocks.grid.launch("rnn_forward", interpret=interpret, vmem_limit=VMEM_LIMIT)
+    matrix, bias = blocks.parameters()
+    launch.add("x", blocks.wide_time_first(call.gates, dtype), blocks.wide_block(G))
+    launch.add("matrix", matrix, blocks.matrix(G))
+    launch.add("bias", bias, blocks.bias(G))
+    launch.add("first", blocks.time_first_state(call.initial_state), blocks.state(S))
+    launch.add("starts", blocks.time_first_starts(), blocks.starts)
+    launch.write("h", *blocks.wide_tokens(1, dtype), blocks.wide_block(1))
+    launch.write("last", *blocks.states(S), blocks.state(S))
     if R:
-        launch.write("reads", *walk.tokens(R, F32), walk.block(R))
-    walk.hold(launch, "state", S)
-    launch.hold("operand", (walk.tiling.batch, walk.D), dtype)
-    got = launch.run(partial(_forward_kernel, cell=cell, walk=walk))
-    results = walk.wide_batch_first(got["h"])[:, :, :, 0], walk.trim_state(got["last"])
+        launch.write("reads", *blocks.tokens(R, F32), blocks.block(R))
+    blocks.hold(launch, "state", S)
+    launch.hold("operand", (blocks.tiling.batch, blocks.D), dtype)
+    got = launch.run(partial(_forward_kernel, cell=cell, blocks=blocks))
+    results = blocks.wide_batch_first(got["h"])[:, :, :, 0], blocks.batch_first_state(got["last"])
     if not keep:
         return results
     return (*results, got["reads"][:T, :, :, :B, :D] if R else jnp.zeros((T, H, 0, B, D), F32))
@@ -62,28 +63,28 @@ def backward(
 ) -> Inputs:
     """The gradients, as `Inputs`, from what `forward` returned."""
     cell, dtype = call.cell, call.gates.dtype
-    walk = _Walk(call, backward=True)
+    blocks = _Blocks(call, backward=True)
     P, S, R, G = cell.pre_activations, len(cell.states), len(cell.reads), cell.gates
     dh, dlast = cotangents
-    launch = walk.grid.launch("rnn_backward", interpret=interpret, vmem_limit=VMEM_LIMIT)
-    matrix, bias = walk.parameters()
-    launch.add("x", walk.wide_time_first(call.gates, dtype), walk.wide_block(G))
-    launch.add("before", walk.wide_time_first(before(call, h)[:, :, :, None], dtype), walk.wide_block(1))
-    launch.add("bias", bias, walk.bias(G))
+    launch = blocks.grid.launch("rnn_backward", interpret=interpret, vmem_limit=VMEM_LIMIT)
+    matrix, bias = blocks.parameters()
+    launch.add("x", blocks.wide_time_first(call.gates, dtype), blocks.wide_block(G))
+    launch.add("before", blocks.wide_time_first(before(call, h)[:, :, :, None], dtype), blocks.wide_block(1))
+    launch.add("bias", bias, blocks.bias(G))
     if R:
-        launch.add("reads", _pad(reads, walk.tokens(R, F32)[0]), walk.block(R))
-    launch.add("dh", walk.wide_time_first(dh[:, :, :, None], dtype), walk.wide_block(1))
-    launch.add("matrix", matrix, walk.matrix(G))
-    launch.add("dlast", walk.time_first_state(dlast), walk.state(S))
-    launch.add("starts", walk.time_first_starts(), walk.starts)
-    launch.write("dgates", *walk.wide_tokens(G, dtype), walk.wide_block(G))
-    launch.write("dpre", *walk.tokens(P, dtype), walk.block(P))
-    launch.write("dfirst", *walk.states(S), walk.state(S))
-    walk.hold(launch, "dstate", S)
-    launch.hold("pre", (walk.tiling.time, P, walk.tiling.batch, walk.D))
-    got = launch.run(partial(_backward_kernel, cell=cell, walk=walk))
-    return matrix_gradients(call, h, walk.batch_first(got["dpre"]))._replace(
-        gates=walk.wide_batch_first(got["dgates"]), initial_state=walk.trim_state(got["dfirst"])
+        launch.add("reads", pad_to(reads, blocks.tokens(R, F32)[0]), blocks.block(R))
+    launch.add("dh", blocks.wide_time_first(dh[:, :, :, None], dtype), blocks.wide_block(1))
+    launch.add("matrix", matrix, blocks.matrix(G))
+    launch.add("dlast", blocks.time_first_state(dlast), blocks.state(S))
+    launch.add("starts", blocks.time_first_starts(), blocks.starts)
+    launch.write("dgates", *blocks.wide_tokens(G, dtype), blocks.wide_block(G))
+    launch.write("dpre", *blocks.tokens(P, dtype), blocks.block(P))
+    launch.write("dfirst", *blocks.states(S), blocks.state(S))
+    blocks.hold(launch, "dstate", S)
+    launch.hold("pre", (blocks.tiling.time, P, blocks.tiling.batch, blocks.D))
+    got = launch.run(partial(_backward_kernel, cell=cell, blocks=blocks))
+    return matrix_gradients(call, h, blocks.batch_first(got["dpre"]))._replace(
+        gates=blocks.wide_batch_first(got["dgates"]), initial_state=blocks.batch_first_state(got["dfirst"])
     )
 
 
@@ -93,7 +94,7 @@ def _tiling(call: Inputs, backward: bool) -> tuple[TPUTiling | None, str | None]
     return for_tpu(call.cell, shape, backward=backward)
 
 
-class _Walk:
+class _Blocks:
     """The grid (head, batch, time), time maybe backwards, and the views of arrays that go with it."""
 
     def __init__(self, call: Inputs, *, backward: bool):
@@ -107,17 +108,17 @@ class _Walk:
         self.columns = range(0, self.D, tiling.columns)
 
     def block(self, n: int) -> pl.BlockSpec:
-        """Of [T, H, n, B, D]: n rows of channels for each token and sequence."""
+        """The block of [T, H, n, B, D]: n rows of channels for each token and sequence."""
         shape = (self.tiling.time, None, n, self.tiling.batch, self.D)
         return pl.BlockSpec(shape, lambda h, b, i: (self.grid.at(i), h, 0, b, 0))
 
     def wide_block(self, n: int) -> pl.BlockSpec:
-        """Of [T, B, H n D]: the n D columns of a head for each token and sequence."""
+        """The block of [T, B, H n D]: the n D columns of a head for each token and sequence."""
         shape = (self.tiling.time, self.tiling.batch, n * self.D)
         return pl.BlockSpec(shape, lambda h, b, i: (self.grid.at(i), b, h))
 
     def matrix(self, n: int) -> pl.BlockSpec:
-        """Of [H, n, D, D]: fetched once a head, so that there is no second one to overlap with."""
+        """The block of [H, n, D, D]: fetched once a head, so that there is no second one to overlap with."""
         return pl.BlockSpec(
             (None, n, self.D, self.D), lambda h, b, i: (h, 0, 0, 0), pipeline_mode=pl.Buffered(1)
         )
@@ -126,12 +127,12 @@ class _Walk:
         return pl.BlockSpec((None, n, 1, self.D), lambda h, b, i: (h, 0, 0, 0))
 
     def state(self, n: int) -> pl.BlockSpec:
-        """Of [H, n, B, D]."""
+        """The block of [H, n, B, D]."""
         return pl.BlockSpec((None, n, self.tiling.batch, self.D), lambda h, b, i: (h, 0, b, 0))
 
     @property
     def starts(self) -> pl.BlockSpec:
-        """Of [T, B, 1]."""
+        """The block of [T, B, 1]."""
         return pl.BlockSpec((self.tiling.time, self.tiling.batch, 1), lambda h, b, i: (self.grid.at(i), b, 0))
 
     @property
@@ -156,37 +157,37 @@ class _Walk:
 
     def batch_first(self, x: Array) -> Array:
         """[T', H, n, B', D'] -> [B, T, H, n, D]."""
-        x = x[: self.T, :, :, : self.B, : self.call.gates.shape[-1]]
+        x = trim(x, (self.T, *x.shape[1:3], self.B, self.call.gates.shape[-1]))
         return jnp.transpose(x, (3, 0, 1, 2, 4))
 
     def parameters(self) -> tuple[Array, Array]:
         """R [H, G, D', D'] and the bias [H, G, 1, D'], whole lanes."""
         R, bias, D = self.call.recurrent, self.call.bias[:, :, None], self.D
-        return _pad(R, (*R.shape[:2], D, D)), _pad(bias, (*bias.shape[:3], D))
+        return pad_to(R, (*R.shape[:2], D, D)), pad_to(bias, (*bias.shape[:3], D))
 
     def wide_time_first(self, x: Array, dtype) -> Array:
         """[B, T, H, n, D] -> [T', B', H n D'], whole blocks."""
-        widened = _pad(x.astype(dtype), (*x.shape[:-1], self.D)).reshape(self.B, self.T, -1)
-        return _pad(jnp.swapaxes(widened, 0, 1), self.wide_tokens(x.shape[3], dtype)[0])
+        widened = pad_to(x.astype(dtype), (*x.shape[:-1], self.D)).reshape(self.B, self.T, -1)
+        return pad_to(jnp.swapaxes(widened, 0, 1), self.wide_tokens(x.shape[3], dtype)[0])
 
     def wide_batch_first(self, x: Array) -> Array:
         """[T', B', H n D'] -> [B, T, H, n, D]."""
         x = jnp.swapaxes(x[: self.T, : self.B], 0, 1).reshape(self.B, self.T, self.H, -1, self.D)
         return x[..., : self.call.gates.shape[-1]]
 
-    def trim_state(self, x: Array) -> Array:
+    def batch_first_state(self, x: Array) -> Array:
         """[H, S, B', D'] -> [B, S, H, D]."""
-        return jnp.transpose(x[:, :, : self.B, : self.call.gates.shape[-1]], (2, 1, 0, 3))
+        return trim(jnp.transpose(x, (2, 1, 0, 3)), self.call.initial_state.shape)
 
     def time_first_state(self, x: Array) -> Array:
         """[B, S, H, D] -> [H, S, B', D']."""
-        return _pad(jnp.transpose(x, (2, 1, 0, 3)), self.states(x.shape[1])[0])
+        return pad_to(jnp.transpose(x, (2, 1, 0, 3)), self.states(x.shape[1])[0])
 
     def time_first_starts(self) -> Array | None:
-        """Whether a document starts at each token, [T', B', 1] in float32; None: all are whole."""
+        """Ones where documents start, else zeros, [T', B', 1] in float32; None: all are whole."""
         if self.call.starts is None:
             return None
-        return _pad(self.call.starts.T[..., None].astype(F32), (self.grid.padded, self.rows, 1))
+        return pad_to(self.call.starts.T[..., None].astype(F32), (self.grid.padded, self.rows, 1))
 
     def columns_of(self, n: int, d):
         """Where channels `d` of row n lie in a `wide_block`."""
@@ -217,11 +218,11 @@ class _Walk:
 
 def _forward_kernel(
     *, x_ref, matrix_ref, bias_ref, first_ref, h_ref, last_ref, state_ref, operand_ref,
-    starts_ref=None, reads_ref=None, cell: Cell, walk: _Walk,
+    starts_ref=None, reads_ref=None, cell: Cell, blocks: _Blocks,
 ):  # fmt: skip
     """state: float32; operand: h once more, in the matrix unit's dtype."""
 
-    @walk.grid.at_start()
+    @blocks.grid.at_start()
     def _():
         state_ref[...] = first_ref[...]
         operand_ref[...] = first_ref[0].astype(operand_ref.dtype)
@@ -237,7 +238,7 @@ def _forward_kernel(
                 dot(operand_ref[...], matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32)
                 for g in range(cell.gates)
             ]
-            x = [x_ref[t, :, walk.columns_of(g, d)].astype(F32) for g in range(cell.gates)]
+            x = [x_ref[t, :, blocks.columns_of(g, d)].astype(F32) for g in range(cell.gates)]
             before = [state_ref[s, :, d] for s in range(len(cell.states))]
             reads = [before[s] for s in cell.reads]
             if reads_ref is not None:
@@ -248,12 +249,12 @@ def _forward_kernel(
             for s, value in enumerate(state):
                 state_ref[s, :, d] = value if exists is None else jnp.where(exists, value, before[s])
 
-        walk.each_columns(columns)
+        blocks.each_columns(columns)
         operand_ref[...] = h_ref[t]
 
-    walk.each_token(visit)
+    blocks.each_token(visit)
 
-    @walk.grid.at_end()
+    @blocks.grid.at_end()
     def _():
         last_ref[...] = state_ref[...]
 
@@ -261,25 +262,25 @@ def _forward_kernel(
 def _backward_kernel(
     *, x_ref, before_ref, bias_ref, dh_ref, matrix_ref, dlast_ref,
     dgates_ref, dpre_ref, dfirst_ref, dstate_ref, pre_ref,
-    reads_ref=None, starts_ref=None, cell: Cell, walk: _Walk,
+    reads_ref=None, starts_ref=None, cell: Cell, blocks: _Blocks,
 ):  # fmt: skip
-    """What the states send back, from token to token; each token's share of the pre-activations' gradient."""
+    """The states' gradients, from token to token, and each token's share of the pre-activations'."""
 
-    @walk.grid.at_start()
+    @blocks.grid.at_start()
     def _():
         dstate_ref[...] = dlast_ref[...]
 
     def pre_activations(i, _):
-        """Of all tokens of the block, 128 channels of each gate."""
+        """Fill in 128 channels of each gate, for all tokens of the block."""
         d = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
-        h = before_ref[...].reshape(-1, walk.D)
+        h = before_ref[...].reshape(-1, blocks.D)
         r = [dot(h, matrix_ref[g, :, d]) + bias_ref[g, :, d].astype(F32) for g in range(cell.gates)]
-        x = [x_ref[:, :, walk.columns_of(g, d)].astype(F32).reshape(-1, LANES) for g in range(cell.gates)]
+        x = [x_ref[:, :, blocks.columns_of(g, d)].astype(F32).reshape(-1, LANES) for g in range(cell.gates)]
         for p, value in enumerate(cell.combine(x, r)):
-            pre_ref[:, p, :, d] = value.reshape(walk.tiling.time, -1, LANES)
+            pre_ref[:, p, :, d] = value.reshape(blocks.tiling.time, -1, LANES)
         return 0
 
-    lax.fori_loop(0, walk.D // LANES, pre_activations, 0)
+    lax.fori_loop(0, blocks.D // LANES, pre_activations, 0)
     states = range(len(cell.states))
 
     def visit(t, exists):
@@ -295,7 +296,7 @@ def _backward_kernel(
             for p, value in enumerate(dpre):
                 dpre_ref[t, p, :, d] = value
             for g, p in enumerate(cell.inputs):
-                dgates_ref[t, :, walk.columns_of(g, d)] = dpre[p]
+                dgates_ref[t, :, blocks.columns_of(g, d)] = dpre[p]
             for s in states:
                 value = sent.get(s, jnp.zeros_like(dstate[0]))
                 dstate_ref[s, :, d] = value if exists is None else jnp.where(exists, value, dstate[s])
@@ -304,17 +305,13 @@ def _backward_kernel(
             sent = sum(dot(dpre_ref[t, p], matrix_ref[g, d, :], "nt") for g, p in enumerate(cell.recurrent))
             dstate_ref[0, :, d] += sent
 
-        walk.each_columns(pointwise)
-        walk.each_columns(through_the_matrix)
+        blocks.each_columns(pointwise)
+        blocks.each_columns(through_the_matrix)
         if starts_ref is not None:
             dstate_ref[...] = jnp.where((starts_ref[t] != 0)[None], 0.0, dstate_ref[...])
 
-    walk.each_token(visit)
+    blocks.each_token(visit)
 
-    @walk.grid.at_end()
+    @blocks.grid.at_end()
     def _():
         dfirst_ref[...] = dstate_ref[...]
-
-
-def _pad(x: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)]) if x.shape != shape else x

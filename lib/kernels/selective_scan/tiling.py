@@ -20,7 +20,7 @@ class TPUTiling:
 
     @property
     def tiles(self) -> int:
-        """How many tiles of 128 channels lie beside each other."""
+        """The number of tiles of 128 channels that lie beside each other."""
         return self.channels // LANES
 
 
