@@ -275,7 +275,7 @@ def test_rwkv_channel_mixing():
 
 def test_decays_beyond_the_dtype_have_finite_gradients():
     """exp(-exp(w)) is 0 from w = 5 up; exp(w) itself is inf from 89 up, and 0 * inf is no gradient."""
-    w = jnp.array([-30.0, -1.0, 5.0, 100.0])
+    w = jnp.array([-30.0, -1.0, 5.0, 100.0], jnp.float32)
     values, slopes = jax.vmap(jax.value_and_grad(lambda w: jnp.exp(log_decay(w))))(w)
     want = np.exp(-np.exp(np.array([-30.0, -1.0, 5.0, 100.0])))
     assert_close(values, want, "float32")

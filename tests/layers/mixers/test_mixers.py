@@ -190,8 +190,8 @@ def test_inputs_that_cannot_be_right(name):
         **next(arguments for class_name, arguments in MIXERS.values() if class_name == name)
     )
     for x, message in [
-        (jnp.ones((3, WIDTH)), r"x: got float32\[3, 8\]"),
-        (jnp.ones((2, 0, WIDTH)), r"x: got float32\[2, 0, 8\]"),
+        (jnp.ones((3, WIDTH), jnp.float32), r"x: got float32\[3, 8\]"),
+        (jnp.ones((2, 0, WIDTH), jnp.float32), r"x: got float32\[2, 0, 8\]"),
         (jnp.ones((2, 3, WIDTH), jnp.int32), r"x: got int32\[2, 3, 8\]"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ def test_equals_a_grouped_convolution(shape, use_bias, dtype):
     ours = frugax.layers.DepthwiseConv(use_bias=use_bias)
     peer = nn.Conv(shape[-1], (3, 3), feature_group_count=shape[-1], use_bias=use_bias)
     params = jax.tree.map(
-        lambda p: p + jax.random.normal(jax.random.key(2), p.shape), peer.init(jax.random.key(3), x)
+        lambda p: p + jax.random.normal(jax.random.key(2), p.shape, p.dtype), peer.init(jax.random.key(3), x)
     )
     assert jax.tree.map(jnp.shape, ours.init(jax.random.key(3), x)) == jax.tree.map(jnp.shape, params)
 

@@ -80,14 +80,14 @@ def test_a_stream_is_the_whole():
         ({"tau": 0.5}, "tau: got 0.5"),
         ({"threshold": 0.0}, "threshold: got 0.0"),
         (
-            {"initial_state": jnp.ones((2, 4))},
+            {"initial_state": jnp.ones((2, 4), jnp.float32)},
             r"initial_state: got float32\[2, 4\]; expected floating \[2, 3\]",
         ),
         (
             {"segment_ids": jnp.ones((2, 6), jnp.int32)},
             r"segment_ids: got int32\[2, 6\]; expected integers \[2, 5\]",
         ),
-        ({"x": jnp.ones((2, 5))}, r"x: got float32\[2, 5\]"),
+        ({"x": jnp.ones((2, 5), jnp.float32)}, r"x: got float32\[2, 5\]"),
     ],
 )
 def test_bad_input(arguments, message, unchecked_types):
