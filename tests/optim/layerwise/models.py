@@ -64,7 +64,7 @@ def perceptron(depth=4, width=64):
 
     def loss(params):
         def layer(h, w):
-            return h + jnp.tanh(h @ w["w"] + w["b"]), None
+            return h + jnp.tanh(h @ w["w"] + w["b"][None]), None
 
         return jnp.mean((jax.lax.scan(layer, x, params["layers"])[0] @ params["head"] - 1) ** 2)
 
