@@ -207,12 +207,15 @@ def mamba_lyapunov() -> str:
         [i, f"{layer['estimate']:.6f}", f"{layer['closed_form']:.6f}", f"{layer['largest_estimate']:.6f}"]
         for i, layer in enumerate(result["exponents"])
     ]
-    gaps = {name: gap["at_the_end"] for name, gap in result["bfloat16_states"].items()}
-    text = f"{result['sizes']['steps']} steps of training on bytes, then {result['sizes']['tune_steps']} of tuning"
+    sizes, gaps = result["sizes"], result["bfloat16_states"]
+    text = f"{sizes['steps']} steps of training on bytes, then {sizes['tune_steps']} of tuning"
     first = table(["relative change of logits", "Mamba", "Transformer"], rows)
     second = table(["block", "largest exponent, estimated", "closed form", "largest of rows"], exponents)
-    states = f"bfloat16 in place of float32 states: a difference of {gaps['trained']:.2f} after a row, in a control "
-    states += f"of positive exponents {gaps['control']:.0e}."
+    states = (
+        "States kept in bfloat16 differ from those in float32 by {at_a_quarter:.2g} after a quarter of a row"
+    )
+    states = (states + " and {at_the_end:.2g} after all of it").format(**gaps["trained"])
+    states += f", in a control of positive exponents by {gaps['control']['at_the_end']:.0e}."
     return f"{text}. {plain_caption(result)}\n\n{first}\n\n{second}\n\n{states}"
 
 

@@ -13,7 +13,7 @@ from .bidirectional import Bidirectional
 from .block import Block
 from .channel.mlp import GLU, MLP
 from .channel.rwkv_channel import RWKVChannel
-from .mixers.based import Based
+from .mixers.based import Based, based_blocks
 from .mixers.flash_rnn import FlashRNN
 from .mixers.gated_convolution import GatedConvolution
 from .mixers.gated_linear_attention import GatedLinearAttention
@@ -80,6 +80,7 @@ __all__ = [
     "SqueezeExcite",
     "StableEmbedding",
     "VisionMamba",
+    "based_blocks",
     "decay_slopes",
     "elu_plus_one",
     "lif",

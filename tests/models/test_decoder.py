@@ -346,6 +346,31 @@ def test_channel_mixers_with_a_state_are_carried():
     assert error(other, logits) > 1e-3
 
 
+def test_based_recalls_what_its_window_no_longer_sees():
+    """Its layers alternate; the token 5 places back is beyond a window of 2 and both convolutions' taps."""
+    blocks = frugax.layers.based_blocks(2, key_size=3, window=2)
+    kinds = ["GatedConvolution", "LinearAttention", "SlidingWindowAttention", "GatedConvolution"]
+    assert [block.mixer for block in blocks] == [*kinds, "GatedConvolution"]
+    model, variables, tokens = make(blocks[1:3], repeats=1, batch=1, time=9)
+    _, state = model.apply(variables, tokens)
+    carried = sum(leaf.size for leaf in jax.tree.leaves(state.layers))
+    assert carried == 2 * (1 + 3 + 6) * (D // 2 + 1) + 2 * D + 1  # features by values, a window, a length
+    logits, _ = model.apply(variables, tokens)
+    other, _ = model.apply(variables, tokens.at[0, 3].set((tokens[0, 3] + 1) % V))
+    assert error(other[0, -1], logits[0, -1]) > 1e-4
+    alone, _ = model.clone(blocks=blocks[2:3]).apply(with_block(variables, "block_1"), tokens)
+    unseen, _ = model.clone(blocks=blocks[2:3]).apply(
+        with_block(variables, "block_1"), tokens.at[0, 3].set((tokens[0, 3] + 1) % V)
+    )
+    assert (alone[0, -1] == unseen[0, -1]).all()
+
+
+def with_block(variables, name):
+    """The variables of a decoder of one of the blocks alone."""
+    params = variables["params"]
+    return {"params": {**params, "layers": {"block_0": params["layers"][name]}}}
+
+
 def test_blocks_are_values():
     one = Block("GatedLinearAttention", mixer_args={"heads": 2, "expand_k": 1.0})
     same = Block("GatedLinearAttention", mixer_args=(("expand_k", 1.0), ("heads", 2)))

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from flax import linen as nn
 from jax import Array
 
+from ..block import Block
 from .linear_attention import LinearAttention, LinearAttentionState
 from .mixer import Mixer, RowArguments
 from .sliding_window import SlidingWindowAttention, WindowState
@@ -20,8 +21,7 @@ class BasedState(NamedTuple):
 class Based(Mixer):
     """(LinearAttention(x) + SlidingWindowAttention(x)) / sqrt(2): both halves in every layer.
 
-    The paper gives each kind layers of its own, with convolutions between. That is the blocks
-    `LinearAttention` with {"feature_map": "taylor"}, `SlidingWindowAttention` and `GatedConvolution`.
+    The paper gives each kind layers of its own, with convolutions between: those are `based_blocks`.
 
     Attributes:
       heads: of both halves; divides the width.
@@ -57,3 +57,33 @@ class Based(Mixer):
         y_linear, linear_state = linear(x, state=before.linear, **rows)
         y_window, window_state = window(x, state=before.window, **rows)
         return y_linear + y_window, BasedState(linear_state, window_state)
+
+
+def based_blocks(
+    heads: int = 16, *, key_size: int = 16, window: int = 64, expand: int | float = 2
+) -> tuple[Block, ...]:
+    """Based's layers, five to be repeated: convolution, linear attention, window, and two convolutions.
+
+    Each has a SwiGLU behind its mixer, and an RMSNorm before both.
+
+    Args:
+      heads, key_size: of the `LinearAttention`, whose feature map is "taylor".
+      window: of the `SlidingWindowAttention`.
+      expand: of each `GLU`.
+
+    Source: Arora et al. 2024 (Based, arXiv 2402.18668); the order is that of its code, whose models of 27
+    layers end with two convolutions more, and whose convolutions' layers have biases.
+
+    Example:
+        >>> import frugax
+        >>> [block.mixer for block in frugax.layers.based_blocks(heads=2)][:3]
+        ['GatedConvolution', 'LinearAttention', 'SlidingWindowAttention']
+    """
+
+    def block(mixer: str, **arguments: int | str) -> Block:
+        return Block(mixer, "GLU", arguments, {"expand": expand})
+
+    convolution = block("GatedConvolution", width=3, expand=2)
+    linear = block("LinearAttention", heads=heads, feature_map="taylor", key_size=key_size)
+    exact = block("SlidingWindowAttention", heads=heads, window=window)
+    return convolution, linear, exact, convolution, convolution
