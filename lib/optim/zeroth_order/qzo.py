@@ -65,7 +65,7 @@ def qzo_step(
       ValueError: no leaf is a scale.
 
     Source: Shang et al. 2025, Fine-tuning Quantized Neural Networks with Zeroth-order Optimization
-    (arXiv 2505.13430); the clip's default is ours.
+    (arXiv 2505.13430); the clip of 100 is that of its code, where scales stay above 1e-7.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
