@@ -68,6 +68,8 @@ def linear_attention(
       ValueError: naming the argument that can't be right, or the reason why a named backend can't serve.
 
     Differentiable in every float input. `jax.jvp` and second derivatives: with backend "reference" or "xla".
+    float16 is computed in float32. With `segment_ids` a NaN or infinity stays in its document, in outputs,
+    state and gradients; without them it may also reach the outputs before it in its chunk.
 
     Source: Katharopoulos et al. 2020 (arXiv 2006.16236); decays from Lightning Attention (2405.17381), GLA
     (2312.06635) and RWKV-6 (2404.05892).

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator, as_shaped, reject
-from ...kernels.common.documents import documents
+from ...kernels.common.documents import check_segment_ids, documents
 from ...kernels.common.rows import outputs_at, rows
 
 _SLOPE = 4.0  # of the sigmoid whose derivative stands in for the step's
@@ -120,7 +120,4 @@ def _check(x, tau, threshold, initial_state, segment_ids) -> None:
         initial_state.shape != (B, D) or not jnp.issubdtype(initial_state.dtype, jnp.floating)
     ):
         reject("initial_state", initial_state, f"floating [{B}, {D}]")
-    if segment_ids is not None and (
-        segment_ids.shape != (B, T) or not jnp.issubdtype(segment_ids.dtype, jnp.integer)
-    ):
-        reject("segment_ids", segment_ids, f"integers [{B}, {T}]")
+    check_segment_ids(segment_ids, (B, T))
