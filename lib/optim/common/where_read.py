@@ -57,7 +57,7 @@ def changed_where_read(fun: Callable[[Any], Any], params: Any, read: Read, scan:
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(params)
     unread = [Unread(i, x, 0) for i, x in enumerate(leaves)]
-    out = _evaluate(closed.jaxpr, closed.consts, unread, read, scan or _scan)
+    out = _evaluate(closed.jaxpr, closed.consts, unread, read, scan or scan_where_read)
     return jax.tree.unflatten(jax.tree.structure(shape), values(out, read))
 
 
@@ -102,7 +102,7 @@ def operand_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def _scan(operands: Sequence[Any], params: dict[str, Any], read: Read) -> list[Any]:
+def scan_where_read(operands: Sequence[Any], params: dict[str, Any], read: Read) -> list[Any]:
     """The same scan, with a body that reads slices of the leaves that are scanned over."""
     count, carried = operand_counts(params)
     carried += count
@@ -116,7 +116,7 @@ def _scan(operands: Sequence[Any], params: dict[str, Any], read: Read) -> list[A
             Unread(x.leaf, value, x.start + step * jnp.uint32(value.size)) if isinstance(x, Unread) else value
             for x, value in zip(xs, each, strict=True)
         ]
-        out = _evaluate(body, consts, [*before[:count], *carry, *slices], read, _scan)
+        out = _evaluate(body, consts, [*before[:count], *carry, *slices], read, scan_where_read)
         out = values(out, read)
         return out[: len(carry)], out[len(carry) :]
 

@@ -18,7 +18,15 @@ from jaxtyping import Float, Int
 
 from ...formats import QuantizedTensor, quantize
 from ..common.matrix_spec import leaf_path
-from ..common.where_read import CALLS, Unread, changed_where_read, opened, operand_counts, values
+from ..common.where_read import (
+    CALLS,
+    Unread,
+    changed_where_read,
+    opened,
+    operand_counts,
+    scan_where_read,
+    values,
+)
 
 LAYERS = r"(^|/)layers/"
 
@@ -123,6 +131,8 @@ def _scan(
 ) -> list[Any]:
     """A scan over layers with the backward pass that this module is about."""
     count, carried = operand_counts(of_scan)
+    if not any(isinstance(x, Unread) and x.leaf in slots for x in operands[count + carried :]):
+        return scan_where_read(operands, of_scan, read)  # over something else, such as time
     constants = list(map(jnp.asarray, values(operands[:count], read)))
     hidden = list(map(jnp.asarray, values(operands[count : count + carried], read)))
     xs = [
@@ -175,7 +185,7 @@ def _with_backward_pass(body: Any, length: int, reverse: bool, keep: str | None)
         slots, place = [x.value for x in slots], place.value
         plan = _plan(body, constants, _first(weights), hidden, _first(others), wants)
         static.update(plan=plan, wants=wants)
-        seen = [jnp.zeros((len(slots[0]), *h.shape), h.dtype) for h in hidden]
+        seen = [jnp.stack([h] * len(slots[0])) for h in hidden]
 
         def turn(carry, of_turn):
             hidden, seen = carry
@@ -195,7 +205,7 @@ def _with_backward_pass(body: Any, length: int, reverse: bool, keep: str | None)
         slots, constants, others, weights, place, seen, stored = kept
         plan, wants = static["plan"], static["wants"]
         of_hidden, of_ys = jax.tree.map(_whole, cotangents, is_leaf=lambda x: isinstance(x, SymbolicZero))
-        blank = [jnp.zeros_like(h[0]) for h in seen]
+        blank = [h[0] for h in seen]
         of_constants = [jnp.zeros_like(x) for x, want in zip(constants, wants[0], strict=True) if want]
         of_slots = [jnp.zeros_like(x) for x in slots]
 

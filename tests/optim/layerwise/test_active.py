@@ -145,16 +145,30 @@ def test_a_decoder_trains_by_active_layers():
             assert not np.asarray(a).any()
 
 
-def test_leaves_read_outside_of_a_scan():
-    """Layers taken by index: the gradient is right, at the cost of a copy."""
-    params = {"layers": {"w": jnp.arange(1.0, 13.0).reshape(4, 3) / 10}}
+def test_leaves_read_in_other_ways():
+    """By index, at each step of a scan over time, in two scans, backwards: right, if not for less memory."""
+    params = {"layers": {"w": jnp.arange(1.0, 37.0).reshape(4, 3, 3) / 40}}
+    x = jnp.linspace(-1, 1, 6).reshape(2, 3)
+
+    def layer(h, w):
+        h, key = h
+        return (jnp.tanh(h @ w) + 0.1 * jax.random.normal(key, (3,)), jax.random.fold_in(key, 1)), None
 
     def loss(p):
-        return jnp.sum(jnp.sin(p["layers"]["w"][0] * p["layers"]["w"][2]))
+        w, start = p["layers"]["w"], (jnp.zeros(3), jax.random.key(0))
 
-    active = jnp.array([2, 3])
-    _, got = optim.active_value_and_grad(loss, params, active)
-    exact = jax.grad(loss)(params)["layers"]["w"][active]
+        def step(h, x):
+            return jax.lax.scan(layer, (h + x, start[1]), w)[0][0], None
+
+        over_time, _ = jax.lax.scan(step, start[0], x)
+        (up, _), _ = jax.lax.scan(layer, (x[0], start[1]), w)
+        (down, _), _ = jax.lax.scan(layer, (x[1], start[1]), w, reverse=True)
+        return jnp.sum(over_time) + jnp.sum(up * down) + jnp.sum(jnp.sin(w[0] * w[2]))
+
+    active = jnp.array([1, 2])
+    exact, got = jax.jit(
+        lambda p: (jax.grad(loss)(p)["layers"]["w"][active], optim.active_value_and_grad(loss, p, active)[1])
+    )(params)
     assert_close(got["layers"]["w"], exact, "float32")
 
 
