@@ -162,7 +162,7 @@ def what_steps_take() -> str:
 
     ours = total(lambda m, n: min(published(m, n), 4 * m * m * n + 34 * m**3))
     adamw = 12 * read("optimizer_step_cpu")["parameters"] / 1e9
-    whole, chosen = (total(lambda m, n, k=k: 2 * m * n * (k or m)) for k in (None, rank))
+    whole, chosen = total(lambda m, n: 2 * m * n * m), total(lambda m, n: 2 * m * n * rank)
     megabytes = total(lambda m, n: 4e3 * history * rank * n)
     return (
         f"AdamW calculates {adamw:.1f} GFLOP in a step. COSMOS's five Newton-Schulz steps on whole matrices "
