@@ -171,6 +171,16 @@ def mezo_finetune() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def layerwise_memory() -> str:
+    result = read("layerwise_memory")
+    rows = [
+        [name, f"{r['temporaries'] / 1e6:.1f}", f"{r['state'] / 1e6:.1f}"]
+        for name, r in result["rows"].items()
+    ]
+    about = f"{result['model']}, {result['parameters']:,} parameters"
+    return f"{about}. {plain_caption(result)}\n\n{table(['', 'temporaries MB', 'state MB'], rows)}"
+
+
 def zo_queries() -> str:
     result, rows = read("zo_queries"), []
     shown = [i for i, queries in enumerate(result["queries"]) if queries in (600, 1800, 3600, 6000)]
@@ -268,6 +278,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "optimizers_quality": optimizers_quality,
         "optimizer_steps": optimizer_steps,
         "what_steps_take": what_steps_take,
+        "layerwise_memory": layerwise_memory,
         "mezo_finetune": mezo_finetune,
         "zo_queries": zo_queries,
     },
