@@ -29,6 +29,9 @@ MIXED = (
 )
 
 
+# Two of them, with a state of the channel mixer and arguments that differ by layer.
+PAIR = (MIXED[0], MIXED[2])
+
 together = pytest.mark.xdist_group("decoder of mixed blocks")
 
 
@@ -60,7 +63,7 @@ def gradients(apply, variables):
 @functools.cache
 def mixed():
     """The compiled calls of a decoder of mixed blocks, in float64."""
-    model, variables, tokens = make(MIXED, time=3 + 8, dtype=jnp.float64)
+    model, variables, tokens = make(PAIR, time=3 + 8, dtype=jnp.float64)
     # The first document of each row goes on with that of the 3 tokens before the call.
     ids = jnp.array([[7, 7, 2, 7, 7, 7, 7, 7], [0, 0, 0, 0, 0, 1, 1, 1]])
 
@@ -133,8 +136,12 @@ def test_packed_is_separate(blocks):
 
 
 def test_the_scan_over_depth_is_a_loop_over_layers():
-    model, variables, tokens = make(MIXED, repeats=2, time=8)
-    params, depth = variables["params"], 6
+    blocks = (
+        Block("HGRN2", "RWKVChannel", {"heads": 2}, {"expand": 1}, norm="LayerNorm"),
+        Block("LightningAttention", None, {"heads": 2}, norm="RMSNorm"),
+    )
+    model, variables, tokens = make(blocks, repeats=2, time=5)
+    params, depth = variables["params"], 4
     steps = np.exp(np.asarray(params["ForgetFloors"]["logits"], np.float64))
     steps /= steps.sum(0)
     floors = np.cumsum(steps, axis=0) - steps[0]
@@ -143,11 +150,11 @@ def test_the_scan_over_depth_is_a_loop_over_layers():
         params = variables["params"]
         x = params["embedding"][tokens]
         for layer in range(depth):
-            repeat, i = divmod(layer, len(MIXED))
+            repeat, i = divmod(layer, len(blocks))
             mine = jax.tree.map(lambda p, repeat=repeat: p[repeat], params["layers"][f"block_{i}"])
-            fraction = {"fraction": jnp.float32(layer / 5)}
-            by_layer = [({"floor": jnp.float32(floors[layer])}, {}), (fraction, {}), ({}, fraction)][i]
-            module = BlockLayer(MIXED[i], depth, jnp.float32, jnp.float32, None)
+            fraction = {"fraction": jnp.float32(layer / 3)}
+            by_layer = [({"floor": jnp.float32(floors[layer])}, fraction), (fraction, {})][i]
+            module = BlockLayer(blocks[i], depth, jnp.float32, jnp.float32, None)
             x, _ = module.apply({"params": mine}, x, None, by_layer, {}, None)
         return nn_rms(x, params["norm"]["weight"]) @ params["embedding"].T
 
@@ -170,16 +177,21 @@ def test_floors_start_at_zero_and_rise_with_depth():
     assert floors[:, 0].tolist() == [0.0, 0.25, 0.5, 0.75]
 
 
-@together
-def test_remat_and_unrolling_change_no_number():
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("remat", marks=together),
+        pytest.param("unroll", marks=[together, pytest.mark.full]),
+    ],
+)
+def test_remat_and_unrolling_change_no_number(name):
     with jax.enable_x64(True):
         model, mine = mixed()
         of_y, of_state = mine.cotangents()
         (want, _), (grads, _, _) = mine.whole(mine.now, (of_y, jax.tree.map(jnp.zeros_like, of_state)))
-        for name in ("remat", "unroll"):
-            other = model.clone(**{name: True})
-            logits, pull = jax.vjp(lambda v, m=other: jax.jit(m.apply)(v, mine.now)[0], mine.variables)
-            assert_close((logits, pull(of_y)[0]), (want, grads), "float64", name=name)
+        other = jax.jit(model.clone(**{name: True}).apply)
+        logits, pull = jax.vjp(lambda v: other(v, mine.now)[0], mine.variables)
+        assert_close((logits, pull(of_y)[0]), (want, grads), "float64", name=name)
 
         def remats(m):  # kernels have some of their own
             return str(jax.make_jaxpr(m.apply)(mine.variables, mine.now)).count("remat")
@@ -188,7 +200,9 @@ def test_remat_and_unrolling_change_no_number():
 
 
 @pytest.mark.parametrize(
-    "blocks", [(GLA,), pytest.param(MIXED, marks=pytest.mark.full)], ids=["gla", "mixed"]
+    "blocks",
+    [(Block(GLA.mixer, None, GLA.mixer_args),), pytest.param(MIXED, marks=pytest.mark.full)],
+    ids=["gla", "mixed"],
 )
 def test_exports_with_any_batch_and_time(blocks, unchecked_types):
     """One exported program serves prompts of any size, and another with a state decodes any batch."""
@@ -240,7 +254,7 @@ def test_bfloat16_layers_give_float32_logits():
 
 def test_how_a_decoder_is_born():
     """Near-uniform predictions, quiet outputs, one set of parameters a layer."""
-    model = Decoder(256, 64, (Block("RWKV6", "GLU"), Block("Retention", "MLP")), repeats=4)
+    model = Decoder(256, 64, (Block("RWKV6", None), Block("MLGRU", "MLP")), repeats=4)
     tokens = jnp.asarray(np.random.default_rng(0).integers(256, size=(2, 32)))
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     logits, _ = jax.jit(model.apply)({"params": params}, tokens)
@@ -255,7 +269,7 @@ def test_how_a_decoder_is_born():
 
 
 def test_it_learns():
-    model, variables, _ = make(batch=1)
+    model = Decoder(V, 12, (Block("MLGRU"),), repeats=2)
     tokens = jnp.tile(jnp.array([[1, 5, 2, 8, 3]]), (2, 5))
     variables = jax.jit(model.init)(jax.random.key(0), tokens)
     optimizer = optax.adam(2e-2)
@@ -300,9 +314,12 @@ def test_ids_outside_the_vocabulary_show():
         assert np.isfinite(logits[0]).all()
 
 
-def test_prompts_of_several_lengths_go_on_where_each_ends():
+@pytest.mark.parametrize(
+    "blocks", [MIXED[2:], pytest.param(MIXED, marks=pytest.mark.full)], ids=["window", "mixed"]
+)
+def test_prompts_of_several_lengths_go_on_where_each_ends(blocks):
     """Padded prompts, and prompts packed in a row: the next token's logits are those of each prompt alone."""
-    model, variables, tokens = make(MIXED, time=6)
+    model, variables, tokens = make(blocks, repeats=1, time=6)
     lengths = jnp.array([6, 4])
     ids = jnp.array([[3, 3, 3, 3, 5, 5], [8, 8, 9, 9, 9, 9]])
     more = jnp.array([[1], [2]])

@@ -94,6 +94,17 @@ def calls(spiking):
     return Calls(model.apply, filled(model, x), x, ids, new_rows)
 
 
+def test_a_spiking_stream_goes_on_in_packed_rows():
+    """The values alone; gradients, and the model without spikes, are the next test's."""
+    with jax.enable_x64(True):
+        mine = calls(True)
+        state = mine.before()
+        want = mine.token_by_token(mine.now, state, mine.starts())
+        y, after = jax.jit(small(True).apply)(mine.variables, mine.now, state=state, segment_ids=mine.ids)
+        assert_close((y, one_array(after)), (want[0], one_array(want[1])), "float64")
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("spiking", [False, True])
 def test_packed_rows_that_go_on_are_token_by_token(spiking):
     with jax.enable_x64(True):
@@ -104,7 +115,8 @@ def test_packed_rows_that_go_on_are_token_by_token(spiking):
         assert_close(list(map(one_array, got)), list(map(one_array, want)), "float64")
 
 
-@pytest.mark.parametrize("spiking", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("spiking", [False, True])
 def test_convolution_chunks_and_stream_agree(spiking):
     """40 tokens go through the FFT, chunks of 20 too, with a state; single ones go through the loop."""
     with jax.enable_x64(True):
