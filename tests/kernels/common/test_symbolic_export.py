@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import export
 
+import frugax
 from tests.errors import assert_close
 from tests.kernels.harness import OPERATIONS, over, parts, run
 
@@ -70,3 +71,11 @@ def test_kernels_say_that_they_need_numbers(unchecked_types):
     row = OPERATIONS["linear_recurrence"]
     program = export.export(jax.jit(row.function), platforms=["tpu"])(x, x)
     assert "tpu_custom_call" not in program.mlir_module()
+
+
+def test_an_optimizers_leaf_has_a_size(unchecked_types):
+    moment = frugax.formats.quantize(jnp.zeros((2, 256)), "dynamic8", axis=-1, group_size=256)
+    (n,) = export.symbolic_shape("n")
+    step = jax.jit(lambda g: frugax.kernels.quantized_update("momentum", g, (moment,), (0.9,))[0])
+    with pytest.raises(ValueError, match=r"grad: got float32\[n, 256\]; expected sizes that are numbers"):
+        export.export(step)(jax.ShapeDtypeStruct((n, 256), jnp.float32))
