@@ -51,7 +51,7 @@ def test_import_costs_nothing_over_jax():
 
 @pytest.fixture
 def compiled_modules(monkeypatch):
-    """Calls of Flax modules as one program each, where an example without `jit` makes a hundred small ones."""
+    """Compile each call of a Flax module as one program: examples without `jit` make a hundred small ones."""
 
     def compiled(method):
         def call(self, *args, **named):

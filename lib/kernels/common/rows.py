@@ -1,4 +1,4 @@
-"""How a row of tokens is read: to which length, which way, and at which tokens its states are returned."""
+"""Rows of tokens that are padded, packed or reversed, and the states at their ends."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ class Rows:
 
 
 class RowArguments(TypedDict):
-    """What an operation is told of its rows: `linear_attention(..., **rows)`."""
+    """The arguments of an operation that describe its rows: `linear_attention(..., **rows)`."""
 
     segment_ids: Array | None
     lengths: Array | None
@@ -121,7 +121,7 @@ def rows(
     segment_states: int | None = None,
     reverse: bool = False,
 ) -> Rows | None:
-    """How rows [B, T] are read; None where that is from their first token to their last.
+    """Describe the reading of rows [B, T]; None if it is from their first token to their last.
 
     Raises:
       ValueError: naming the argument that can't be right.
@@ -219,7 +219,8 @@ def window_at(history: Array, width: int, reach: Array | None, places: Array) ->
       places: int [B, N] in [-1, T); -1 is before the first token.
     """
     B, N = places.shape
-    at = (places[..., None] + jnp.arange(1, width + 1)[None, None]).reshape(B, N * width)  # token t stands at t + width
+    # Token t stands at t + width.
+    at = (places[..., None] + jnp.arange(1, width + 1)[None, None]).reshape(B, N * width)
     last = _pick(history, at).reshape(B, N, width, *history.shape[2:])
     if reach is None:
         return last
