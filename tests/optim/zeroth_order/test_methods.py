@@ -40,6 +40,7 @@ def test_sparse_mezo_leaves_large_weights_alone():
     assert info.loss[-1] < info.loss[0]
 
 
+@pytest.mark.full
 def test_sparse_mezo_with_every_weight_is_mezo():
     w, loss = problem()
     thresholds = jnp.float32(jnp.inf)
@@ -164,6 +165,7 @@ def quantized_model():
     return params, lambda p: jnp.mean((x @ p["q"].dequantize() + p["bias"] - y) ** 2)
 
 
+@pytest.mark.full
 def test_qzo_estimates_the_gradient_of_the_scales():
     params, loss = quantized_model()
     n = 1000
@@ -179,6 +181,7 @@ def test_qzo_estimates_the_gradient_of_the_scales():
     assert cosine > 0.93
 
 
+@pytest.mark.full
 def test_qzo_tunes_scales_and_nothing_else():
     params, loss = quantized_model()
     after, info = run(
