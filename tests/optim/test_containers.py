@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from flax import linen as nn
 from flax import nnx, serialization
 
 from frugax import optim
@@ -138,3 +139,13 @@ def through_bytes(saved):
     except TypeError:
         return tree.unflatten(serialization.from_bytes(leaves, serialization.to_bytes(leaves)))
     return serialization.from_bytes(jax.tree.map(np.zeros_like, saved), written)
+
+
+def test_boxes_add_no_name_to_a_path():
+    """A leaf that is to stay in float32 by its path does so in a box too."""
+    how = optim.EightBit(min_size=0, full_precision=optim.is_embedding)
+    for box in (nnx.Param, lambda x: nn.Partitioned(x, (None, "model"))):
+        params = {"embedding": box(jnp.ones((4, 8))), "kernel": box(jnp.ones((4, 8)))}
+        state = jax.eval_shape(optim.scale_by_adam_8bit(moments=how).init, params)
+        dtypes = [x.dtype for x in jax.tree.leaves(state.moments[0])]
+        assert dtypes == [jnp.float32, jnp.int8, jnp.float32]  # the embedding; the kernel's codes and scales
