@@ -44,7 +44,7 @@ def main(row: Row, backend: str | None, kind: AxisType) -> None:
         placed = place(floats), place(arrays)
         compiled = loss_and_gradient.lower(*placed).compile()
         got = jax.device_get(compiled(*placed))
-    assert_close(got, want, "float32")
+    assert_close(got, want, "float32", times=2)  # either may be off by one bound
     assert "all-gather" not in compiled.as_text()
 
 

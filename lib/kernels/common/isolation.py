@@ -89,7 +89,9 @@ def _add(bad_BT: Array, x: Array, axes: list[str], place: int) -> Array:
     """`bad_BT`, or anything of x at the token; x without time counts at token `place`."""
     if "t" in axes:
         return bad_BT | jnp.any(x, axis=tuple(range(2, x.ndim)))
-    return bad_BT.at[:, place].max(jnp.any(x, axis=tuple(range(1, x.ndim))))
+    # Not by a scatter, which a sharded batch would have to be told how to place.
+    at = lax.broadcasted_iota(jnp.int32, bad_BT.shape, 1) == place % bad_BT.shape[1]
+    return bad_BT | at & jnp.any(x, axis=tuple(range(1, x.ndim)))[:, None]
 
 
 def _over(mask_BT: Array, x: Array, axes: list[str], place: int) -> Array:
