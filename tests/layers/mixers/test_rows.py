@@ -43,6 +43,11 @@ def of_row(states, b: int, t: int):
     return jax.tree.map(lambda leaf: np.asarray(leaf[b]), states[t])
 
 
+def stack(trees):
+    """Return the tree of stacked arrays."""
+    return jax.tree.map(lambda *x: np.stack(x), *trees)
+
+
 @pytest.mark.parametrize("name", EACH)
 def test_rows_are_read_token_by_token(name):
     """Both rows are padded with NaN past their ends; documents 0 and 1 of each are told apart."""
@@ -65,9 +70,10 @@ def test_rows_are_read_token_by_token(name):
         want, states = steps(mine, x, mine.starts())
         assert_close(y, np.where(past[..., None], 0, want), "float64", name="y")
         ends = [[2, 3], [5, 5]]  # row 1 has one document before its end
-        for b, n in ((0, 0), (0, 1), (1, 0)):
-            got = jax.tree.map(lambda leaf, b=b, n=n: np.asarray(leaf[b, n]), state)
-            assert_close(got, of_row(states, b, ends[b][n]), "float64", name=f"state {b} {n}")
+        both = (0, 0, 1), (0, 1, 0)
+        got = jax.tree.map(lambda leaf: np.asarray(leaf)[both], state)
+        want_states = stack([of_row(states, b, ends[b][n]) for b, n in zip(*both, strict=True)])
+        assert_close(got, want_states, "float64", name="state")
         assert all(not np.asarray(leaf[1, 1]).any() for leaf in jax.tree.leaves(state))
 
         order = np.array([[*range(7)][::-1], [4, 3, 2, 1, 0, 5, 6]])
@@ -77,9 +83,8 @@ def test_rows_are_read_token_by_token(name):
         want, states = steps(mine, turned, starts)
         want = np.take_along_axis(want, order[..., None], axis=1)
         assert_close(back_y, np.where(past[..., None], 0, want), "float64", name="reversed y")
-        for b in (0, 1):
-            got = jax.tree.map(lambda leaf, b=b: np.asarray(leaf[b]), back_state)
-            assert_close(got, of_row(states, b, LENGTHS[b]), "float64", name=f"reversed state {b}")
+        want_states = stack([of_row(states, b, LENGTHS[b]) for b in (0, 1)])
+        assert_close(back_state, want_states, "float64", name="reversed state")
 
 
 def test_states_of_documents_read_backwards_are_refused():
