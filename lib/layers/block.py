@@ -77,7 +77,7 @@ class Block:
 
     @property
     def channel_has_state(self) -> bool:
-        """Whether the channel mixer is called as sequence mixers are, with a state."""
+        """True where the channel mixer is called as sequence mixers are, with a state."""
         return self.channel is not None and _is_class(self.channel_class, Mixer)
 
     @property

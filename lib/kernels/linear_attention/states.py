@@ -44,7 +44,7 @@ def states_at(call: Inputs, places: Array) -> Array:
         return jnp.einsum("bnchk,bnchv->bnhkv", k, v, precision="highest", preferred_element_type=dtype)
 
     def kept(g, goes_on):
-        """How much is left of the state before tokens [B, n, C, H]: [B, n, H, K or 1, 1]."""
+        """The share that is left of the state before tokens [B, n, C, H]: [B, n, H, K or 1, 1]."""
         total = jnp.sum(g, axis=2)
         return jnp.where(goes_on[..., None, None], jnp.exp(total), 0)[..., None]
 

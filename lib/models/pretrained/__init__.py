@@ -155,7 +155,7 @@ def _get(config: dict, name: str) -> Any:
 
 
 def _is_tied(config: dict, family: Family, tensors: dict[str, Tensor]) -> bool:
-    """Whether the head is the embedding: what the file holds decides where it holds both."""
+    """True where the head is the embedding: what the file holds decides where it holds both."""
     tied = config.get("tie_word_embeddings", family.tied)
     if HEAD not in tensors or EMBEDDING not in tensors:
         return tied

@@ -113,7 +113,7 @@ def _flat(tree: Any) -> tuple[list[Any], Any]:
 
 
 class _Plan(NamedTuple):
-    """What a layer's pullback by hidden state and constants is made of; static."""
+    """The static parts of a layer's pullback by hidden state and constants."""
 
     forward: Any  # (constants, weights, hidden, others) -> (outputs, residuals), as a closed jaxpr
     outputs: int

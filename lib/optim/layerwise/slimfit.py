@@ -14,7 +14,7 @@ from .step import Layerwise
 
 
 class SlimFitState(NamedTuple):
-    """How far layers last moved, inner's state for each of them, and inner's for the other leaves.
+    """The distances that layers last moved, inner's state for each of them, and inner's for the other leaves.
 
     `distance` and `stacked` are lists with an entry for each group of leaves that freeze together.
     """

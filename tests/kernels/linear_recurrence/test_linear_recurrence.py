@@ -1,4 +1,4 @@
-"""What only linear_recurrence has: gates of every strength over many tokens, many blocks, a lean gradient."""
+"""Properties of linear_recurrence"""Tests of linear_recurrence alone: gates of every strength over many tokens, many blocks, a lean gradient."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What only quantized_update has: chunks of large leaves, lean temporaries, numbers below the normal ones."""
+"""Properties of quantized_update"""Tests of quantized_update alone: chunks of large leaves, lean temporaries, numbers below the normal ones."""
 
 import jax
 import jax.numpy as jnp
