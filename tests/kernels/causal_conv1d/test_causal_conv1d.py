@@ -1,4 +1,4 @@
-"""Properties of causal_conv1d"""Tests of causal_conv1d alone: blocks of a long sequence, dtypes that fall back, names of an activation."""
+"""Tests of causal_conv1d alone: blocks of a long sequence, dtypes that fall back, names of an activation."""
 
 import importlib.util
 

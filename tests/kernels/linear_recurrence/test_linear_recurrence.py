@@ -1,4 +1,4 @@
-"""Properties of linear_recurrence"""Tests of linear_recurrence alone: gates of every strength over many tokens, many blocks, a lean gradient."""
+"""Tests of linear_recurrence alone: gates of every strength over many tokens and blocks, lean gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Properties of quantized_update"""Tests of quantized_update alone: chunks of large leaves, lean temporaries, numbers below the normal ones."""
+"""Tests of quantized_update alone: chunks of large leaves, lean temporaries, subnormal numbers."""
 
 import jax
 import jax.numpy as jnp
