@@ -1,7 +1,8 @@
 """Fine-tune in full or by LoRA, in float32 or bfloat16, and say how far apart the models end."""
 
+import dataclasses
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from experiments.trainer.state import bits_per_byte
 from frugax.peft import lora_apply, lora_init, lora_merge
 
 
-class Adapted(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: it is a static argument, and holds arrays
+class Adapted:
     """A module whose params are LoRA adapters of fixed ones; `apply` as a module's."""
 
     module: Any
