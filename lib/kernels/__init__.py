@@ -5,6 +5,7 @@ from .common.explain import explain
 from .linear_attention import linear_attention
 from .linear_recurrence import linear_recurrence
 from .lmu import lmu
+from .quantized_matmul import MixedActivations, quantized_matmul
 from .quantized_update import quantized_update
 from .rnn import rnn
 from .selective_scan import selective_scan
@@ -13,6 +14,7 @@ from .ssd import ssd
 from .trapezoidal_ssd import TrapezoidalState, trapezoidal_ssd
 
 __all__ = [
+    "MixedActivations",
     "TrapezoidalState",
     "causal_conv1d",
     "explain",
@@ -21,6 +23,7 @@ __all__ = [
     "lmu",
     "merge_paths_2d",
     "paths_2d",
+    "quantized_matmul",
     "quantized_update",
     "rnn",
     "selective_scan",
