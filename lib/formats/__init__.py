@@ -1,34 +1,45 @@
 """Number formats for stored tensors: densely packed codes and one scale for each group of them.
 
-A format is a value of this module (`frugax.formats.int4`) or its name (`"int4"`).
+A format is a pair of an element format (codes and their values) and a scale scheme, with a group size. It is
+a value or a name (`"int4"`).
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .dynamic import Dynamic, PositiveDynamic
+from .codebook import Codebook
+from .element import Element
 from .format import Format
-from .integer import Integer
-from .quantized_tensor import QuantizedTensor, quantize_array
-from .segmented import Segmented
+from .integer import Bipolar, Integer, Ternary
+from .minifloat import Minifloat
+from .named import BY_NAME, udynamic8, udynamic8_positive, ufp8_e4m4
+from .quantized_tensor import QuantizedTensor, from_codes, quantize_array
+from .scales import AbsMax, AbsMean, Asymmetric, CodedScales, LeastSquares, PowerOfTwo, Scaling, TwoLevel
 
-int2, int3, int4, int5, int6, int7, int8 = (Integer(f"int{n}", n, True) for n in range(2, 9))
-dynamic8 = Dynamic("dynamic8", 8, signed=True)
-udynamic8 = Dynamic("udynamic8", 8, signed=False)
-udynamic8_positive = PositiveDynamic("udynamic8_positive", 8, signed=False)
-mulaw8 = Segmented("mulaw8", 8, signed=True)
-ufp8_e4m4 = Segmented("ufp8_e4m4", 8, signed=False)
-
-_BY_NAME = {
-    f.name: f
-    for f in (
-        *(int2, int3, int4, int5, int6, int7, int8),
-        *(dynamic8, udynamic8, udynamic8_positive),
-        *(mulaw8, ufp8_e4m4),
-    )
-}
-
-__all__ = ["Format", "QuantizedTensor", "above_zero", "format_named", "quantize"]
+__all__ = [
+    "AbsMax",
+    "AbsMean",
+    "Asymmetric",
+    "Bipolar",
+    "Codebook",
+    "CodedScales",
+    "Element",
+    "Format",
+    "Integer",
+    "LeastSquares",
+    "Minifloat",
+    "PowerOfTwo",
+    "QuantizedTensor",
+    "Scaling",
+    "Ternary",
+    "TwoLevel",
+    "above_zero",
+    "fake_quantize",
+    "format_named",
+    "from_codes",
+    "quantize",
+]
 
 
 def format_named(format: Format | str) -> Format:
@@ -47,9 +58,9 @@ def format_named(format: Format | str) -> Format:
     """
     if isinstance(format, Format):
         return format
-    if format not in _BY_NAME:
-        raise ValueError(f"format: got {format!r}; expected one of {', '.join(_BY_NAME)}")
-    return _BY_NAME[format]
+    if format not in BY_NAME:
+        raise ValueError(f"format: got {format!r}; expected one of {', '.join(BY_NAME)}")
+    return BY_NAME[format]
 
 
 def above_zero(format: Format | str) -> Format:
@@ -83,28 +94,38 @@ def quantize(
     *,
     axis: int = 0,
     group_size: int | None = None,
+    rounding: str = "nearest",
     key: Key[Array, ""] | None = None,
+    partial_group: bool = True,
 ) -> QuantizedTensor:
-    """Store a tensor as codes, with the largest magnitude of each group of them as its scale.
+    """Store a tensor as codes and what its format keeps for each group of them.
 
     Args:
-      x: a floating array with at least one axis.
-      format: a format or its name: int2..int8 (symmetric); dynamic8 and udynamic8 (the dynamic map of 8-bit
-        optimizers, udynamic8 for values >= 0, udynamic8_positive for those that must not become 0); mulaw8
-        and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
+      x: a floating array with at least one axis. A group with a NaN or an infinity becomes NaN.
+      format: a format or its name:
+        int1..int8 (symmetric; of 2 to 7 bits, the largest magnitude lies half a step past the largest code),
+        uint2..uint8 (asymmetric, with a code of zero), bipolar1..bipolar8 (every bit plane is -1 or 1),
+        ternary (one scale a matrix);
+        fp4_e2m1, fp6_e2m3, fp6_e3m2, fp8_e4m3, fp8_e5m2; nf4 (a scale for 64), nf4_dq (its scales in 8 bits);
+        with scales of 8 bits mxfp4, mxfp6 (e2m3), mxfp6_e3m2, mxfp8 (e4m3), mxfp8_e5m2, mxint8, nvfp4 and the
+        block floating point bfp4, bfp6, bfp8;
+        for optimizers' moments dynamic8 and udynamic8 (udynamic8 for values >= 0, udynamic8_positive for
+        those that must not become 0), mulaw8 and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
       axis: the axis that is cut into groups; for a matrix, the contracted one. Codes below 8 bits are packed
         along it.
-      group_size: elements of a group; the last group may have fewer. None: the whole axis is one group.
-      key: PRNG key for stochastic rounding, by which the stored tensor is x on average. None rounds to the
-        nearest code.
+      group_size: elements of a group. None: the format's own; if it has none, the whole axis is one group.
+      rounding: "nearest", or "stochastic": then the stored tensor is x on average.
+      key: PRNG key for stochastic rounding.
+      partial_group: whether the last group may have fewer elements.
 
     Returns:
-      A `QuantizedTensor`, with `.dequantize(dtype)` and `.nbytes`: n * bits / 8 for codes, 4 a group.
+      A `QuantizedTensor`, with `.dequantize(dtype)` and `.nbytes`: n * bits / 8 for codes, and the scales'.
 
     Raises:
       ValueError: an argument is invalid; the message names it.
 
-    Source: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise scales and the dynamic map.
+    Source: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise scales and the dynamic map; OCP
+    Microscaling Formats (MX) Specification 1.0; Dettmers et al. 2023 (arXiv 2305.14314) for nf4.
 
     Example:
         >>> import frugax, jax
@@ -122,4 +143,59 @@ def quantize(
         raise ValueError(f"axis: got {axis} for x {list(x.shape)}; expected {-x.ndim}..{x.ndim - 1}")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
+    if group_size is not None and isinstance(format.scheme, AbsMean):
+        raise ValueError(f"group_size: got {group_size}; expected None: {format.name} has one scale a matrix")
+    size = group_size or format.group_size or 1
+    if not partial_group and x.shape[axis] % size:
+        raise ValueError(
+            f"group_size: got {size} for {x.shape[axis]} elements of axis {axis}; expected a divisor, or "
+            "partial_group=True"
+        )
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding: got {rounding!r}; expected 'nearest' or 'stochastic'")
+    if (key is None) != (rounding == "nearest"):
+        raise ValueError(f"key: got {key} with rounding={rounding!r}; expected a key for 'stochastic' alone")
     return quantize_array(x, format, axis, group_size, key)
+
+
+def fake_quantize(
+    x: Float[Array, "..."],
+    format: Format | str,
+    *,
+    axis: int = 0,
+    group_size: int | None = None,
+    rounding: str = "nearest",
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "..."]:
+    """Round a tensor to the values of a format, with the gradient of no rounding (straight-through).
+
+    Args:
+      x: as `quantize` takes it, with the other arguments.
+
+    Returns:
+      The dequantized tensor in x's dtype; its gradient goes to x as it is.
+
+    Raises:
+      ValueError: as `quantize`.
+
+    Source: Bengio et al. 2013 (arXiv 1308.3432) for the straight-through estimator.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> f = lambda x: frugax.formats.fake_quantize(x, "fp4_e2m1").sum()
+        >>> x = jnp.array([6.0, 2.4, 0.1])
+        >>> frugax.formats.fake_quantize(x, "fp4_e2m1").tolist(), jax.grad(f)(x).tolist()
+        ([6.0, 2.0, 0.0], [1.0, 1.0, 1.0])
+    """
+    stored = quantize(
+        jax.lax.stop_gradient(x), format, axis=axis, group_size=group_size, rounding=rounding, key=key
+    )
+    return _straight_through(x, stored.dequantize(x.dtype))
+
+
+@jax.custom_jvp
+def _straight_through(x, rounded):
+    return rounded
+
+
+_straight_through.defjvps(lambda dx, _, x, rounded: dx, None)

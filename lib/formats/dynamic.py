@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .format import Format, floor
+from .element import Element, floor
 
 DECADES = 7
 
 
-class Dynamic(Format):
+class Dynamic(Element):
     """The dynamic map: zero, 1, and 127 values of each sign or, in the unsigned format, 254 values."""
 
     @property

@@ -1,78 +1,74 @@
-"""The interface of number formats: an ordered set of codes, each of which stands for a value in [-1, 1]."""
+"""A number format: an element format, a scale scheme, and how many elements share a scale."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from .element import Element
+from .scales import AbsMax, Scaling, never_zero
 
-def floor(x: Array) -> Array:
-    """The floor of x >= 0, by casts that every kernel language has."""
-    return x.astype(jnp.int32).astype(jnp.float32)
-
-
-def round_half_away(x: Array) -> Array:
-    """The nearest whole number; halves away from zero."""
-    return jnp.where(x < 0, -floor(0.5 - x), floor(0.5 + x))
+ABS_MAX = AbsMax()
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Codes for values in [-1, 1]; `quantize` divides each group by its largest magnitude first.
-
-    Codes are consecutive integers, and a larger code is a larger value. `encode` and `decode` are elementwise
-    arithmetic without table look-ups, so that they run in any kernel.
+    """What a tensor is stored in. Values are fixed, so that a format may be a static argument.
 
     Attributes:
       name: the name that `frugax.formats.quantize` takes.
-      bits: bits of a code.
-      signed: whether negative values have codes; if not, they are encoded as the code nearest to zero.
+      element: codes and their values.
+      scheme: what is stored for each group of codes, and how it is found.
+      group_size: elements that share a scale where the caller does not say; None: the whole axis.
 
     Example:
         >>> import frugax, jax.numpy as jnp
-        >>> int4 = frugax.formats.format_named("int4")
-        >>> int4.lowest, int4.highest, int4.encode(jnp.array([-1.0, 0.0, 0.5])).tolist()
-        (-7, 7, [-7, 0, 4])
+        >>> mxfp4 = frugax.formats.format_named("mxfp4")
+        >>> mxfp4.bits, mxfp4.group_size, mxfp4.element.name
+        (4, 32, 'fp4_e2m1')
+        >>> scaling = mxfp4.fit(jnp.array([[0.1, -0.9, 0.4]]))  # one group of three
+        >>> codes = mxfp4.encode(jnp.array([[0.1, -0.9, 0.4]]), scaling)
+        >>> mxfp4.decode(codes, scaling).tolist()
+        [[0.125, -1.0, 0.375]]
     """
 
     name: str
-    bits: int
-    signed: bool
+    element: Element
+    scheme: Any = ABS_MAX
+    group_size: int | None = None
 
     @property
-    def code_dtype(self):
-        """The integer type of unpacked codes."""
-        return jnp.int8 if self.lowest < 0 else jnp.uint8
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.element.bits
 
     @property
-    def lowest(self) -> int:
-        """The smallest code."""
-        return 0
+    def signed(self) -> bool:
+        """Whether negative values have codes."""
+        return self.element.signed
 
-    @property
-    def highest(self) -> int:
-        """The largest code."""
-        return self.lowest + 2**self.bits - 1
+    def fit(self, x: Array) -> Scaling:
+        """Find what is stored for each group of x [..., G, g]: arrays [..., G]."""
+        return self.scheme.fit(x.astype(jnp.float32), self.element)
 
-    def encode(self, x: Array) -> Array:
-        """The int32 code of the value nearest to each float32 x."""
-        raise NotImplementedError
+    def scale(self, scaling: Scaling) -> Array:
+        """The float32 scale of each group."""
+        return self.scheme.scale(scaling)
 
-    def decode(self, codes: Array) -> Array:
-        """The float32 value of each int32 code."""
-        raise NotImplementedError
+    def encode(self, x: Array, scaling: Scaling, uniform: Array | None = None) -> Array:
+        """The int32 codes of x [..., G, g]; rounded at random where uniform values in [0, 1) are given."""
+        unit = x.astype(jnp.float32) / never_zero(self.scale(scaling)[..., None])
+        if scaling.zeros is not None:
+            unit = unit + scaling.zeros.astype(jnp.float32)[..., None]
+        if uniform is None:
+            return self.element.encode(unit)
+        largest, least = self.element.largest, -self.element.largest if self.signed else 0.0
+        return self.element.encode_stochastic(jnp.clip(unit, least, largest), uniform)
 
-    def encode_stochastic(self, x: Array, uniform: Array) -> Array:
-        """Round x to the code just below or above it, at random, so that the decoded value is x on average.
-
-        Args:
-          x: float32 in [-1, 1].
-          uniform: uniform random values in [0, 1), of x's shape.
-        """
-        nearest = self.encode(x)
-        value = self.decode(nearest)
-        up = x > value
-        beside = jnp.clip(nearest + jnp.where(up, 1, -1), self.lowest, self.highest)
-        gap = self.decode(beside) - value
-        away = jnp.where(gap == 0, 0.0, (x - value) / jnp.where(gap == 0, 1.0, gap))
-        return jnp.where(uniform < away, beside, nearest)
+    def decode(self, codes: Array, scaling: Scaling) -> Array:
+        """The float32 values of codes [..., G, g]."""
+        value = self.element.decode(codes)
+        if scaling.zeros is not None:
+            value = value - scaling.zeros.astype(jnp.float32)[..., None]
+        return value * self.scale(scaling)[..., None]

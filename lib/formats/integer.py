@@ -1,13 +1,13 @@
-"""Integers on an even grid, symmetric about zero or from zero up."""
+"""Integers on an even grid: symmetric about zero, from zero up, or odd ones alone."""
 
 import jax.numpy as jnp
 from jax import Array
 
-from .format import Format, round_half_away
+from .element import Element, floor, round_half_away
 
 
-class Integer(Format):
-    """n-bit integers divided by h. Signed: -h..h with h = 2^(n-1) - 1; unsigned: 0..h with h = 2^n - 1."""
+class Integer(Element):
+    """n-bit integers. Signed: -h..h with h = 2^(n-1) - 1; unsigned: 0..h with h = 2^n - 1."""
 
     @property
     def lowest(self) -> int:
@@ -17,9 +17,46 @@ class Integer(Format):
     def highest(self) -> int:
         return 2 ** (self.bits - self.signed) - 1
 
+    @property
+    def largest(self) -> float:
+        return float(self.highest)
+
     def encode(self, x: Array) -> Array:
-        nearest = round_half_away(x.astype(jnp.float32) * self.highest)
-        return jnp.clip(nearest, self.lowest, self.highest).astype(jnp.int32)
+        nearest = round_half_away(jnp.clip(x.astype(jnp.float32), self.lowest, self.highest))
+        return nearest.astype(jnp.int32)
 
     def decode(self, codes: Array) -> Array:
-        return codes.astype(jnp.float32) * (1 / self.highest)
+        return codes.astype(jnp.float32)
+
+
+class Ternary(Integer):
+    """-1, 0 and 1, in two bits."""
+
+    @property
+    def highest(self) -> int:
+        return 1
+
+
+class Bipolar(Element):
+    """Every bit plane is -1 or 1: sum_i 2^i (2 b_i - 1), the odd numbers from -(2^n - 1) to 2^n - 1.
+
+    Without an exact zero, and without a sign bit: any bit plane of a matrix is a matrix of signs.
+
+    Source: Ma et al. 2024, Efficient Arbitrary Precision Acceleration for Large Language Models on GPU Tensor
+    Cores (arXiv 2409.17870).
+    """
+
+    @property
+    def largest(self) -> float:
+        return float(2**self.bits - 1)
+
+    def encode(self, x: Array) -> Array:
+        top = self.largest
+        return (
+            floor((jnp.clip(x.astype(jnp.float32), -top, top) + (top + 1)) * 0.5)
+            .astype(jnp.int32)
+            .clip(0, self.highest)
+        )
+
+    def decode(self, codes: Array) -> Array:
+        return codes.astype(jnp.float32) * 2 - self.largest

@@ -15,11 +15,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .format import Format
+from .element import Element
 
 
 class Lookup(NamedTuple):
-    """A format's tables, with the same `encode` and `decode`.
+    """An element format's tables, with the same `encode` and `decode`.
 
     Attributes:
       values: float32 [256], the value of each code, indexed by its bits as uint8.
@@ -30,52 +30,57 @@ class Lookup(NamedTuple):
     values: Array
     buckets: Array
 
+    @property
+    def largest(self) -> float:
+        """As `Element.largest`."""
+        return 1.0
+
     def decode(self, codes: Int[Array, "..."]) -> Float[Array, "..."]:
-        """The same values as `Format.decode`."""
+        """The same values as `Element.decode`."""
         return _at(self.values, codes.astype(jnp.uint8))
 
     def encode(self, x: Float[Array, "..."]) -> Int[Array, "..."]:
-        """The same codes as `Format.encode`."""
+        """The same codes as `Element.encode`."""
         signed = len(self.buckets) == 2
         bucket, rest = _split(jax.lax.bitcast_convert_type(x, jnp.int32), signed)
         return (_at(self.buckets.reshape(-1), bucket.astype(jnp.uint32)) + rest) >> (_lower_bits(signed) + 1)
 
 
 @functools.cache
-def lookup(format: Format) -> Lookup:
-    """Build the tables of an 8-bit format, as NumPy arrays.
+def lookup(element: Element) -> Lookup:
+    """Build the tables of an 8-bit element format, as NumPy arrays.
 
     Raises:
       ValueError: two rounding boundaries share a bucket.
     """
-    codes = np.arange(format.lowest, format.highest + 1, dtype=np.int32)
+    codes = np.arange(element.lowest, element.highest + 1, dtype=np.int32)
     with jax.ensure_compile_time_eval():
-        values = np.asarray(format.decode(jnp.asarray(codes)))
+        values = np.asarray(element.decode(jnp.asarray(codes)))
     wide = values.astype(np.float64)
     middles = (wide[1:] + wide[:-1]) / 2
     above = middles.astype(np.float32)  # the least float32 that rounds to the next code
     above = np.where(above <= middles, np.nextafter(above, np.float32(np.inf)), above)
 
-    lower = _lower_bits(format.signed)
+    lower = _lower_bits(element.signed)
     start = np.arange(_tiny(lower), _tiny(lower) + _count(lower), dtype=np.int32) << lower
     start = start.view(np.float32)
-    if format.signed:  # a negative bucket starts at its end farthest from zero, where codes are smallest
+    if element.signed:  # a negative bucket starts at its end farthest from zero, where codes are smallest
         start = np.concatenate([start, -np.nextafter(np.roll(start, -1), np.float32(0))])
         start[-1] = -2  # below every x
-    first = np.searchsorted(middles, start.astype(np.float64)) + format.lowest
-    bucket, rest = _split(above.view(np.int32), format.signed, np)
+    first = np.searchsorted(middles, start.astype(np.float64)) + element.lowest
+    bucket, rest = _split(above.view(np.int32), element.signed, np)
     inside = rest > 0  # rest 0: the boundary is the bucket's start, and the bucket has one code
     bucket, rest = bucket[inside], rest[inside]
     if len(set(bucket)) < len(bucket) or (np.abs(above) < 2 * start[0]).any():
         raise ValueError(
-            f"format: got {format.name}, whose values lie too close; expected one boundary a bucket"
+            f"element: got {element.name}, whose values lie too close; expected one boundary a bucket"
         )
     missing = np.full(len(start), 1 << lower)  # above any rest: no boundary inside
     missing[bucket] = rest
     buckets = ((first + 1) << (lower + 1)) - missing
     by_bits = np.zeros(256, np.float32)
     by_bits[codes.astype(np.uint8)] = values
-    return Lookup(by_bits, buckets.astype(np.int32).reshape(1 + format.signed, -1))
+    return Lookup(by_bits, buckets.astype(np.int32).reshape(1 + element.signed, -1))
 
 
 def _lower_bits(signed: bool) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import Key
 
 from .format import Format
 from .packing import codes_per_unit, pack, unpack
+from .scales import Scaling, split
 
 
 @jax.tree_util.register_dataclass
@@ -19,22 +20,25 @@ from .packing import codes_per_unit, pack, unpack
 class QuantizedTensor:
     """A tensor as integer codes, with one scale for each group of them along one axis.
 
-    Codes have the tensor's own layout, so that its sharding applies. It is a pytree of `codes` and `scales`,
-    which can be stacked, mapped or sharded over every axis but `axis`.
+    Codes have the tensor's own layout, so that its sharding applies. It is a pytree of arrays, which can be
+    stacked, mapped or sharded over every axis but `axis`.
 
     Attributes:
-      codes: integers of the tensor's shape; codes below 8 bits are packed along `axis`.
-      scales: float32, the largest magnitude of each group: the tensor's shape with n_groups along `axis`.
+      codes: integers of the tensor's shape; codes below 8 bits are packed along `axis` (`formats.packing`).
+      scales: of each group, as the format's scale scheme stores them: floats, exponents or `CodedScales` in
+        the tensor's shape with n_groups along `axis`; of one scale for a matrix, with 1 for both axes.
       format: the format of the codes.
       axis: the axis that is cut into groups, counted from the end.
       group_size: elements of a group; the last group may have fewer.
       padding: codes that packing added at the end of `axis`.
+      zeros: uint8 like scales, the code of zero in asymmetric formats; else None.
+      choices: uint8 like scales, each group's codebook in formats that have several; else None.
 
     Example:
         >>> import frugax, jax.numpy as jnp
-        >>> q = frugax.formats.quantize(jnp.array([[1.0, -0.5], [0.0, 0.25]]), "int8")
-        >>> q.codes.tolist(), q.scales.tolist()
-        ([[127, -127], [0, 64]], [[1.0, 0.5]])
+        >>> q = frugax.formats.quantize(jnp.array([[127.0, -0.5], [0.0, 0.25]]), "int8")
+        >>> q.codes.tolist(), q.scales[0, 0].item()
+        ([[127, -127], [0, 64]], 1.0)
         >>> q.dequantize().shape
         (2, 2)
     """
@@ -45,6 +49,8 @@ class QuantizedTensor:
     axis: int = dataclasses.field(metadata=dict(static=True))
     group_size: int = dataclasses.field(metadata=dict(static=True))
     padding: int = dataclasses.field(default=0, metadata=dict(static=True))
+    zeros: Any = None
+    choices: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,19 +65,34 @@ class QuantizedTensor:
         return self.codes.ndim
 
     @property
+    def size(self) -> int:
+        """The number of the tensor's elements."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that codes and scales take."""
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in (self.codes, self.scales))
+        """Bytes that codes, scales and what else is stored take."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def dequantize(self, dtype=jnp.float32) -> Array:
         """The tensor that the codes stand for."""
+        codes, scaling = self.unpacked(), self.scaling()
+        n = codes.shape[-1]
+        x = self.format.decode(split(codes, self.group_size), scaling)
+        return jnp.moveaxis(x.reshape(*x.shape[:-2], -1)[..., :n], -1, self.axis).astype(dtype)
+
+    def unpacked(self) -> Array:
+        """The int32 codes, with `axis` moved to the end."""
         codes = jnp.moveaxis(self.codes, self.axis, -1)
-        if self._packed:
-            codes = unpack(codes, self.format.bits, signed=self.format.lowest < 0)
-            codes = codes[..., : codes.shape[-1] - self.padding]
-        scales = spread(jnp.moveaxis(self.scales, self.axis, -1), self.group_size, codes.shape[-1])
-        x = self.format.decode(codes.astype(jnp.int32)) * scales
-        return jnp.moveaxis(x, -1, self.axis).astype(dtype)
+        if not self._packed:
+            return codes.astype(jnp.int32)
+        codes = unpack(codes, self.format.bits, signed=self.format.element.lowest < 0)
+        return codes[..., : codes.shape[-1] - self.padding]
+
+    def scaling(self) -> Scaling:
+        """What is stored for each group, with `axis` moved to the end."""
+        stored = Scaling(self.scales, self.zeros, self.choices)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, self.axis, -1), stored)
 
     @property
     def _packed(self) -> bool:
@@ -79,27 +100,55 @@ class QuantizedTensor:
 
 
 def _state_dict(q: QuantizedTensor) -> dict[str, Any]:
-    """The arrays that `flax.serialization` writes; the rest is in the tensor that they are restored to."""
-    return {"codes": q.codes, "scales": q.scales}
+    """The arrays and the format's name, which `flax.serialization` writes."""
+    return {"format": q.format.name, **_named(q)}
 
 
 def _restored(q: QuantizedTensor, state: dict[str, Any]) -> QuantizedTensor:
-    return dataclasses.replace(q, codes=state["codes"], scales=state["scales"])
+    if state.get("format") != q.format.name:
+        raise ValueError(f"format: got {state.get('format')} in the file; expected {q.format.name}")
+    return jax.tree.unflatten(jax.tree.structure(q), [state[name] for name in _named(q)])
+
+
+def _named(q: QuantizedTensor) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(q)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 serialization.register_serialization_state(QuantizedTensor, _state_dict, _restored)
 
 
-def spread(scales: Array, group_size: int, n: int) -> Array:
-    """Repeat each group's scale [..., groups] for its elements [..., n]."""
-    return jnp.repeat(scales, group_size, axis=-1)[..., :n]
+def from_codes(
+    codes: Array, scaling: Scaling, format: Format, *, axis: int = -1, group_size: int
+) -> QuantizedTensor:
+    """Pack codes [..., n], whose groups lie along the last axis, into the tensor that has them along `axis`.
 
+    Args:
+      codes: the integers that `format.encode` gives.
+      scaling: of the groups, as `format.fit` gives it.
+      format: their format.
+      axis: where the last axis belongs, counted from the end.
+      group_size: elements of a group.
 
-def group_maxima(x: Array, group_size: int) -> Array:
-    """The largest magnitude of each group along the last axis, [..., ceil(n / group_size)]."""
-    n = x.shape[-1]
-    x = jnp.pad(jnp.abs(x), [(0, 0)] * (x.ndim - 1) + [(0, -n % group_size)])
-    return jnp.max(x.reshape(*x.shape[:-1], -1, group_size), axis=-1)
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from frugax import formats
+        >>> int4, x = formats.format_named("int4"), jnp.array([[3.5, -7.0], [1.0, 0.0]])
+        >>> scaling = int4.fit(x[:, None])  # each row is a group
+        >>> codes = int4.encode(x[:, None], scaling)[:, 0]
+        >>> formats.from_codes(codes, scaling, int4, axis=-2, group_size=2).dequantize().tolist()
+        [[4.0, 1.0], [-7.0, 0.0]]
+    """
+    padding = 0
+    if format.bits < 8:
+        padding = -codes.shape[-1] % codes_per_unit(format.bits)
+        codes = pack(jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)]), format.bits)
+    else:
+        codes = codes.astype(format.element.code_dtype)
+    codes, scaling = jax.tree.map(lambda x: jnp.moveaxis(x, -1, axis), (codes, scaling))
+    return QuantizedTensor(
+        codes, scaling.scales, format, axis, group_size, padding, scaling.zeros, scaling.choices
+    )
 
 
 def quantize_array(
@@ -109,19 +158,12 @@ def quantize_array(
     axis = axis % x.ndim - x.ndim
     x = jnp.moveaxis(x.astype(jnp.float32), axis, -1)
     n = x.shape[-1]
-    group_size = n if group_size is None else min(group_size, n)
-    scales = group_maxima(x, group_size)
-    wide = spread(scales, group_size, n)
-    unit = x / jnp.where(wide == 0, 1.0, wide)
-    if key is None:
-        codes = format.encode(unit)
-    else:
-        codes = format.encode_stochastic(unit, jax.random.uniform(key, unit.shape, jnp.float32))
-    padding = 0
-    if format.bits < 8:
-        padding = -n % codes_per_unit(format.bits)
-        codes = pack(jnp.pad(codes, [(0, 0)] * (x.ndim - 1) + [(0, padding)]), format.bits)
-    else:
-        codes = codes.astype(format.code_dtype)
-    codes, scales = (jnp.moveaxis(a, -1, axis) for a in (codes, scales))
-    return QuantizedTensor(codes, scales, format, axis, group_size, padding)
+    group_size = group_size or format.group_size or n
+    group_size = min(group_size, n)
+    groups = split(x, group_size)
+    fitted = format if key is None else dataclasses.replace(format, scheme=format.scheme.covering())
+    scaling = fitted.fit(groups)
+    uniform = None if key is None else jax.random.uniform(key, groups.shape, jnp.float32)
+    codes = format.encode(groups, scaling, uniform)
+    codes = codes.reshape(*x.shape[:-1], -1)[..., :n]
+    return from_codes(codes, scaling, format, axis=axis, group_size=group_size)

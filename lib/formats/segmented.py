@@ -8,7 +8,7 @@ above zero: a second moment that isn't zero never becomes zero.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .format import Format
+from .element import Element
 
 DROPPED = 23 - 4  # bits of a float32's mantissa that codes leave out
 ONE = 127 << 4  # the bits of the float 1, without those
@@ -16,7 +16,7 @@ OFFSET = 2.0**-8
 TOP = 1 - 2.0**-5 - OFFSET  # 127 codes above the offset
 
 
-class Segmented(Format):
+class Segmented(Element):
     """Signed: 8 octaves of each sign, from the offset on. Unsigned: 16 octaves, and the last code is 1."""
 
     @property

@@ -35,12 +35,12 @@ def update_blocks(
       The update, codes and scales, shaped and typed like the arguments.
     """
     moments = tuple(
-        f.decode(c.astype(jnp.int32)) * s for f, c, s in zip(spec.formats, codes, scales, strict=True)
+        f.decode(c.astype(jnp.int32)) * s for f, c, s in zip(spec.elements, codes, scales, strict=True)
     )
     update, moments = RULES[spec.rule].apply(grad.astype(jnp.float32), moments, hyper, sqrt)
     new_codes, new_scales = [], []
-    for f, c, m in zip(spec.formats, codes, moments, strict=True):
-        scale = largest(jnp.abs(m))
+    for f, c, m in zip(spec.elements, codes, moments, strict=True):
+        scale = largest(jnp.abs(m)) * (1 / f.largest)
         unit = m * (1 / jnp.where(scale < SMALLEST, 1.0, scale))
         new_codes.append(f.encode(unit).astype(c.dtype))
         new_scales.append(scale)

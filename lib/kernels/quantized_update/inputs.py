@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from ...formats import Format, QuantizedTensor
+from ...formats import AbsMax, Element, Format, QuantizedTensor
 from ...formats.lookup import Lookup
 from ..common.arguments import known, reject
 from .rules import RULES, scalars
@@ -28,7 +28,7 @@ class Spec(NamedTuple):
     """Everything that does not change from step to step."""
 
     rule: str
-    formats: tuple[Format | Lookup, ...]  # tables of a format, where those are faster
+    elements: tuple[Element | Lookup, ...]  # tables of one, where those are faster
     group_size: int
     ragged: bool  # the last group of a row is short
 
@@ -48,9 +48,9 @@ def check(rule: str, grad: Array, moments: tuple[QuantizedTensor, ...], hyper) -
         raise ValueError(f"hyper: got {len(hyper)} numbers; expected {', '.join(wanted.hyper)} for {rule!r}")
     group_size = moments[0].group_size
     for i, m in enumerate(moments):
-        if m.shape != grad.shape or m.axis != -1 or m.format.bits != 8:
+        if m.shape != grad.shape or m.axis != -1 or not _one_scale_a_group(m.format):
             got = f"{m.format.name}{list(m.shape)} along axis {m.axis}"
-            fits = f"8 bits in grad's shape {list(grad.shape)} with groups along the last axis"
+            fits = f"8 bits, float32 scales, grad's shape {list(grad.shape)}, groups along the last axis"
             raise ValueError(f"moments[{i}]: got {got}; expected {fits}")
         if m.group_size != group_size:
             raise ValueError(
@@ -62,8 +62,12 @@ def check(rule: str, grad: Array, moments: tuple[QuantizedTensor, ...], hyper) -
     if not ragged:
         groups = (*grad.shape[:-1], C // group_size, group_size)
         grad, codes = grad.reshape(groups), tuple(c.reshape(groups) for c in codes)
-    spec = Spec(rule, tuple(m.format for m in moments), group_size, ragged)
+    spec = Spec(rule, tuple(m.format.element for m in moments), group_size, ragged)
     return Inputs(grad, codes, scales, scalars(hyper)), spec
+
+
+def _one_scale_a_group(format: Format) -> bool:
+    return format.bits == 8 and format.scheme == AbsMax()
 
 
 def argument_axes(call: Inputs, spec: Spec) -> Inputs:

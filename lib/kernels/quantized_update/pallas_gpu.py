@@ -33,7 +33,7 @@ def forward(
     call: Inputs, spec: Spec, *, interpret: bool
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """(update, codes, scales): like grad, and like each moment's."""
-    G, k = spec.group_size, len(spec.formats)
+    G, k = spec.group_size, len(spec.elements)
     wide = [x.reshape(-1) for x in (call.grad, *call.codes)]
     scales = [x.reshape(-1) for x in call.scales]
     n = scales[0].size

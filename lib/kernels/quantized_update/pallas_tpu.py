@@ -58,7 +58,7 @@ def forward(
 
 def _kernel(*, hyper_ref, spec: Spec, groups: int, **refs):
     """refs: grad, codes, scales, and their new values: in the order in which they were added."""
-    k = len(spec.formats)
+    k = len(spec.elements)
     ins, outs = list(refs.values())[: 1 + 2 * k], list(refs.values())[1 + 2 * k :]
     hyper = [hyper_ref[0, i] for i in range(hyper_ref.shape[1])]
     at = iota((ROWS, groups), 1)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ...formats import Format
+from ...formats import Element
 from ..common.arguments import accumulator
 from .inputs import Inputs, Spec
 from .rules import RULES
@@ -19,12 +19,13 @@ def forward(call: Inputs, spec: Spec) -> tuple[Array, tuple[Array, ...], tuple[A
     group = np.arange(C) // spec.group_size
     moments = tuple(
         _table(f, dtype)[rows(c).astype(jnp.int32) - f.lowest] * s.reshape(rows(c).shape[0], -1)[:, group]
-        for f, c, s in zip(spec.formats, call.codes, call.scales, strict=True)
+        for f, c, s in zip(spec.elements, call.codes, call.scales, strict=True)
     )
     update, moments = RULES[spec.rule].apply(rows(call.grad).astype(dtype), moments, tuple(call.hyper))
     codes, scales = [], []
-    for f, m, old in zip(spec.formats, moments, call.scales, strict=True):
-        scale = jnp.stack([jnp.max(jnp.abs(m[:, group == n]), axis=1) for n in range(group[-1] + 1)], axis=1)
+    for f, m, old in zip(spec.elements, moments, call.scales, strict=True):
+        largest = [jnp.max(jnp.abs(m[:, group == n]), axis=1) for n in range(group[-1] + 1)]
+        scale = jnp.stack(largest, axis=1) / f.largest
         unit = m / jnp.where(scale == 0, 1, scale)[:, group]
         table = _table(f, dtype)
         code = jnp.searchsorted((table[1:] + table[:-1]) / 2, unit) + f.lowest
@@ -33,5 +34,5 @@ def forward(call: Inputs, spec: Spec) -> tuple[Array, tuple[Array, ...], tuple[A
     return update.reshape(shape).astype(call.grad.dtype), tuple(codes), tuple(scales)
 
 
-def _table(format: Format, dtype) -> Array:
-    return format.decode(jnp.arange(format.lowest, format.highest + 1)).astype(dtype)
+def _table(element: Element, dtype) -> Array:
+    return element.decode(jnp.arange(element.lowest, element.highest + 1)).astype(dtype)

@@ -19,7 +19,7 @@ def forward(call: Inputs, spec: Spec) -> tuple[Array, tuple[Array, ...], tuple[A
     """(update, codes, scales): like grad, and like each moment's."""
     axes = AxisNames((argument_axes(call, spec),), result_axes(call, spec))
     # A cache looks the dynamic map up faster than it is computed; TPU has no such cache.
-    tables = {i: lookup(f) for i, f in enumerate(spec.formats) if isinstance(f, Dynamic)}
+    tables = {i: lookup(f) for i, f in enumerate(spec.elements) if isinstance(f, Dynamic)}
     with_tables = AxisNames(
         (*axes.arguments, dict.fromkeys(tables, Lookup("codes", "signs buckets"))), axes.results
     )
@@ -40,7 +40,7 @@ def _loop(
     arrays = [x.reshape(n, row) for x in wide] + [s.reshape(n, -1) for s in call.scales]
     # Of a small leaf a quarter: a chunk's float32 copies then take less than what 8 bits save.
     rows = max(1, min(CHUNK // row, n // 4))
-    spec = spec._replace(formats=tuple(tables.get(i, f) for i, f in enumerate(spec.formats)))
+    spec = spec._replace(elements=tuple(tables.get(i, f) for i, f in enumerate(spec.elements)))
     step = partial(_update_rows, hyper=call.hyper, spec=spec)
     # The update takes the gradient's place, so that nothing of its size is written twice.
     arrays = lax.fori_loop(0, n // rows, lambda i, arrays: step(arrays, i * rows, rows), arrays)
@@ -53,7 +53,7 @@ def _loop(
 
 def _update_rows(arrays: Sequence[Array], start, rows: int, *, hyper: Array, spec: Spec):
     """Arrays with `rows` rows from `start` on replaced: the whole groups of each, then the short ones."""
-    k = len(spec.formats)
+    k = len(spec.elements)
     row, G = arrays[0].shape[1], spec.group_size
     whole = row // G * G
     for column, width in ((0, whole), (whole, row - whole)):

@@ -349,8 +349,9 @@ def _unbiasing(b: Scalar, t: Array) -> Array:
 
 
 def _zeros(p: Array, format: Format, group_size: int) -> QuantizedTensor:
-    zero = format.encode(jnp.zeros((), jnp.float32)).astype(format.code_dtype)
-    codes = jnp.full_like(p, zero, dtype=format.code_dtype)
+    element = format.element
+    zero = element.encode(jnp.zeros((), jnp.float32)).astype(element.code_dtype)
+    codes = jnp.full_like(p, zero, dtype=element.code_dtype)
     groups = -(-p.shape[-1] // group_size)
     scales = jnp.zeros((*p.shape[:-1], groups), jnp.float32)
     return QuantizedTensor(codes, scales, format, -1, group_size)

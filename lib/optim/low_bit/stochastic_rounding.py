@@ -56,7 +56,8 @@ def apply_updates_stochastic(params: Any, updates: Any, key: Key[Array, ""]) -> 
 
 def _apply(p, u: Array, key):
     if isinstance(p, QuantizedTensor):
-        return quantize(p.dequantize() + u, p.format, axis=p.axis, group_size=p.group_size, key=key)
+        how = dict(axis=p.axis, group_size=p.group_size, rounding="stochastic", key=key)
+        return quantize(p.dequantize() + u, p.format, **how)
     if p.dtype in (jnp.bfloat16, jnp.float16):
         return round_stochastic(p.astype(jnp.float32) + u.astype(jnp.float32), p.dtype, key)
     return (p + u).astype(p.dtype)

@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from ...formats import dynamic8
+from ...formats.named import dynamic8
 
 Code = Literal["dynamic", "log"]
 NOT_FINITE = 255  # in the dynamic map the code of 1, which rounds to the value below it instead
@@ -16,7 +16,7 @@ PER_E, LEAST = 8, 126  # steps of the logarithm for a factor e, and the smallest
 def code_named(code: Code) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """The functions from float32 to uint8, clipping to [-1, 1], and back, with zero for `NOT_FINITE`."""
     if code == "dynamic":
-        return _encoded(_dynamic_code), _decoded(lambda codes: dynamic8.decode(codes))
+        return _encoded(_dynamic_code), _decoded(lambda codes: dynamic8.element.decode(codes))
     if code == "log":
         return _encoded(_log_code), _decoded(_log_value)
     raise ValueError(f"code: got {code!r}; expected 'dynamic' or 'log'")
@@ -40,7 +40,7 @@ def _decoded(value: Callable[[Array], Array]) -> Callable[[Array], Array]:
 
 
 def _dynamic_code(x: Array) -> Array:
-    return jnp.minimum(dynamic8.encode(x), NOT_FINITE - 1)
+    return jnp.minimum(dynamic8.element.encode(x), NOT_FINITE - 1)
 
 
 def _log_code(x: Array) -> Array:

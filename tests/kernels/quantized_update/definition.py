@@ -40,14 +40,15 @@ def decode(moment) -> np.ndarray:
 
 
 def check_stored(moment, exact, name=""):
-    """A moment holds the largest magnitude and the nearest code of each group of `exact`.
+    """A moment holds the scale and the nearest code of each group of `exact`.
 
     Float32 rounding moves a number by some 1e-6 of itself: where that crosses the middle between two values,
     either will do.
     """
     values = table(moment.format.name)
     middles = (values[1:] + values[:-1]) / 2
-    scale = np.stack([np.abs(p).max(-1) for p in groups_of(exact, moment.group_size)], axis=-1)
+    largest = [np.abs(p).max(-1) for p in groups_of(exact, moment.group_size)]
+    scale = np.stack(largest, axis=-1) / values[-1]
     np.testing.assert_allclose(moment.scales, scale, rtol=2e-6, err_msg=name)
     wide = np.repeat(scale, moment.group_size, axis=-1)[..., : exact.shape[-1]]
     unit = exact / np.where(wide == 0, 1, wide)

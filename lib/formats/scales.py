@@ -1,0 +1,252 @@
+"""Scale schemes: what is stored for each group of codes, and how it is found from the group's values.
+
+Groups are the last axis of x [..., G, g]; a scheme gives a `Scaling` of arrays [..., G]. A value is then
+(element's value - zero) * scale. Constants are multiplied with, not divided by, as XLA does it under jit: a
+tensor has the same codes with and without.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .element import Element, round_half_away
+
+SMALLEST = 2.0**-126  # float32's smallest normal number: XLA on CPU takes smaller ones for zero
+
+
+class Scaling(NamedTuple):
+    """What is stored for groups, [..., G] each.
+
+    Attributes:
+      scales: in the scheme's own storage: floats, exponents (uint8) or `CodedScales`.
+      zeros: uint8 codes of zero, of asymmetric formats.
+      choices: uint8, the codebook of each group, of formats that have several.
+    """
+
+    scales: Any
+    zeros: Any = None
+    choices: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedScales:
+    """Scales that are themselves codes: value(code) * outer + offset.
+
+    Attributes:
+      codes: uint8, one for each group.
+      outer: float32, one for the whole matrix, or for each block of `block` scales across its columns.
+      offset: float32, one for each matrix; None is zero.
+      element: the codes' element format.
+      block: scales that share an `outer`; None: all of a matrix.
+    """
+
+    codes: Any
+    outer: Any
+    offset: Any
+    element: Element = dataclasses.field(metadata=dict(static=True))
+    block: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMax:
+    """The largest magnitude becomes the element's largest value.
+
+    Attributes:
+      dtype: of the stored scales.
+      beyond: how far above the element's largest value the largest magnitude comes to lie. Half a step of an
+        integer lowers the squared error of normally distributed values.
+    """
+
+    dtype: str = "float32"
+    beyond: float = 0.0
+    by_group = True  # a group's scale depends on its own values alone
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        return Scaling((group_maxima(x) * (1 / (element.largest + self.beyond))).astype(self.dtype))
+
+    def covering(self) -> "AbsMax":
+        """The scheme that leaves no value outside of the codes' range, which unbiased rounding needs."""
+        return dataclasses.replace(self, beyond=0.0)
+
+    def scale(self, scaling: Scaling) -> Array:
+        """The float32 scale of each group."""
+        return scaling.scales.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMean(AbsMax):
+    """The mean magnitude becomes 1, one scale for each matrix: ternary weights.
+
+    Source: Ma et al. 2024, The Era of 1-bit LLMs (arXiv 2402.17764).
+    """
+
+    by_group = False
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        matrix = (-1, -2, -3)[: x.ndim]
+        mean = jnp.mean(jnp.abs(x), axis=matrix)
+        return Scaling(mean.reshape(mean.shape + (1,) * (x.ndim - 1 - mean.ndim)).astype(self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asymmetric(AbsMax):
+    """The range from the least to the largest value, zero included, is cut evenly; zero has a code.
+
+    Attributes:
+      spare: steps left over: with one, no end of the range is cut off where zero is rounded to a code.
+    """
+
+    spare: int = 0
+
+    def covering(self) -> "Asymmetric":
+        return dataclasses.replace(self, spare=1)
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        low, high = jnp.minimum(jnp.min(x, -1), 0.0), jnp.maximum(jnp.max(x, -1), 0.0)
+        scales = ((high - low) * (1 / (element.largest - self.spare))).astype(self.dtype)
+        wide = scales.astype(jnp.float32)
+        zeros = -low / jnp.where(wide < SMALLEST, 1.0, wide)
+        zeros = jnp.ceil(zeros) if self.spare else round_half_away(zeros)
+        return Scaling(scales, jnp.clip(zeros, 0, element.highest).astype(jnp.uint8))
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerOfTwo:
+    """A power of two, stored in 8 bits as E8M0: 2^(code - 127); 255 is NaN.
+
+    The exponent of the group's largest magnitude, less that of the element's largest value.
+
+    Attributes:
+      rounding: "nearest": one more if the largest magnitude, in the element's digits, rounds up to the next
+        power of two; "floor": never, as the specification's section 6.3: more values saturate; "up": one more
+        where any would saturate.
+
+    Source: OCP Microscaling Formats (MX) Specification 1.0, sections 5.4.1 and 6.3.
+    """
+
+    rounding: str = "nearest"
+    by_group = True
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        largest = group_maxima(x)
+        of_element = math.floor(math.log2(element.largest))
+        last = element.largest / 2**of_element  # in [1, 2), as the mantissa below
+        bits = lax.bitcast_convert_type(largest, jnp.int32)
+        mantissa = lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+        limit = {"floor": 2.0, "nearest": (last + 2) / 2, "up": last}[self.rounding]
+        above = mantissa > limit if self.rounding == "up" else mantissa >= limit
+        code = (bits >> 23) - of_element + above
+        code = jnp.where(jnp.isfinite(largest), jnp.clip(code, 1, 254), 255)
+        return Scaling(code.astype(jnp.uint8))
+
+    def covering(self) -> "PowerOfTwo":
+        return PowerOfTwo("up")
+
+    def scale(self, scaling: Scaling) -> Array:
+        code = scaling.scales.astype(jnp.int32)
+        return jnp.where(
+            code == 255, jnp.nan, lax.bitcast_convert_type(jnp.maximum(code, 1) << 23, jnp.float32)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoLevel:
+    """Scales of `AbsMax`, coded in 8 bits under a float32 scale of their own.
+
+    Attributes:
+      element: of the scales' codes: unsigned, or signed if a mean is taken off.
+      block: scales that share an outer one, along the matrix's other axis; None: all of a matrix.
+      centred: whether the mean over the matrix is taken off first.
+
+    Source: NVIDIA's NVFP4 (block None); Dettmers et al. 2023, QLoRA (arXiv 2305.14314): double quantization.
+    """
+
+    element: Element
+    block: int | None = None
+    centred: bool = False
+    by_group = False
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        wanted = group_maxima(x) * (1 / element.largest)
+        matrix = (-1, -2)[: wanted.ndim]
+        offset = jnp.mean(wanted, matrix, keepdims=True) if self.centred else None
+        rest = wanted if offset is None else wanted - offset
+        if self.block is None:
+            outer = jnp.max(jnp.abs(rest), matrix, keepdims=True)
+        else:
+            outer = _across(group_maxima(split(_across(jnp.abs(rest)), self.block)))
+        outer = outer * (1 / self.element.largest)
+        unit = rest / never_zero(self._spread(outer, rest))
+        codes = self.element.encode(unit).astype(jnp.uint8)
+        return Scaling(CodedScales(codes, outer, offset, self.element, self.block))
+
+    def covering(self) -> "TwoLevel":
+        return self
+
+    def scale(self, scaling: Scaling) -> Array:
+        stored = scaling.scales
+        value = self.element.decode(stored.codes.astype(jnp.int32))
+        value = value * self._spread(stored.outer, stored.codes)
+        return value if stored.offset is None else value + stored.offset
+
+    def _spread(self, outer: Array, scales: Array) -> Array:
+        """`outer` for every scale."""
+        if self.block is None:
+            return outer
+        return _across(spread(_across(outer), self.block, _across(scales).shape[-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeastSquares(AbsMax):
+    """The scale with the least squared error, of `steps` from `least` times that of `AbsMax` up to it."""
+
+    steps: int = 32
+    least: float = 0.5
+
+    def covering(self) -> AbsMax:
+        return AbsMax(self.dtype)
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        full = group_maxima(x) * (1 / element.largest)
+
+        def attempt(i, best):
+            least_error, best_scale = best
+            scale = (full * (1 - (1 - self.least) * i / max(self.steps - 1, 1))).astype(self.dtype)
+            wide = scale.astype(jnp.float32)[..., None]
+            error = jnp.sum((element.decode(element.encode(x / never_zero(wide))) * wide - x) ** 2, -1)
+            better = error < least_error
+            return jnp.where(better, error, least_error), jnp.where(better, scale, best_scale)
+
+        start = jnp.full(full.shape, jnp.inf, jnp.float32), full.astype(self.dtype)
+        return Scaling(lax.fori_loop(0, self.steps, attempt, start)[1])
+
+
+def split(x: Array, group_size: int) -> Array:
+    """Cut the last axis in groups, [..., n] -> [..., ceil(n / group_size), group_size]; zeros fill up."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % group_size)])
+    return x.reshape(*x.shape[:-1], -1, group_size)
+
+
+def spread(scales: Array, group_size: int, n: int) -> Array:
+    """Repeat each group's scale [..., groups] for its elements [..., n]."""
+    return jnp.repeat(scales, group_size, axis=-1)[..., :n]
+
+
+def group_maxima(x: Array) -> Array:
+    """The largest magnitude of each group, [..., G, g] -> [..., G]."""
+    return jnp.max(jnp.abs(x), axis=-1)
+
+
+def never_zero(scale: Array) -> Array:
+    """Scales to divide by: of a group whose scale is zero, 1."""
+    return jnp.where(scale == 0, 1.0, scale)
+
+
+def _across(x: Array) -> Array:
+    """Swap the axis of groups with the matrix's other one; a vector has none."""
+    return x if x.ndim == 1 else jnp.swapaxes(x, -1, -2)
