@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .element import Element
-from .scales import AbsMax, Scaling, never_zero
+from .scales import AbsMax, Scaling, never_zero, spread
 
 ABS_MAX = AbsMax()
 
@@ -58,7 +58,9 @@ class Format:
 
     def encode(self, x: Array, scaling: Scaling, uniform: Array | None = None) -> Array:
         """The int32 codes of x [..., G, g]; rounded at random where uniform values in [0, 1) are given."""
-        unit = x.astype(jnp.float32) / never_zero(self.scale(scaling)[..., None])
+        # Flat: a step of an optimizer that is done in parts then stays one pass over memory.
+        flat, scale = x.astype(jnp.float32).reshape(*x.shape[:-2], -1), never_zero(self.scale(scaling))
+        unit = (flat / spread(scale, x.shape[-1], flat.shape[-1])).reshape(x.shape)
         if scaling.zeros is not None:
             unit = unit + scaling.zeros.astype(jnp.float32)[..., None]
         if uniform is None:
