@@ -1,12 +1,12 @@
 """The checked call of `quantized_matmul` and its static description: the form that every backend takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array
 
-from ...formats import Format, QuantizedTensor, format_named
+from ...formats import AbsMax, Bipolar, CodedScales, Format, Integer, QuantizedTensor, format_named
 from ..common.arguments import known, reject
 
 Method = Literal["dot", "planes", "lut", "lut_int8"]
@@ -21,8 +21,8 @@ class Inputs(NamedTuple):
     codes: Array  # [rows of packed codes, N]; one row a code at 8 bits
     scales: Array  # [G, N]: float32 or bfloat16, or codes of scales (uint8)
     zeros: Array | None  # [G, N], uint8: subtracted from values before scaling
-    outer: Array | None  # float32: what multiplies decoded scales, [] or [blocks, N]
-    offset: Array | None  # float32: what is added to scales after that, [] or [blocks, N]
+    outer: Array | None  # float32 []: what multiplies decoded scales
+    offset: Array | None  # float32 []: what is added to scales after that
     choices: Array | None  # [G, N], uint8: which codebook a group has
     bias: Array | None  # [N], float
 
@@ -95,36 +95,59 @@ def check(
         reject("bias", bias, f"floats [{N}]")
     if method is not None and method not in METHODS:
         raise ValueError(f"method: got {method!r}; expected {', '.join(map(repr, METHODS))} or None")
-    spec = Spec(w.format, w.group_size, K, _activations(activations, K, w.group_size), method or "dot")
-    return Inputs(x=x.reshape(-1, K), **stored(w), bias=bias), spec
+    arrays, format, group_size = stored(w)
+    given = _activations(activations, K, group_size)
+    spec = Spec(format, group_size, K, given, method or "dot")
+    _check_method(spec)
+    return Inputs(x=x.reshape(-1, K), **arrays, bias=bias), spec
 
 
-def stored(w: QuantizedTensor) -> dict[str, Any]:
-    """The arrays of a tensor [K, N], by their names in `Inputs`."""
-    others = ("zeros", "outer", "offset", "choices")
-    return {"codes": w.codes, "scales": w.scales, **{name: getattr(w, name, None) for name in others}}
+def stored(w: QuantizedTensor) -> tuple[dict[str, Any], Format, int]:
+    """The arrays of a tensor [K, N] by their names in `Inputs`, its format, and rows that share a scale.
+
+    Scales whose own scales lie across columns (double quantization) become floats here: a shard of the
+    columns could not tell which are its own.
+    """
+    K, N = w.shape
+    format, scales, group_size = w.format, w.scales, w.group_size
+    outer = offset = None
+    if isinstance(scales, CodedScales) and scales.block is not None:
+        scales = format.scale(w.scaling()).T
+        format = replace(format, scheme=AbsMax())
+    elif isinstance(scales, CodedScales):
+        outer, offset = (None if x is None else x.reshape(()) for x in (scales.outer, scales.offset))
+        scales = scales.codes
+    elif scales.shape[0] != -(-K // group_size) or scales.shape[1] != N:  # one for the whole matrix
+        scales, group_size = jnp.broadcast_to(scales, (1, N)), K
+    arrays = {"codes": w.codes, "scales": scales, "zeros": w.zeros, "outer": outer, "offset": offset}
+    return arrays | {"choices": w.choices}, format, group_size
 
 
 def weights(call: Inputs, spec: Spec) -> QuantizedTensor:
     """The tensor [K, N] that `stored` was given."""
-    rows = call.codes.shape[0] * 8 // spec.format.bits
-    arrays = {name: getattr(call, name) for name in Inputs._fields[1:-1]}
-    given = {name: x for name, x in arrays.items() if x is not None}
+    scales: Any = call.scales
+    if call.outer is not None:
+        outer, offset = (None if x is None else x.reshape(1, 1) for x in (call.outer, call.offset))
+        scales = CodedScales(scales, outer, offset, spec.format.scheme.element, None)
+    padding = call.codes.shape[0] * 8 // spec.format.bits - spec.K
     return QuantizedTensor(
-        **given, format=spec.format, axis=-2, group_size=spec.group_size, padding=rows - spec.K
+        call.codes, scales, spec.format, -2, spec.group_size, padding, call.zeros, call.choices
     )
+
+
+def largest_whole(format: Format) -> int | None:
+    """The largest magnitude of a format's values less zeros; None where they are not all whole numbers."""
+    return int(format.element.largest) if isinstance(format.element, Integer | Bipolar) else None
 
 
 def _activations(given: Any, K: int, group_size: int) -> Format | MixedActivations | None:
     if given is None:
         return None
     if not isinstance(given, MixedActivations):
-        return _activation_format("activations", given)
-    if given.block < 1 or (given.block % group_size and group_size % given.block):
-        raise ValueError(
-            f"activations: got blocks of {given.block} channels; expected a multiple or a divisor of w's "
-            f"group_size {group_size}"
-        )
+        format = _activation_format("activations", given)
+        _check_block(format.group_size or K, K, group_size)
+        return format
+    _check_block(given.block, K, group_size)
     blocks = -(-K // given.block)
     if not 0 <= given.high_blocks <= blocks:
         got = f"high_blocks={given.high_blocks}"
@@ -135,9 +158,31 @@ def _activations(given: Any, K: int, group_size: int) -> Format | MixedActivatio
 
 def _activation_format(name: str, given: Format | str) -> Format:
     format = format_named(given)
-    if format.bits > 8:
-        raise ValueError(f"{name}: got {format.name}; expected a format of at most 8 bits")
+    if not format.scheme.by_group:
+        raise ValueError(
+            f"{name}: got {format.name}; expected a format in which each token has its own scale"
+        )
     return format
+
+
+def _check_block(block: int, K: int, group_size: int) -> None:
+    """Channels of a token that share a scale, and rows of W that do, must not overlap by parts."""
+    if block < 1 or not (block % group_size == 0 or group_size % block == 0 or max(block, group_size) >= K):
+        expected = f"a multiple or a divisor of w's group_size {group_size}"
+        raise ValueError(f"activations: got blocks of {block} channels; expected {expected}")
+
+
+def _check_method(spec: Spec) -> None:
+    formats = {"w": spec.format, "activations": spec.activations}
+    if spec.method == "planes":
+        for name, format in formats.items():
+            if not isinstance(format, Format) or not isinstance(format.element, Bipolar):
+                got = getattr(format, "name", format)
+                raise ValueError(f"method: got 'planes' with {name} {got}; expected bipolar formats of both")
+    if spec.method.startswith("lut") and largest_whole(spec.format) is None:
+        raise ValueError(
+            f"method: got {spec.method!r} for w {spec.format.name}; expected integers or bipolar"
+        )
 
 
 def argument_axes(call: Inputs, spec: Spec) -> Inputs:

@@ -1,3 +1,188 @@
-"""The portable form, which CPU gets."""
+"""The portable form, which CPU gets: a block of W's rows at a time is decoded and multiplied.
 
-from .reference import forward as forward
+No more of W than a block is ever in float32: it is still in the cache when it is multiplied. One or a few
+tokens have a form of their own (`streamed`), in which nothing decoded is written to memory at all.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..common.arguments import accumulator, pad_to
+from . import lut, planes, streamed
+from .activations import Activations, each_segment, quantize_activations
+from .decode import Groups, block_of, groups, unpack_rows, values
+from .inputs import Inputs, Spec, largest_whole
+
+DECODED = 2**20  # elements of W that are decoded at a time
+EXACT = 2**24  # whole numbers below are exact in float32
+
+
+def forward(call: Inputs, spec: Spec) -> Array:
+    """x W + b [M, N] in x's dtype."""
+    y = _product(spec, call.x, call._replace(x=None, bias=None))
+    if call.bias is not None:
+        y += call.bias.astype(y.dtype)
+    return y.astype(call.x.dtype)
+
+
+def backward(call: Inputs, cotangent: Array, spec: Spec) -> Inputs:
+    """The gradients of x and bias; W is a constant."""
+    dtype = accumulator(call.x.dtype)
+    dy = cotangent.astype(dtype)
+    dx = _transposed(call, spec, dy).astype(call.x.dtype)
+    nothing = (
+        jnp.zeros_like(x) if x is not None and jnp.issubdtype(x.dtype, jnp.floating) else None for x in call
+    )
+    dbias = None if call.bias is None else dy.sum(0).astype(call.bias.dtype)
+    return Inputs(*nothing)._replace(x=dx, bias=dbias)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(spec: Spec, x: Array, rest: Inputs) -> Array:
+    """x W [M, N] in the accumulator's dtype."""
+    call = rest._replace(x=x)
+    if spec.method == "planes":
+        return planes.product(call, spec)
+    if spec.method != "dot":
+        return lut.product(call, spec)
+    if streamed.serves(call, spec):
+        return streamed.product(call, spec)
+    return _by_blocks(call, spec, quantize_activations(x, spec))
+
+
+@_product.defjvp
+def _tangent(spec, primals, tangents):
+    x, rest = primals
+    linear = spec._replace(activations=None, method="dot")  # rounding passes gradients straight
+    dx = tangents[0]
+    dy = _by_blocks(rest._replace(x=dx), linear, quantize_activations(dx, linear))
+    return _product(spec, x, rest), dy
+
+
+class _Block(NamedTuple):
+    """Rows of W from `start` on, in segments of rows that share all their scales."""
+
+    codes: Array  # packed
+    groups: Groups  # those that the rows belong to
+    start: Array | int
+    rows: int  # the last may be padding
+    real: int  # of those that are not padding
+    packing: int  # codes that are packed together
+
+
+def _by_blocks(call: Inputs, spec: Spec, x: Activations) -> Array:
+    """x W, by a loop over blocks of rows."""
+    K, N = spec.K, call.codes.shape[1]
+    rows = _rows(spec, call.codes.shape[0], N, x.block)
+    stored = groups(call, spec)
+    channels = pad_to(x.values, (x.values.shape[0], call.codes.shape[0] * 8 // spec.format.bits))
+
+    def add(y: Array, block: _Block) -> Array:
+        mine = lax.dynamic_slice_in_dim(channels, block.start, block.rows, 1)[:, : block.real]
+        return y + _block_product(mine, block, spec, x)
+
+    def step(y, i):
+        return add(y, _block(call, spec, stored, i * rows, rows)), None
+
+    y = jnp.zeros((x.values.shape[0], N), x.values.dtype)
+    whole = K // rows
+    if whole > 1:
+        # What is decoded is decoded again for the gradient.
+        y, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), y, jnp.arange(whole, dtype=jnp.int32))
+    else:
+        whole = 0
+    if whole * rows < K:
+        rest = jax.checkpoint(lambda y: add(y, _block(call, spec, stored, whole * rows, None)))
+        y = rest(y)
+    return y
+
+
+def _rows(spec: Spec, packed: int, N: int, channels: int) -> int:
+    """The rows of a block: whole blocks of packed codes, and whole groups or parts of one; else K."""
+    if spec.K * N <= DECODED:
+        return spec.K
+    packing = block_of(spec, packed)
+    shared = [size for size in (spec.group_size, channels) if size < spec.K]
+    multiples = (n * 2**i for n in (packing, math.lcm(packing, *shared)) for i in range(24))
+    fitting = (n for n in multiples if n * N <= DECODED and n < spec.K)
+    return max((n for n in fitting if all(n % s == 0 or s % n == 0 for s in shared)), default=spec.K)
+
+
+def _block(call: Inputs, spec: Spec, stored: Groups, start, rows: int | None) -> _Block:
+    """Slice a block of `rows`, or all that is left after `start`."""
+    bits, g = spec.format.bits, spec.group_size
+    total = call.codes.shape[0] * 8 // bits
+    padded = total - start if rows is None else rows
+    count = spec.K - start if rows is None else rows
+    codes = lax.dynamic_slice_in_dim(call.codes, start * bits // 8, padded * bits // 8, 0)
+    n = -(-count // g)
+    own = (a if a is None else lax.dynamic_slice_in_dim(a, start // g, n, 0) for a in stored)
+    return _Block(codes, Groups(*own), start, padded, count, block_of(spec, call.codes.shape[0]))
+
+
+def _block_product(x: Array, block: _Block, spec: Spec, activations: Activations) -> Array:
+    """Multiply channels x [M, count] by a block of W."""
+    M, N, dtype = x.shape[0], block.codes.shape[1], x.dtype
+    codes = unpack_rows(block.codes, spec.format, block.packing)[: block.real]
+    g, b = (min(size, block.real) for size in (spec.group_size, activations.block))
+    segment = min(g, b)
+    n = -(-block.real // segment)
+    codes = pad_to(codes, (n * segment, N)).reshape(n, segment, N)
+    own = Groups(*(a if a is None else each_segment(a, g, segment, n) for a in block.groups))
+    w, scales = values(codes, own, spec.format)
+    w, scales = w.astype(dtype), scales.astype(dtype)
+    x = pad_to(x, (M, n * segment))
+    if activations.scales is None:
+        return jnp.matmul(x, (w * scales[:, None]).reshape(-1, N), precision="highest")
+    sums = _segment_sums(x.reshape(M, n, segment), w, spec, activations)
+    first = block.start // activations.block
+    token_scales = lax.dynamic_slice_in_dim(activations.scales, first, -(-block.real // b), 1)
+    token_scales = each_segment(token_scales.T, b, segment, n)
+    return jnp.sum(sums * token_scales[:, :, None] * scales[:, None], 0)
+
+
+def _segment_sums(x: Array, w: Array, spec: Spec, activations: Activations) -> Array:
+    """Sums of products [segments, M, N] of x [M, segments, s] and w [segments, s, N].
+
+    Of whole numbers they are those of int32, but multiplied in float32, which CPUs are fast at: sums below
+    2^24 are exact in it, larger ones are added up from such.
+    """
+    n, s, N = w.shape
+    dot = partial(jnp.einsum, precision="highest")
+    largest = largest_whole(spec.format)
+    if largest is None or not activations.whole or s * largest * activations.largest <= EXACT:
+        return dot("mns,nsk->nmk", x, w)
+    most = max(EXACT // (largest * activations.largest), 1)
+    parts = -(-s // most)
+    size = -(-s // parts)
+    x = pad_to(x, (*x.shape[:2], parts * size)).reshape(-1, n, parts, size)
+    w = pad_to(w, (n, parts * size, N)).reshape(n, parts, size, N)
+    return dot("mnps,npsk->pnmk", x, w).astype(jnp.int32).sum(0).astype(x.dtype)
+
+
+def _transposed(call: Inputs, spec: Spec, dy: Array) -> Array:
+    """dy W^T [M, K], by the same blocks."""
+    K, N, M = spec.K, call.codes.shape[1], dy.shape[0]
+    rows = _rows(spec, call.codes.shape[0], N, K)
+    stored = groups(call, spec)
+
+    def part(start, rows: int | None) -> Array:
+        block = _block(call, spec, stored, start, rows)
+        codes = unpack_rows(block.codes, spec.format, block.packing)[: block.real]
+        g = min(spec.group_size, block.real)
+        n = -(-block.real // g)
+        w, scales = values(pad_to(codes, (n * g, N)).reshape(n, g, N), block.groups, spec.format)
+        w = (w.astype(dy.dtype) * scales[:, None].astype(dy.dtype)).reshape(-1, N)[: block.real]
+        return jnp.matmul(dy, w.T, precision="highest")
+
+    whole = K // rows
+    if whole <= 1:
+        return part(0, None)
+    parts = lax.map(lambda i: part(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
+    dx = jnp.moveaxis(parts, 0, 1).reshape(M, whole * rows)
+    return dx if whole * rows == K else jnp.concatenate([dx, part(whole * rows, None)], axis=1)
