@@ -39,6 +39,8 @@ from .linear_recurrence import calls as recurrence_calls
 from .linear_recurrence import definition as recurrence_definition
 from .lmu import calls as lmu_calls
 from .lmu import definition as lmu_definition
+from .quantized_matmul import calls as matmul_calls
+from .quantized_matmul import definition as matmul_definition
 from .quantized_update import calls as update_calls
 from .quantized_update import definition as update_definition
 from .rnn import calls as rnn_calls
@@ -200,6 +202,19 @@ OPERATIONS = {
             spilled=200,
             wgmma=True,
             quick=True,
+        ),
+        Row(
+            frugax.kernels.quantized_matmul,
+            matmul_calls,
+            matmul_definition.quantized_matmul,
+            {"x": "b k | b t k", "w": "k n", "bias": "n"},
+            small={"format": "int4", "B": 2, "T": 3, "K": 64, "N": 24, "group": 32, "bias": True},
+            changed={"pallas_gpu": matmul_calls.ON_GPU[0]},
+            defined=[matmul_calls.PLAIN[n] for n in (2, 3, 5, 7, 8)],
+            like="x",
+            states=(),
+            split=("b", "n"),
+            placed={"format": "int4", "B": 4, "T": 2, "K": 64, "N": 256, "group": 32, "bias": True},
         ),
         Row(
             frugax.kernels.quantized_update,

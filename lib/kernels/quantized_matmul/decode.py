@@ -38,7 +38,7 @@ def unpack_rows(packed: Array, format: Format, block: int) -> Array:
     codes, byte = jnp.zeros((), jnp.int32), 0
     for width, low in planes(format.bits):
         count = block * width // 8
-        shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None, None]
+        shifts = np.arange(0, 8, width, dtype=np.uint8)[None, :, None, None]
         part = (packed[:, None, byte : byte + count] >> shifts) & np.uint8((1 << width) - 1)
         codes = codes | (part.astype(jnp.int32).reshape(-1, block, N) << low)
         byte += count

@@ -58,14 +58,15 @@ def signed_sums(x: Array) -> Array:
     Entry i is the sum of x_r where bit r of i is set, and of -x_r elsewhere. That of 15 - i is its negative.
     """
     bits = (np.arange(HALF)[:, None] >> np.arange(SUMMED)) & 1
-    terms = [x[..., r, None] * jnp.asarray(2 * bits[:, r] - 1, x.dtype) for r in range(SUMMED)]
+    signs = jnp.asarray(2 * bits - 1, x.dtype).reshape(*[1] * (x.ndim - 1), HALF, SUMMED)
+    terms = [x[..., r, None] * signs[..., r] for r in range(SUMMED)]
     return (terms[0] + terms[1]) + (terms[2] + terms[3])
 
 
 def plane_index(codes: Array, bits: int) -> Array:
     """The sum that each four bits pick: [segments, N, fours, 4] -> uint8 [segments, bits, fours, N]."""
     planes = (codes[:, None] >> np.arange(bits, dtype=np.int32)[:, None, None, None]) & 1
-    index = jnp.sum(planes << np.arange(SUMMED, dtype=np.int32), -1)
+    index = jnp.sum(planes << np.arange(SUMMED, dtype=np.int32)[None, None, None, None], -1)
     return jnp.swapaxes(index, 2, 3).astype(jnp.uint8)
 
 
@@ -94,7 +95,7 @@ def look_up(tables: Array, index: Array, signs: np.ndarray, *, rounded: bool) ->
         # [M, bits, fours, N], of which only the sum over fours is written
         found = jnp.take_along_axis(table[:, None], entry[None], -1, mode="promise_in_bounds")
         sums = jnp.sum(jnp.where(mirrored, -found, found), 2).astype(dtype)
-        sums = jnp.sum(sums * jnp.asarray(signs, dtype)[:, None], 1)
+        sums = jnp.sum(sums * jnp.asarray(signs, dtype)[None, :, None], 1)
         return sums * (scale[:, 0] if rounded else scale)
 
     return lax.map(of_segment, (tables, index))

@@ -64,6 +64,7 @@ def _words(codes: Array, bits: int, segment: int) -> Array:
     n = -(-K // segment)
     codes = jnp.pad(codes, ((0, 0), (0, n * segment - K))).reshape(rows, n, segment)
     codes = jnp.pad(codes, ((0, 0), (0, 0), (0, -segment % WORD))).reshape(rows, n, -1, WORD)
+    places = jnp.arange(WORD, dtype=jnp.uint32)[None, None, None, None]
     plane = (codes[None] >> jnp.arange(bits, dtype=jnp.int32)[:, None, None, None, None]) & 1
-    words = jnp.sum(plane.astype(jnp.uint32) << jnp.arange(WORD, dtype=jnp.uint32), -1, dtype=jnp.uint32)
+    words = jnp.sum(plane.astype(jnp.uint32) << places, -1, dtype=jnp.uint32)
     return jnp.swapaxes(words, 1, 2)

@@ -42,5 +42,5 @@ def forward(call: Inputs, spec: Spec) -> Array:
             rounded += sums * x.scales[:, start // x.block, None] * scale
         y = lax.stop_gradient(rounded) + (y - lax.stop_gradient(y))  # its gradient is that of x W
     if call.bias is not None:
-        y += call.bias.astype(dtype)
+        y += call.bias.astype(dtype)[None]
     return y.astype(call.x.dtype)

@@ -5,6 +5,8 @@ few rows: as many streams as a cache holds at once. The parts are added up at th
 2601.16536 for K >> N), so that cores have parts to share.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -17,7 +19,6 @@ from .inputs import Inputs, Spec
 
 TOKENS = 4  # more are faster as a product of matrices
 LEAST = 2**18  # elements of W: smaller ones are not worth a program of so many terms
-ROWS = 16  # of bytes in a part of the sum
 
 
 def serves(call: Inputs, spec: Spec) -> bool:
@@ -27,38 +28,38 @@ def serves(call: Inputs, spec: Spec) -> bool:
         return False
     if call.codes.shape[0] * 8 != K * spec.format.bits or spec.activations is not None:
         return False
-    block, narrow = _sizes(call, spec)
+    block, narrow, rows = _sizes(call, spec)
     whole_groups = g >= K or block % g == 0 or g % block == 0
-    return narrow % ROWS == 0 and g % ROWS == 0 and whole_groups and (g % narrow == 0 or narrow % g == 0)
+    return narrow % rows == 0 and g % rows == 0 and whole_groups and (g % narrow == 0 or narrow % g == 0)
 
 
-def _sizes(call: Inputs, spec: Spec) -> tuple[int, int]:
-    """The codes that are packed together, and the bytes of their narrowest plane."""
+def _sizes(call: Inputs, spec: Spec) -> tuple[int, int, int]:
+    """The codes that are packed together, the bytes of their narrowest plane, and those of it in a part."""
     if spec.format.bits == 8:
-        block = int(np.gcd(spec.K, 256))
-        return block, block
-    block = block_of(spec, call.codes.shape[0])
-    return block, block * planes(spec.format.bits)[-1][0] // 8
+        block = math.gcd(spec.K, 256)
+        return block, block, 32
+    block, width = block_of(spec, call.codes.shape[0]), planes(spec.format.bits)[-1][0]
+    return block, block * width // 8, max(4 * width, 8)
 
 
 def product(call: Inputs, spec: Spec) -> Array:
     """x W [M, N] in the accumulator's dtype, as a sum over tokens' own parts."""
     x = quantize_activations(call.x, spec).values
-    block, narrow = _sizes(call, spec)
+    block, narrow, few = _sizes(call, spec)
     N, inner = call.codes.shape[1], min(spec.group_size, narrow)
-    shape = spec.K // block, narrow // inner, inner // ROWS  # blocks, groups in a plane, parts of a group
+    shape = spec.K // block, narrow // inner, inner // few  # blocks, groups in a plane, parts of a group
     stored = groups(call, spec)
     scales = _of_blocks(stored.scales, spec, block)
     zeros = None if stored.zeros is None else _of_blocks(stored.zeros, spec, block)
-    views = _plane_views(call.codes, spec, block, (narrow // inner, inner // ROWS, ROWS))
+    views = _plane_views(call.codes, spec, block, (narrow // inner, inner // few, few))
 
     def of_token(x: Array) -> Array:
-        x = x.reshape(shape[0], block // narrow, *shape[1:], ROWS, 1)
+        x = x.reshape(shape[0], block // narrow, *shape[1:], few, 1)
         total = jnp.zeros((), x.dtype)
         for s in range(block // narrow):  # codes s * narrow + [0, narrow) of every block
             zero = None if zeros is None else _of_part(zeros, s * narrow, narrow, block)
             rows = jnp.zeros((), x.dtype)
-            for r in range(ROWS):
+            for r in range(few):
                 value = _value(views, s, r, spec).astype(x.dtype)
                 rows += x[:, s, :, :, r] * (value if zero is None else value - zero)
             total += rows * _of_part(scales, s * narrow, narrow, block)

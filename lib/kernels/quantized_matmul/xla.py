@@ -26,7 +26,7 @@ def forward(call: Inputs, spec: Spec) -> Array:
     """x W + b [M, N] in x's dtype."""
     y = _product(spec, call.x, call._replace(x=None, bias=None))
     if call.bias is not None:
-        y += call.bias.astype(y.dtype)
+        y += call.bias.astype(y.dtype)[None]
     return y.astype(call.x.dtype)
 
 

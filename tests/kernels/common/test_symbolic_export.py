@@ -9,6 +9,7 @@ from jax import export
 import frugax
 from tests.errors import assert_close
 from tests.kernels.harness import OPERATIONS, over, parts, run
+from tests.kernels.harness import structs as structs_of
 
 
 def exported() -> list:
@@ -30,6 +31,8 @@ def test_one_program_serves_every_batch_and_length(operation, unchecked_types):
     def struct(name, x):
         if isinstance(x, tuple):  # a state of several arrays, the batch first
             return type(x)(*(jax.ShapeDtypeStruct((symbols["b"], *y.shape[1:]), y.dtype) for y in x))
+        if not hasattr(x, "dtype"):  # weights of several arrays, without such axes
+            return structs_of(x)
         axes = row.axes_of(name, arguments).split()
         shape = [symbols.get(axis, size) for axis, size in zip(axes, x.shape, strict=True)]
         return jax.ShapeDtypeStruct(shape, x.dtype)
