@@ -1,0 +1,11 @@
+"""What scans over depth stack and split for each layer."""
+
+from typing import Any
+
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+
+# Arguments of `nn.scan`. Beside params: the histories and keys of low-bit training (frugax.quant.training).
+STACKED: dict[str, Any] = {
+    "variable_axes": {"params": 0, OVERWRITE_WITH_GRADIENT: 0},
+    "split_rngs": {"params": True, "low_bit": True},
+}
