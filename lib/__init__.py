@@ -14,7 +14,7 @@ import importlib
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "formats", "kernels", "layers", "models", "optim", "parallel", "peft"]
+__all__ = ["__version__", "formats", "kernels", "layers", "models", "optim", "parallel", "peft", "quant"]
 
 
 def __getattr__(name: str) -> ModuleType:

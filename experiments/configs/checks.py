@@ -99,6 +99,7 @@ TRAINING = {
     "model.repeats": integer(1),
     "model.pattern": NAMES,
     "model.tie_embeddings": SWITCH,
+    "model.ternary_head": SWITCH,
     "model.remat": SWITCH,
     "model.unroll": SWITCH,
     "model.dtype": FLOATING,

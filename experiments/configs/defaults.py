@@ -41,6 +41,7 @@ def defaults() -> ConfigDict:
     config.model.pattern = ()  # names of blocks, from the input up
     config.model.blocks = ConfigDict()  # blocks.NAME: see `block`
     config.model.tie_embeddings = True  # the output projection is the embedding
+    config.model.ternary_head = False  # a BitLinear of its own instead, which tie_embeddings excludes
     config.model.remat = False  # recompute each repeat in the backward pass, to save memory
     config.model.unroll = False  # write the repeats out: slower to compile, faster to run on CPU
     config.model.dtype = "float32"  # of activations and matmuls

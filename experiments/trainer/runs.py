@@ -72,6 +72,7 @@ def build_model(config: ConfigDict) -> Any:
         blocks=tuple(_build_block(model, name) for name in model.pattern),
         repeats=model.repeats,
         tie_embeddings=model.tie_embeddings,
+        ternary_head=model.ternary_head,
         remat=model.remat,
         unroll=model.unroll,
         dtype=jnp.dtype(model.dtype),

@@ -29,6 +29,8 @@ from .mixers.retention import Retention
 from .mixers.rwkv5 import RWKV5
 from .mixers.rwkv6 import RWKV6
 from .mixers.sliding_window import SlidingWindowAttention
+from .modules.bit_linear import BitLinear
+from .modules.dense import Dense, QuantizedDense
 from .modules.depthwise_conv import DepthwiseConv
 from .modules.feature_maps import LearnedMap, elu_plus_one, taylor
 from .modules.norms import GatedNorm, HeadLayerNorm, RMSNorm, SimpleRMSNorm
@@ -51,10 +53,12 @@ __all__ = [
     "VSS",
     "Based",
     "Bidirectional",
+    "BitLinear",
     "Block",
     "ConvEmbedding",
     "Decoder",
     "DecoderState",
+    "Dense",
     "DepthwiseConv",
     "FlashRNN",
     "GatedConvolution",
@@ -70,6 +74,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mixer",
+    "QuantizedDense",
     "RMSNorm",
     "RWKVChannel",
     "Retention",

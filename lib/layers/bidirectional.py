@@ -1,5 +1,6 @@
 """A sequence mixer read in both directions, for encoders: nothing is predicted from earlier tokens alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -48,14 +49,20 @@ class Bidirectional(nn.Module):
         how = {"segment_ids": segment_ids, "lengths": lengths} | of_layer
         forward = self.mixer.clone(parent=None, name=None)
         init = lambda key: forward.init(key, x, **how)["params"]  # noqa: E731
-        ahead = self.param("forward", init)
+        ahead = self._given("forward", init)
         back = ahead
         if self.shared != "all":
-            own = self.param("backward", lambda key: _without(self.shared, init(key)))
+            own = self._given("backward", lambda key: _without(self.shared, init(key)))
             back = _merged(ahead, own)
         y, _ = forward.apply({"params": ahead}, x, **how)
         z, _ = forward.apply({"params": back}, x, **how, reverse=True)
         return y + z
+
+    def _given(self, name: str, init: Callable[[Array], Any]) -> Any:
+        """The params of that name; the mixer checks their shapes, in which matrices may be packed."""
+        if self.has_variable("params", name):
+            return nn.meta.unbox(self.get_variable("params", name))
+        return self.param(name, init)
 
 
 def _without(shared: str, params: Any) -> Any:

@@ -163,9 +163,11 @@ class BlockLayer(nn.Module):
         x = x + y
         if self.block.channel is not None:
             args = dict(self.block.channel_args) | dtypes | {"out_scale": out_scale, "name": "channel"}
+            if hasattr(self.block.channel_class, "backend"):
+                args["backend"] = self.backend
             normed = self._norm("channel_norm", dtypes)(x)
             if has_two:
-                channel = self.block.channel_class(**args, backend=self.backend)
+                channel = self.block.channel_class(**args)
                 y, channel_state = channel(normed, state=channel_state, **how, **of_channel)
                 state = BlockState(state, channel_state)
             else:

@@ -13,7 +13,10 @@ from ..kernels.common.arguments import accumulator
 from ..kernels.common.operation import Backend, check_backend
 from ..kernels.common.rows import Rows, outputs_at, rows
 from ..layers.block import Block, BlockLayer
+from ..layers.modules.bit_linear import BitLinear
 from ..layers.modules.inputs import check_segment_ids
+from ..layers.modules.packed import matrix_param, take_rows, times_transposed
+from ..layers.modules.stacked import STACKED
 
 
 class DecoderState(NamedTuple):
@@ -48,6 +51,7 @@ class Decoder(nn.Module):
       blocks: the layers of one repeat.
       repeats: how often they repeat, each time with parameters of their own.
       tie_embeddings: read logits off the embedding instead of a head of its own.
+      ternary_head: a head of its own that is a `BitLinear`; not together with `tie_embeddings`.
       remat: recompute each layer in the backward pass instead of keeping what it computed.
       unroll: write the repeats out instead of looping over them. Compile time then follows the depth; but XLA
         on CPU puts elementwise work on several cores only outside loops.
@@ -90,6 +94,7 @@ class Decoder(nn.Module):
     blocks: tuple[Block, ...] = dataclasses.field(default_factory=lambda: (Block(),))
     repeats: int = 1
     tie_embeddings: bool = True
+    ternary_head: bool = False
     remat: bool = False
     unroll: bool = False
     dtype: DTypeLike = jnp.float32
@@ -119,15 +124,14 @@ class Decoder(nn.Module):
 
         # Small, so that a tied head starts near uniform: with unit rows it would repeat the token.
         init = nn.initializers.normal(0.02)
-        embedding = self.param("embedding", init, (self.vocab_size, self.width), self.param_dtype)
+        table = (self.vocab_size, self.width)
+        embedding = matrix_param(self, "embedding", init, table, self.param_dtype)
         known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
-        x = jnp.take(embedding, known, axis=0, mode="fill", fill_value=jnp.nan)
-        x = x.astype(self.dtype)
+        x = take_rows(embedding, known, self.dtype)
 
         layers = nn.scan(
             _Layers,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            **STACKED,
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=self.repeats,
             unroll=self.repeats if self.unroll else 1,
@@ -145,13 +149,15 @@ class Decoder(nn.Module):
         x = last.norm_class(
             **dict(last.norm_args), dtype=self.dtype, param_dtype=self.param_dtype, name="norm"
         )(x)
-        if self.tie_embeddings:
-            head = embedding
+        if self.ternary_head:
+            how: dict[str, Any] = {"dtype": accumulator(x.dtype), "param_dtype": self.param_dtype}
+            how |= {"kernel_init": init, "backend": self.backend}
+            logits = BitLinear(self.vocab_size, **how, name="head")(x)
         else:
-            head = self.param("head", init, (self.vocab_size, self.width), self.param_dtype)
-        logits = jnp.einsum(
-            "btd,vd->btv", x, head.astype(self.dtype), preferred_element_type=accumulator(x.dtype)
-        )
+            head = embedding
+            if not self.tie_embeddings:
+                head = matrix_param(self, "head", init, table, self.param_dtype)
+            logits = times_transposed(x, head, backend=self.backend)
         return (logits if read is None else read.write(logits)), DecoderState(after, last_segment)
 
     def _over_depth(self, depth: int) -> tuple[tuple[dict[str, Array], dict[str, Array]], ...]:
@@ -180,6 +186,8 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"blocks: got {self.blocks!r}; expected a tuple of at least one frugax.layers.Block"
             )
+        if self.ternary_head and self.tie_embeddings:
+            raise ValueError("tie_embeddings: got True with ternary_head=True; expected False")
         check_backend(self.backend)
         if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(

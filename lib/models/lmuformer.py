@@ -13,10 +13,11 @@ from ..kernels import linear_recurrence
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.documents import documents
 from ..layers.block import Block
+from ..layers.modules.dense import Dense, projection
 from ..layers.modules.inputs import check_input
 from ..layers.modules.norms import RMSNorm
-from ..layers.modules.scaled_dense import scaled_dense
 from ..layers.modules.spiking import lif
+from ..layers.modules.stacked import STACKED
 
 
 class LMUFormerState(NamedTuple):
@@ -92,8 +93,7 @@ class LMUFormer(nn.Module):
         x, embedding = embed(x, state=before.embedding, segment_ids=segment_ids)
         blocks = nn.scan(
             _Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            **STACKED,
             in_axes=(0, nn.broadcast),
             length=self.depth,
         )(block, self.expand, self.spiking, self.depth, **dtypes, name="blocks")
@@ -109,7 +109,7 @@ class LMUFormer(nn.Module):
             jnp.ones_like(counted), counted, initial_state=before.total, segment_ids=segment_ids
         )
         mean = totals[..., :-1] / totals[..., -1:]
-        logits = nn.Dense(self.classes, param_dtype=self.param_dtype, name="head")(mean)
+        logits = Dense(self.classes, param_dtype=self.param_dtype, name="head")(mean)
         return logits, LMUFormerState(embedding, states, verdict, total)
 
 
@@ -209,8 +209,8 @@ class _Block(nn.Module):
         x = x + RMSNorm(**dtypes, name="mixed_norm")(y)
 
         hidden, out = round(self.expand * x.shape[-1]), x.shape[-1]
-        first = scaled_dense(hidden, 1.0, self.dtype, self.param_dtype, name="channel_in")
-        second = scaled_dense(out, out_scale, self.dtype, self.param_dtype, name="channel_out")
+        first = projection(hidden, **dtypes, name="channel_in")
+        second = projection(out, scale=out_scale, **dtypes, name="channel_out")
         hidden_norm = RMSNorm(**dtypes, name="hidden_norm")
         if not self.spiking:
             y = second(jax.nn.gelu(hidden_norm(first(x))))

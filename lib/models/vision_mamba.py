@@ -8,6 +8,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from ..layers.modules.dense import Dense
+from ..layers.modules.stacked import STACKED
 from ..layers.vision.blocks import EVSS, VSS, InvertedResidual, dtypes_of
 from ..layers.vision.selective_scan_2d import check_image
 
@@ -68,19 +70,18 @@ class VisionMamba(nn.Module):
         }
         for i, (width, depth, name) in enumerate(zip(self.widths, self.depths, self.blocks, strict=True)):
             x = merge_patches(x, 2 if i else self.patch)
-            x = nn.Dense(width, use_bias=False, **dtypes, name=f"merge_{i}")(x)
+            x = Dense(width, use_bias=False, **dtypes, name=f"merge_{i}")(x)
             x = nn.LayerNorm(**dtypes, name=f"merge_norm_{i}")(x)
             block, args = kinds[name]
             stage = nn.scan(
                 _Step,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
+                **STACKED,
                 length=depth,
                 check_constancy_invariants=False,  # as in the decoder
             )
             x, _ = stage(block, tuple((args | dtypes).items()), name=f"stage_{i}")(x, None)
         x = jnp.mean(nn.LayerNorm(**dtypes, name="norm")(x), axis=(1, 2))
-        return nn.Dense(self.classes, **dtypes, name="head")(x)
+        return Dense(self.classes, **dtypes, name="head")(x)
 
     def _check(self) -> None:
         for name in ("classes", "patch"):

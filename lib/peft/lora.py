@@ -1,4 +1,4 @@
-"""LoRA: chosen matrices stay as they are, and a product of two thin ones is trained beside each."""
+"""LoRA and QLoRA: matrices stay, packed or not, and a product of two thin ones is trained beside each."""
 
 import dataclasses
 import math
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Key
 
+from ..formats import QuantizedTensor
 from ..kernels.common.arguments import accumulator
+from ..layers.modules.dense import Dense, QuantizedDense
 from ..optim.common.matrix_spec import leaf_path
 
 
@@ -39,10 +42,17 @@ class LowRank:
 
 
 Adapters = Mapping[str, LowRank]
+_DENSE = (Dense, QuantizedDense, nn.Dense)  # layers that multiply their one argument by a kernel [m, n]
 
 
 def lora_init(
-    key: Key[Array, ""], params: Any, *, targets: Sequence[str], rank: int, alpha: float | None = None
+    key: Key[Array, ""],
+    params: Any,
+    *,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float | None = None,
+    dtype: DTypeLike | None = None,
 ) -> dict[str, LowRank]:
     """Adapters for the targeted leaves of `params`, which change nothing yet.
 
@@ -51,20 +61,22 @@ def lora_init(
 
     Args:
       key: PRNG key for `a`.
-      params: any tree. Leaves [..., m, n] can be targets (m inputs, n outputs). Axes before the last two, as
-        `nn.scan` and experts add them, are batch axes: each matrix gets a pair of its own.
+      params: any tree. Arrays and packed leaves (`QuantizedTensor`) [..., m, n] can be targets (m inputs, n
+        outputs). Axes before the last two, as `nn.scan` and experts add them, are batch axes: each matrix
+        gets a pair of its own.
       targets: ends of paths, in whole parts: "mixer/out" names the leaf ".../mixer/out" or the kernel
         ".../mixer/out/kernel".
       rank: columns of `a`, at most the shorter side of every target.
       alpha: None means `rank`, a scale of 1.
+      dtype: of the pairs; None means the leaf's, and float32 by a packed leaf.
 
     Returns:
-      {path of the leaf: its pair, in the leaf's dtype}. Paths are written "layers/block_0/mixer/out/kernel".
+      {path of the leaf: its pair}. Paths are written "layers/block_0/mixer/out/kernel".
 
     Raises:
       ValueError: a target matches no leaf, or the rank exceeds a leaf's shorter side.
 
-    Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+    Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; Dettmers et al. 2023, QLoRA (2305.14314).
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -81,15 +93,16 @@ def lora_init(
     found = _find(params, targets)
     adapters = {}
     for one, (path, leaf) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
-        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            got = f"{path} is {leaf.dtype}{list(leaf.shape)}"
+        own = jnp.dtype(jnp.float32) if isinstance(leaf, QuantizedTensor) else leaf.dtype
+        if leaf.ndim < 2 or not jnp.issubdtype(own, jnp.floating):
+            got = f"{path} is {own}{list(leaf.shape)}"
             raise ValueError(f"targets: {got}; expected a floating dtype and shape [..., in, out]")
         *batch, m, n = leaf.shape
         if rank > min(m, n):
             expected = f"1 to {min(m, n)} for {path} of shape {list(leaf.shape)}"
             raise ValueError(f"rank: got {rank}; expected {expected}")
-        a = (jax.random.normal(one, (*batch, m, rank)) / math.sqrt(m)).astype(leaf.dtype)
-        b = jnp.zeros((*batch, rank, n), leaf.dtype)
+        a = (jax.random.normal(one, (*batch, m, rank)) / math.sqrt(m)).astype(dtype or own)
+        b = jnp.zeros((*batch, rank, n), dtype or own)
         adapters[path] = LowRank(a, b, 1.0 if alpha is None else alpha / rank)
     return adapters
 
@@ -110,6 +123,8 @@ def lora_count(adapters: Adapters) -> int:
 
 def lora_merge(params: Any, adapters: Adapters) -> Any:
     """Replace each adapted W by W + scale * a @ b, in W's dtype: inference then costs what it did before.
+
+    In place of a packed W comes a float32 array: `frugax.quant.quantize_params` packs it again.
 
     Differentiable, so adapters of leaves that `lora_apply` can't serve can be trained through it. That costs
     a gradient of W's size.
@@ -139,7 +154,7 @@ def lora_unmerge(params: Any, adapters: Adapters) -> Any:
       adapters: those that were merged.
 
     Raises:
-      ValueError: as `lora_merge`.
+      ValueError: as `lora_merge`; or W is packed.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -156,20 +171,20 @@ def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapte
     """Run `module.apply(variables, ...)` with scale * (x a) b added to the output of each adapted layer.
 
     W and its adapter are never summed: no gradient of W is computed, and a change that is small beside W
-    isn't lost in rounding.
+    isn't lost in rounding. A packed W stays packed, in the backward pass too.
 
     Args:
       module: a Flax Linen module.
       variables: {"params": ...} and the module's other collections.
-      adapters: for kernels of `nn.Dense`. Adapters of layers that `nn.scan` stacks are sliced with the
-        params.
+      adapters: for kernels of `frugax.layers.Dense` and `flax.linen.Dense`. Adapters of layers that `nn.scan`
+        stacks are sliced with the params.
       args, kwargs: as for `module.apply`.
 
     Returns:
       What `module.apply` returns.
 
     Raises:
-      ValueError: an adapter's leaf isn't the kernel of an `nn.Dense` that this call runs.
+      ValueError: an adapter's leaf isn't the kernel of a `Dense` that this call runs.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -193,7 +208,7 @@ def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapte
     def with_adapter(layer_call: Callable, layer_args, layer_kwargs, context):
         y = layer_call(*layer_args, **layer_kwargs)
         layer = context.module
-        if not isinstance(layer, nn.Dense) or not layer.has_variable("params", "lora_a"):
+        if not isinstance(layer, _DENSE) or not layer.has_variable("params", "lora_a"):
             return y
         unused.pop("/".join((*layer.path, "kernel")), None)
         a: Array = layer.get_variable("params", "lora_a")
@@ -205,14 +220,19 @@ def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapte
         out = module.apply({**variables, "params": unflatten_dict(leaves, sep="/")}, *args, **kwargs)
     if unused:
         raise ValueError(
-            f"adapters: got {', '.join(unused)}; expected kernels of nn.Dense layers that this call runs "
+            f"adapters: got {', '.join(unused)}; expected kernels of Dense layers that this call runs "
             "(lora_merge serves any leaf)"
         )
     return out
 
 
 def _leaves(params: Any) -> dict[str, Any]:
-    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
+    return {leaf_path(path): leaf for path, leaf in leaves}
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedTensor)
 
 
 def _find(params: Any, targets: Sequence[str]) -> dict[str, Any]:
@@ -252,6 +272,10 @@ def _add(params: Any, adapters: Adapters, sign: int) -> Any:
         if pair is None:
             return leaf
         wide = pair.product
+        if _is_packed(leaf):
+            if sign < 0:
+                raise ValueError(f"params: {leaf_path(path)} is packed; expected what lora_merge returned")
+            return leaf.dequantize(wide.dtype) + wide
         return (leaf.astype(wide.dtype) + sign * wide).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(add, params)
+    return jax.tree_util.tree_map_with_path(add, params, is_leaf=_is_packed)

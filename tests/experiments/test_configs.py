@@ -15,7 +15,8 @@ from tests.experiments import tiny
 from tests.experiments.runs import ROOT, call, finish, start, write_corpus
 
 FILES = sorted((ROOT / "experiments/configs").glob("*/*.py"))
-CONFIGS = [p.stem for p in FILES if p.parent.name == "lm"]  # the others: test_classify.py, tests/optim
+# Language models; the others: test_classify.py, tests/optim.
+CONFIGS = {p.stem: p for p in FILES if p.parent.name in ("lm", "low_bit")}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -32,11 +33,11 @@ def test_a_config_imports_the_defaults_and_no_other_config(file):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_says_what_it_is_for_and_builds(name):
-    file = ROOT / f"experiments/configs/lm/{name}.py"
-    text = ast.get_docstring(ast.parse(file.read_text()))
-    for word in ("Reproduces:", "Should reach:", "Time:", f"--config=experiments/configs/lm/{name}.py:smoke"):
+    file = CONFIGS[name].relative_to(ROOT)
+    text = ast.get_docstring(ast.parse(CONFIGS[name].read_text()))
+    for word in ("Reproduces:", "Should reach:", "Time:", f"--config={file}:smoke"):
         assert word in text
-    get_config = importlib.import_module(f"experiments.configs.lm.{name}").get_config
+    get_config = importlib.import_module(".".join(file.with_suffix("").parts)).get_config
     for variant in ("", "smoke"):
         config = get_config(variant)
         config.model.vocab_size = 256
@@ -67,7 +68,7 @@ def test_a_smoke_variant_runs(name, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     status, output = call(
         train.main,
-        f"--config=experiments/configs/lm/{name}.py:smoke",
+        f"--config={CONFIGS[name].relative_to(ROOT)}:smoke",
         f"--config.data.path={corpus}",
         f"--run={tmp_path}",
     )

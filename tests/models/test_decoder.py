@@ -428,7 +428,7 @@ def test_a_mixer_of_ones_own():
         ({"norm": "BatchNorm"}, "norm: got 'BatchNorm'; expected one of RMSNorm"),
         (
             {"mixer_args": {"head": 4}},
-            "mixer_args: GatedLinearAttention takes no 'head'; expected heads, expand_k",
+            "mixer_args: GatedLinearAttention takes no 'head'; expected ternary, heads, expand_k",
         ),
         ({"mixer_args": {"dtype": jnp.bfloat16}}, "takes no 'dtype'"),
         ({"channel_args": {"width": 4}}, "channel_args: GLU takes no 'width'; expected expand, activation"),

@@ -1,13 +1,16 @@
 """Channel mixers: what a block does to each token by itself."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from ...kernels.common.operation import Backend
+from ..modules.dense import projection
 from ..modules.inputs import check_input
-from ..modules.scaled_dense import scaled_dense
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
 ACTIVATIONS["relu2"] = lambda x: jnp.square(jax.nn.relu(x))
@@ -30,7 +33,7 @@ class GLU(nn.Module):
     Attributes:
       expand: hidden width over the input's; the hidden width is rounded up to a multiple of 8.
       activation: "silu" (SwiGLU), "gelu" (GEGLU), "relu", "relu2", "sigmoid", or None (SGLU).
-      dtype, param_dtype, out_scale: as in `Mixer`.
+      dtype, param_dtype, backend, out_scale, ternary: as in `Mixer`.
 
     Source: Shazeer 2020 (arXiv 2002.05202); SGLU from TransNormerLLM (2307.14995).
 
@@ -46,16 +49,15 @@ class GLU(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     out_scale: float = 1.0
+    ternary: bool = False
+    backend: Backend | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        act, dtype, hidden = _prepare(self, x)
+        act, dense, hidden = _prepare(self, x)
         # One matrix for gate and value: one larger matmul instead of two.
-        both = scaled_dense(2 * hidden, 1.0, dtype, self.param_dtype, name="gate_in")(x)
-        gate, value = jnp.split(both, 2, axis=-1)
-        return scaled_dense(x.shape[-1], self.out_scale, dtype, self.param_dtype, name="out")(
-            act(gate) * value
-        )
+        gate, value = jnp.split(dense(2 * hidden, name="gate_in")(x), 2, axis=-1)
+        return dense(x.shape[-1], scale=self.out_scale, name="out")(act(gate) * value)
 
 
 class MLP(nn.Module):
@@ -77,12 +79,13 @@ class MLP(nn.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     out_scale: float = 1.0
+    ternary: bool = False
+    backend: Backend | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        act, dtype, hidden = _prepare(self, x)
-        y = act(scaled_dense(hidden, 1.0, dtype, self.param_dtype, name="in")(x))
-        return scaled_dense(x.shape[-1], self.out_scale, dtype, self.param_dtype, name="out")(y)
+        act, dense, hidden = _prepare(self, x)
+        return dense(x.shape[-1], scale=self.out_scale, name="out")(act(dense(hidden, name="in")(x)))
 
 
 def _prepare(module: GLU | MLP, x: Array):
@@ -90,4 +93,11 @@ def _prepare(module: GLU | MLP, x: Array):
     if module.expand <= 0:
         raise ValueError(f"expand: got {module.expand}; expected a number above 0")
     hidden = -8 * (-round(module.expand * x.shape[-1]) // 8)
-    return activation_fn(module.activation), module.dtype or x.dtype, hidden
+    dense = functools.partial(
+        projection,
+        ternary=module.ternary,
+        dtype=module.dtype or x.dtype,
+        param_dtype=module.param_dtype,
+        backend=module.backend,
+    )
+    return activation_fn(module.activation), dense, hidden

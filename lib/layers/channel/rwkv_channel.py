@@ -10,7 +10,6 @@ from jax import Array
 from ...kernels.common.rows import last_output
 from ..mixers.mixer import Mixer, RowArguments
 from ..modules.over_depth import LayerFraction
-from ..modules.scaled_dense import scaled_dense
 from ..modules.token_shift import Start, token_shift
 
 
@@ -28,7 +27,7 @@ class RWKVChannel(Mixer):
 
     Attributes:
       expand: hidden width over the input's; the hidden width is rounded up to a multiple of 8.
-      dtype, param_dtype, backend, out_scale: as in `Mixer`.
+      dtype, param_dtype, backend, out_scale, ternary: as in `Mixer`.
 
     The call also takes `fraction`, as `RWKV6`'s does.
 
@@ -63,5 +62,5 @@ class RWKVChannel(Mixer):
         )
         receptance = jax.nn.sigmoid(self.dense(x + step * mu_r, D, "r"))
         key = jnp.square(jax.nn.relu(self.dense(x + step * mu_k, hidden, "k")))
-        value = scaled_dense(D, self.out_scale, x.dtype, self.param_dtype, name="v")(key)
+        value = self.dense(key, D, "v", scale=self.out_scale)
         return receptance * value, RWKVChannelState(last_output(x, before, **rows))

@@ -10,6 +10,7 @@ from ...kernels import rnn
 from ...kernels.rnn.cells import find
 from ..modules.heads import head_size, merge_heads
 from ..modules.norms import HeadLayerNorm
+from ..modules.packed import as_array, matrix_param
 from .mixer import Mixer, RowArguments
 
 
@@ -53,11 +54,11 @@ class FlashRNN(Mixer):
         second = self.cell == "gru"  # whose n has one bias inside its reset gate, and one outside
         gates = self.dense(x, H * G * D, "gates", use_bias=second).reshape(*x.shape[:2], H, G, D)
         matrices = nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0, 1))
-        recurrent = self.param("recurrent", matrices, (H, G, D, D), self.param_dtype)
+        recurrent = matrix_param(self, "recurrent", matrices, (H, G, D, D), self.param_dtype)
         bias = self.param("bias", self._bias, (H, G, D), self.param_dtype)
         h_BTHD, memory = rnn(
             gates,
-            recurrent.astype(x.dtype),
+            as_array(recurrent, x.dtype),
             bias.astype(x.dtype),
             cell=self.cell,
             initial_state=None if state is None else state.memory,

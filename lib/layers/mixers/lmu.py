@@ -73,7 +73,7 @@ class LMU(Mixer):
             x = fire(x, 0.5)
         # A bias of 1 starts the neurons near their threshold: some tokens make them fire, others don't.
         bias = nn.initializers.constant(1.0 if self.spiking else 0.0)
-        u = nn.Dense(self.signals, True, x.dtype, self.param_dtype, bias_init=bias, name="signal")(x)
+        u = self.dense(x, self.signals, "signal", use_bias=True, bias_init=bias)
         u = fire(u) if self.spiking else jax.nn.relu(u)
 
         m, memory = lmu(

@@ -98,7 +98,7 @@ class Mamba(Mixer):
             low_B_C = [rms_normalize(y, self.inner_norm).astype(u.dtype) for y in low_B_C]
         low, B, C = low_B_C
         gain = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # +- rank^-0.5
-        return nn.Dense(E, False, u.dtype, self.param_dtype, kernel_init=gain, name="dt")(low), B, C
+        return self.dense(low, E, "dt", kernel_init=gain), B, C
 
     def _constant(self, u: Array) -> tuple[Array, Array, Array]:
         """As `_selected`, but the same for all tokens; dt is its bias alone."""

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import RowArguments, rows
+from ..modules.dense import projection
 from ..modules.inputs import check_input
-from ..modules.scaled_dense import scaled_dense
 
 
 def summable(*operands: Array) -> tuple[Array, ...]:
@@ -46,6 +46,7 @@ class Mixer(nn.Module):
       param_dtype: what its parameters are kept in.
       backend: handed to `frugax.kernels`; None picks by platform, "xla" has `jax.jvp` too.
       out_scale: multiplies the initial output projection; a decoder of depth L passes 1 / sqrt(2 L).
+      ternary: make every projection a `BitLinear`.
 
     Example:
         >>> import frugax, jax
@@ -62,6 +63,7 @@ class Mixer(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     backend: Backend | None = None
     out_scale: float = 1.0
+    ternary: bool = False
 
     # A module (depth, width) -> {keyword: [depth, ...]}: what calls of this mixer take that differs by layer.
     over_depth: ClassVar[type[nn.Module] | None] = None
@@ -96,11 +98,12 @@ class Mixer(nn.Module):
         check_input(x, segment_ids)
         return x if self.dtype is None else x.astype(self.dtype)
 
-    def dense(self, x: Array, features: int, name: str, *, use_bias: bool = False) -> Array:
-        """x [..., D] -> [..., features] by a matrix of unit gain, in x's dtype."""
-        layer = nn.Dense(features, use_bias=use_bias, dtype=x.dtype, param_dtype=self.param_dtype, name=name)
-        return layer(x)
+    def dense(self, x: Array, features: int, name: str, **attributes: Any) -> Array:
+        """x [..., D] -> [..., features] by a matrix, in x's dtype; attributes as `projection` takes them."""
+        dtypes = {"dtype": x.dtype, "param_dtype": self.param_dtype}
+        how = {"ternary": self.ternary, "backend": self.backend} | dtypes | attributes
+        return projection(features, name=name, **how)(x)
 
     def output(self, x: Array, features: int) -> Array:
         """The projection back to the residual stream, scaled for the depth at its birth."""
-        return scaled_dense(features, self.out_scale, x.dtype, self.param_dtype, name="out")(x)
+        return self.dense(x, features, "out", scale=self.out_scale)

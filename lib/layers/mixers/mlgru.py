@@ -23,8 +23,8 @@ class MLGRUState(NamedTuple):
 class MLGRU(Mixer):
     """h_t = f_t * h_{t-1} + (1 - f_t) * silu(W_c x_t);  y_t = W_out RMSNorm(sigmoid(W_g x_t) * h_t).
 
-    f_t = floor + (1 - floor) sigmoid(W_f x_t). The paper's matrices are ternary, each after an RMSNorm; these
-    are full-precision, and the one norm kept is the output's.
+    f_t = floor + (1 - floor) sigmoid(W_f x_t). With `ternary=True`, as in the paper, the four matrices are
+    `BitLinear`s, each with a norm and a scale of its own; otherwise the output's norm is the only one.
 
     Attributes: those of `Mixer`. The call also takes `floor` [D], values in [0, 1); None means 0.
 
@@ -45,7 +45,10 @@ class MLGRU(Mixer):
         self, x: Array, state: MLGRUState | None, rows: RowArguments, floor: Array | None = None
     ) -> tuple[Array, MLGRUState]:
         D = x.shape[-1]
-        f, c, g = jnp.split(self.dense(x, 3 * D, "fcg"), 3, axis=-1)
+        if self.ternary:
+            f, c, g = (self.dense(x, D, name) for name in "fcg")
+        else:
+            f, c, g = jnp.split(self.dense(x, 3 * D, "fcg"), 3, axis=-1)
         wide = accumulator(x.dtype)  # near 1, bfloat16 can't tell a long memory from an endless one
         log_f, inward = floored_gate(f.astype(wide), floor)
         h, memory = linear_recurrence(
@@ -55,5 +58,7 @@ class MLGRU(Mixer):
             **rows,
             backend=self.backend,
         )
-        o = RMSNorm(param_dtype=self.param_dtype, name="norm")(jax.nn.sigmoid(g) * h.astype(x.dtype))
+        o = jax.nn.sigmoid(g) * h.astype(x.dtype)
+        if not self.ternary:  # a BitLinear norms by itself
+            o = RMSNorm(param_dtype=self.param_dtype, name="norm")(o)
         return self.output(o, D), MLGRUState(memory)

@@ -14,6 +14,7 @@ from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.inputs import beside
 from ..modules.norms import HeadLayerNorm
 from ..modules.over_depth import LayerFraction
+from ..modules.packed import as_array, matrix_param
 from ..modules.token_shift import Start, log_decay, token_shift
 from .mixer import Mixer, RowArguments, summable
 
@@ -69,15 +70,17 @@ class RWKV6(Mixer):
         mixed = x + step * beside(self._param("mu_x", start.mix, (D,), x.dtype), x)
         low = jnp.tanh(self.dense(mixed, 5 * self.mix_rank, "mix_in"))
         low = low.reshape(*x.shape[:2], 5, self.mix_rank)
-        up = self._param("mix_out", nn.initializers.zeros, (5, self.mix_rank, D), x.dtype)
-        mix = jnp.einsum("btnr,nrd->btnd", low, up)
+        zeros = nn.initializers.zeros
+        up = matrix_param(self, "mix_out", zeros, (5, self.mix_rank, D), self.param_dtype)
+        mix = jnp.einsum("btnr,nrd->btnd", low, as_array(up, x.dtype))
         mix = mix + beside(self._param("mu", start.mixes, (5, D), x.dtype), mix)
         r, k, v, g, w = jnp.moveaxis(x[:, :, None] + step[:, :, None] * mix, 2, 0)
 
         r, k, v, g = (self.dense(y, D, name) for y, name in ((r, "r"), (k, "k"), (v, "v"), (g, "g")))
         wide = accumulator(x.dtype)
         low = jnp.tanh(self.dense(w, self.decay_rank, "decay_in"))
-        w = low @ self._param("decay_out", nn.initializers.zeros, (self.decay_rank, D), x.dtype)
+        up = matrix_param(self, "decay_out", zeros, (self.decay_rank, D), self.param_dtype)
+        w = low @ as_array(up, x.dtype)
         w = w.astype(wide) + beside(self._param("decay", start.decay, (D,), wide), w)
         u_HK = self._param("bonus", start.bonus, (H, K), wide)
 

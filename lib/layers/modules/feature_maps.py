@@ -8,6 +8,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from .packed import as_array, matrix_param
+
 
 def elu_plus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """elu(x) + 1, which is positive: x + 1 above 0, exp(x) below.
@@ -65,6 +67,6 @@ class LearnedMap(nn.Module):
         def identity(key, shape, dtype):
             return jnp.broadcast_to(jnp.eye(D, dtype=dtype), shape)
 
-        kernel = self.param("kernel", identity, (H, D, D), self.param_dtype)
-        y = jnp.einsum("...hd,hde->...he", x, kernel.astype(x.dtype))
+        kernel = matrix_param(self, "kernel", identity, (H, D, D), self.param_dtype)
+        y = jnp.einsum("...hd,hde->...he", x, as_array(kernel, x.dtype))
         return jax.nn.softmax(jnp.concatenate([y, -y], axis=-1), axis=-1)

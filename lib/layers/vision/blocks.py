@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ..channel.mlp import MLP, activation_fn
+from ..modules.dense import Dense
 from ..modules.depthwise_conv import DepthwiseConv
 from .selective_scan_2d import SelectiveScan2D
 
@@ -79,7 +80,7 @@ class EVSS(nn.Module):
         scanned = SelectiveScan2D(**args, **dtypes, name="scan")(y)
         local = DepthwiseConv(**dtypes, name="conv")(y)
         local = jax.nn.gelu(nn.LayerNorm(**dtypes, name="conv_norm")(local))
-        local = nn.Dense(width, **dtypes, name="conv_out")(local)
+        local = Dense(width, **dtypes, name="conv_out")(local)
         weigh = SqueezeExcite(normalize=True, **dtypes, name="weigh")
         x = x + weigh(scanned) + weigh(local)
         return _with_mlp(x, self.mlp_expand, dtypes)
@@ -113,12 +114,12 @@ class InvertedResidual(nn.Module):
     def __call__(self, x: Array) -> Array:
         dtypes = dtypes_of(self, x)
         width, hidden = x.shape[-1], round(self.expand * x.shape[-1])
-        y = nn.Dense(hidden, use_bias=False, **dtypes, name="in")(x)
+        y = Dense(hidden, use_bias=False, **dtypes, name="in")(x)
         y = jax.nn.relu(nn.LayerNorm(**dtypes, name="in_norm")(y))
         y = DepthwiseConv(use_bias=False, **dtypes, name="conv")(y)
         y = jax.nn.relu(nn.LayerNorm(**dtypes, name="conv_norm")(y))
         y = SqueezeExcite(activation="relu", **dtypes, name="weigh")(y)
-        y = nn.Dense(width, use_bias=False, **dtypes, name="out")(y)
+        y = Dense(width, use_bias=False, **dtypes, name="out")(y)
         return x + nn.LayerNorm(**dtypes, name="out_norm")(y)
 
 
@@ -152,9 +153,9 @@ class SqueezeExcite(nn.Module):
         dtypes = dtypes_of(self, x)
         y = nn.LayerNorm(**dtypes, name="norm")(x) if self.normalize else x
         y = jnp.mean(y, axis=(1, 2), keepdims=True)
-        y = nn.Dense(max(1, int(self.ratio * x.shape[-1])), **dtypes, name="squeeze")(y)
+        y = Dense(max(1, int(self.ratio * x.shape[-1])), **dtypes, name="squeeze")(y)
         y = activation_fn(self.activation)(y)
-        return x * jax.nn.sigmoid(nn.Dense(x.shape[-1], **dtypes, name="excite")(y))
+        return x * jax.nn.sigmoid(Dense(x.shape[-1], **dtypes, name="excite")(y))
 
 
 def dtypes_of(module: Any, x: Array) -> dict[str, DTypeLike]:

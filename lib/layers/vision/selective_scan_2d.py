@@ -1,6 +1,7 @@
 """Mamba's selective scan over images: VMamba's four ways across, or EfficientVMamba's interleaved grids."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,9 @@ from ...kernels.common.arguments import accumulator
 from ...kernels.common.operation import Backend
 from ...kernels.selective_scan_2d import Scan
 from ..mixers.mamba import init_dt_bias, init_rates, inner_width
+from ..modules.dense import projection
 from ..modules.depthwise_conv import DepthwiseConv
-from ..modules.scaled_dense import scaled_dense
+from ..modules.packed import as_array, matrix_param
 
 _STAND_STILL = -1e4  # added to dt before its softplus: a step of exactly 0
 
@@ -70,8 +72,9 @@ class SelectiveScan2D(nn.Module):
                 raise ValueError(f"{name}: got {size}; expected a number >= 1")
         x = x if self.dtype is None else x.astype(self.dtype)
         dtypes = {"dtype": x.dtype, "param_dtype": self.param_dtype}
+        how: dict[str, Any] = {"dtype": x.dtype, "param_dtype": self.param_dtype, "backend": self.backend}
 
-        u, z = jnp.split(nn.Dense(2 * E, use_bias=False, **dtypes, name="in_gate")(x), 2, axis=-1)
+        u, z = jnp.split(projection(2 * E, **how, name="in_gate")(x), 2, axis=-1)
         u = jax.nn.silu(DepthwiseConv(**dtypes, name="conv")(u))
         which = {"scan": self.scan, "step": self.stride}
         u_KBLE = paths_2d(u, **which)
@@ -79,10 +82,11 @@ class SelectiveScan2D(nn.Module):
 
         unit = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
         third = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))  # +- R^-0.5
-        low_B_C = self.param("dt_B_C", unit, (K, E, R + 2 * N), self.param_dtype).astype(x.dtype)
-        of_low = self.param("dt", third, (K, R, E), self.param_dtype).astype(x.dtype)
-        low, B, C = jnp.split(jnp.einsum("kble,kef->kblf", u_KBLE, low_B_C), (R, R + N), axis=-1)
-        dt = jnp.einsum("kblr,kre->kble", low, of_low)
+        low_B_C = matrix_param(self, "dt_B_C", unit, (K, E, R + 2 * N), self.param_dtype)
+        of_low = matrix_param(self, "dt", third, (K, R, E), self.param_dtype)
+        mixed = jnp.einsum("kble,kef->kblf", u_KBLE, as_array(low_B_C, x.dtype))
+        low, B, C = jnp.split(mixed, (R, R + N), axis=-1)
+        dt = jnp.einsum("kblr,kre->kble", low, as_array(of_low, x.dtype))
         if self.scan == "atrous" and (x.shape[1] % self.stride or x.shape[2] % self.stride):
             there = paths_2d(jnp.ones((1, *x.shape[1:3], 1)), **which)  # 0 where a path leaves the image
             dt = jnp.where(there > 0, dt, _STAND_STILL)
@@ -100,7 +104,7 @@ class SelectiveScan2D(nn.Module):
             backend=self.backend,
         )
         y = nn.LayerNorm(**dtypes, name="norm")(y) * jax.nn.silu(z)
-        return scaled_dense(width, self.out_scale, x.dtype, self.param_dtype, name="out")(y)
+        return projection(width, scale=self.out_scale, **how, name="out")(y)
 
 
 def check_image(x: Array) -> None:

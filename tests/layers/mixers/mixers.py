@@ -28,6 +28,7 @@ MIXERS = {
     "RWKVChannel": ("RWKVChannel", {"expand": 1.5}),
     "RWKV6": ("RWKV6", {"heads": 2, "mix_rank": 3, "decay_rank": 5}),
     "MLGRU": ("MLGRU", {}),
+    "MLGRU-ternary": ("MLGRU", {"ternary": True}),
     "FlashRNN-lstm": ("FlashRNN", {"heads": 2}),
     "FlashRNN-gru": ("FlashRNN", {"heads": 2, "cell": "gru"}),
     "FlashRNN-elman": ("FlashRNN", {"heads": 1, "cell": "elman", "normalize": False}),

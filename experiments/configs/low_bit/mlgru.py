@@ -1,0 +1,39 @@
+"""The model of matmul_free.py with float32 matrices, to compare with.
+
+Reproduces: no published run. MatMul-free LM (Zhu et al. 2024, arXiv 2406.02528) compares with a Transformer;
+here only the matrices differ: MLGRU, GLU and head of the same sizes.
+Should reach: about 2.3 bits per byte on held-out files.
+Time: two minutes on two cores.
+
+  python -m experiments.train --config=experiments/configs/low_bit/mlgru.py
+  python -m experiments.train --config=experiments/configs/low_bit/mlgru.py:smoke     ends in seconds
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs.defaults import block, check_variant, defaults, shrink
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; variant "smoke" ends in seconds."""
+    check_variant(variant)
+    config = defaults()
+    config.steps = 800
+    config.batch_size = 4
+    config.data.sequence_length = 512
+
+    config.model.width = 128
+    config.model.repeats = 2
+    config.model.tie_embeddings = False
+    config.model.unroll = True
+    config.model.pattern = ("mlgru",)
+    config.model.blocks.mlgru = block(mixer="MLGRU", channel="GLU", channel_args=dict(expand=2.0))
+
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.warmup_steps = 40
+
+    if variant == "smoke":
+        shrink(config)
+    return config
