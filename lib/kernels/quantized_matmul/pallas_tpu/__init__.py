@@ -1,0 +1,235 @@
+"""The product on TPU: which calls the kernels take, and their arrays around them.
+
+Codes, scales and zeros cross HBM as they are stored, once for every 256 tokens. Groups of a multiple of 128
+rows are scaled after their product, smaller ones before it.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ....formats import Format
+from ....formats.packing import BLOCK, pack
+from ...common.arguments import pad_to, trim
+from ...common.chips import VMEM_LIMIT
+from ...common.tiling import round_up
+from ...common.tpu import F32, Launch
+from ..activations import quantize_activations
+from ..decode import block_of, unpack_rows
+from ..inputs import Inputs, Spec, largest_whole
+from ..tiling import TPUTiling, for_tpu
+from .kernels import Kind, Product, backward_kernel, forward_kernel, terms
+from .tiles import BF16, TILE, Tiles, even_first, exact, in_order, line, split
+
+LEAST_GROUP = 4  # rows that share a scale: those that the bytes of a word come from
+ROWS = 16  # groups are padded to a multiple of the rows of a bfloat16 register
+
+
+def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
+    """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
+    if call.x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the TPU kernel reads float32 and bfloat16, not {call.x.dtype}"
+    if spec.method != "dot":
+        return f"the TPU kernel multiplies values, and has no method {spec.method!r}"
+    if not spec.format.elementwise:
+        return f"the TPU kernel decodes code by code, and a code of {spec.format.name} has no value alone"
+    if len(getattr(spec.format.element, "values", ())) > 16:
+        return f"the TPU kernel computes values, and {spec.format.name} looks them up in a long table"
+    if spec.group_size < spec.K and _together(spec.group_size) < LEAST_GROUP:
+        return f"the TPU kernel takes groups of a multiple of {LEAST_GROUP} rows, not {spec.group_size}"
+    if any(_launch_sizes(call, spec, backward) is None for backward in (False, True)):
+        return f"K={spec.K}: the smallest blocks would take more than {VMEM_LIMIT >> 20} MiB of VMEM"
+    return None
+
+
+def forward(call: Inputs, spec: Spec, *, interpret: bool) -> Array:
+    """x W + b [M, N] in x's dtype."""
+    return forward_tiled(call, spec, _launch_sizes(call, spec, False), interpret=interpret)
+
+
+def backward(call: Inputs, cotangent: Array, spec: Spec, *, interpret: bool) -> Inputs:
+    """The gradients of x and bias; W is a constant."""
+    nothing = (
+        jnp.zeros_like(x) if x is not None and jnp.issubdtype(x.dtype, jnp.floating) else None for x in call
+    )
+    dx = backward_tiled(call, cotangent, spec, _launch_sizes(call, spec, True), interpret=interpret)
+    dbias = None if call.bias is None else cotangent.astype(F32).sum(0).astype(call.bias.dtype)
+    return Inputs(*nothing)._replace(x=dx, bias=dbias)
+
+
+def forward_tiled(call: Inputs, spec: Spec, tiling: TPUTiling, *, interpret: bool) -> Array:
+    """`forward` with blocks of one's choice."""
+    size, t, wide = _sizes(call, spec), tiling, call.x.dtype == F32
+    p = _product(size, spec, t, _kind(spec, size, wide), _parts_of(call, spec), wide, interpret)
+    x, scales = call.x.astype(F32), None
+    if spec.activations is not None:
+        rounded = quantize_activations(call.x, spec)
+        x, scales = rounded.values, rounded.scales
+        if not _one_scale(spec):
+            x, scales = x * jnp.repeat(scales, rounded.block, 1)[:, : spec.K], None
+    x = pad_to(x, (size.M, size.K))
+    corrected = p.kind is not Kind.SCALED and (p.base != 0 or call.zeros is not None)
+
+    steps = (pl.cdiv(size.M, t.tokens), pl.cdiv(size.N, t.columns), size.K // t.depth)
+    semantics = ("parallel", "parallel", "arbitrary")
+    launch = Launch("quantized_matmul", steps, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT)
+    operand = x.astype(jnp.int8)[None] if p.kind is Kind.WHOLE else _in_parts(even_first(x), p.parts)
+    launch.add("x", operand, pl.BlockSpec((p.parts, t.tokens, t.depth), lambda m, n, k: (0, m, k)))
+    groups = round_up(size.groups, ROWS) if corrected else size.groups
+    _read(launch, call, spec, size, t, p, groups, lambda n, k: (k, n))
+    if corrected:
+        sums = split(x.reshape(size.M, size.groups, -1).sum(-1), p.order)
+        sums = [pad_to(sums[i], (size.M, groups)).astype(BF16) for i, _ in terms(p.order)]
+        block = pl.BlockSpec((t.tokens, groups * len(sums)), lambda m, n, k: (m, 0))
+        launch.add("sums", jnp.concatenate(sums, 1), block)
+    if scales is not None:
+        block = pl.BlockSpec((t.tokens, 1), lambda m, n, k: (m, 0))
+        launch.add("tokens", pad_to(scales, (size.M, 1)), block)
+    if call.bias is not None:
+        launch.add("bias", call.bias.astype(F32)[None], pl.BlockSpec((1, t.columns), lambda m, n, k: (0, n)))
+    tile = pl.BlockSpec((t.tokens, t.columns), lambda m, n, k: (m, n))
+    launch.write("y", (size.M, size.N), call.x.dtype, tile)
+    launch.hold("sum", (t.tokens, t.columns))
+    return trim(launch.run(partial(forward_kernel, p))["y"], (call.x.shape[0], size.N))
+
+
+def backward_tiled(
+    call: Inputs, cotangent: Array, spec: Spec, tiling: TPUTiling, *, interpret: bool
+) -> Array:
+    """dy W^T [M, K], with blocks of one's choice."""
+    size, t, wide = _sizes(call, spec), tiling, call.x.dtype == F32
+    steps = (pl.cdiv(size.M, t.tokens), pl.cdiv(size.N, t.columns))
+    p = _product(size, spec, t, Kind.SCALED, 3 if wide else 1, wide, interpret, steps=steps[1])
+    semantics, name = ("parallel", "arbitrary"), "quantized_matmul_backward"
+    launch = Launch(name, steps, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT)
+    dy = _in_parts(pad_to(cotangent.astype(F32), (size.M, steps[1] * t.columns)), p.parts)
+    launch.add("dy", dy, pl.BlockSpec((p.parts, t.tokens, t.columns), lambda m, n: (0, m, n)))
+    _read(launch, call, spec, size, t, p, size.groups, lambda n: (0, n))
+    whole = pl.BlockSpec((t.tokens, size.K), lambda m, n: (m, 0))
+    launch.write("dx", (size.M, size.K), call.x.dtype, whole)
+    launch.hold("sum", (t.tokens, size.K))
+    return trim(in_order(launch.run(partial(backward_kernel, p))["dx"]), call.x.shape)
+
+
+class _Sizes(NamedTuple):
+    """A call as the kernels see it: M, K and groups padded."""
+
+    M: int
+    K: int
+    N: int
+    block: int  # codes that are packed together
+    group: int  # rows of W that share a scale
+    groups: int
+
+
+def _sizes(call: Inputs, spec: Spec) -> _Sizes:
+    bits, packed = spec.format.bits, call.codes.shape[0]
+    block, K = block_of(spec, packed), packed * 8 // bits
+    if bits == 8:
+        K = round_up(K, TILE)
+        block = math.gcd(K, BLOCK)
+    elif not (block == BLOCK or (block == TILE and bits % 2 == 0)):  # else a plane fills no registers
+        K, block = round_up(spec.K, BLOCK), BLOCK
+    group = K if spec.group_size >= spec.K else _together(spec.group_size)
+    M = round_up(call.x.shape[0], 16 if call.x.dtype == F32 else 8)
+    return _Sizes(M, K, call.codes.shape[1], block, group, -(-K // group))
+
+
+def _together(group_size: int) -> int:
+    """The rows that a kernel scales together: a group, or what of it fits evenly into tiles."""
+    return group_size if group_size % TILE == 0 else math.gcd(group_size, TILE)
+
+
+def _launch_sizes(call: Inputs, spec: Spec, backward: bool) -> TPUTiling | None:
+    size, bits = _sizes(call, spec), spec.format.bits
+    parts = _parts_of(call, spec) if not backward else 3 if call.x.dtype == F32 else 1
+    return for_tpu(
+        size.M, size.K, size.N, block=size.block, bits=bits, groups=size.groups, parts=parts, whole=backward
+    )
+
+
+def _one_scale(spec: Spec) -> bool:
+    """Each token has one scale for all of its channels."""
+    given = spec.activations
+    return isinstance(given, Format) and (given.group_size or spec.K) >= spec.K
+
+
+def _parts_of(call: Inputs, spec: Spec) -> int:
+    """The bfloat16 arrays that x is split in."""
+    wide = call.x.dtype == F32
+    if spec.activations is None:
+        return 3 if wide else 1
+    return 1 if _one_scale(spec) and exact(spec.activations.element) else 2 + wide
+
+
+def _kind(spec: Spec, size: _Sizes, wide: bool) -> Kind:
+    if size.group % TILE:
+        return Kind.SCALED
+    linear, bits = line(spec.format.element), spec.format.bits
+    if linear is not None and _one_scale(spec) and (largest_whole(spec.activations) or 128) < 128:
+        return Kind.WHOLE
+    # Of float32 x more digits are wanted than are left where the sum of x, many times over, is taken off.
+    return Kind.COUNTED if linear is not None and bits < 8 and not wide else Kind.VALUES
+
+
+def _product(
+    size: _Sizes, spec: Spec, t: TPUTiling, kind: Kind, parts: int, wide: bool, interpret: bool, steps=None
+) -> Product:
+    inexact = kind is Kind.SCALED or not exact(spec.format.element)
+    tiles = Tiles(spec.format, size.block, size.group, 3 if inexact and wide else 1, interpret)
+    steps = steps or size.K // t.depth
+    return Product(
+        tiles,
+        kind,
+        parts,
+        2 + wide,
+        blocks=t.depth // size.block,
+        steps=steps,
+        columns=size.N,
+        wide=t.columns,
+    )
+
+
+def _in_parts(x: Array, parts: int) -> Array:
+    """Bfloat16 arrays [parts, ...] that add up to x."""
+    return jnp.stack([part.astype(BF16) for part in split(x, parts)])
+
+
+def _read(
+    launch: Launch,
+    call: Inputs,
+    spec: Spec,
+    size: _Sizes,
+    t: TPUTiling,
+    p: Product,
+    groups: int,
+    at: Callable[..., tuple[Any, Any]],
+) -> None:
+    """Add W's arrays, and scratch for what they decode to; `at` gives the place of a block of codes."""
+    codes, bits = call.codes, spec.format.bits
+    if bits == 8:
+        codes = pad_to(codes, (size.K, size.N))
+    elif block_of(spec, codes.shape[0]) != size.block:  # odd sizes are packed anew
+        codes = pad_to(unpack_rows(codes, spec.format, block_of(spec, codes.shape[0])), (size.K, size.N))
+        codes = pack(codes.T, bits).T
+    rows = t.depth * bits // 8
+    launch.add("codes", codes, pl.BlockSpec((rows, t.columns), lambda m, *place: at(*place)))
+    strip = pl.BlockSpec((groups, t.columns), lambda m, n, *k: (0, n))
+    for name in ("scales", "zeros"):
+        x = getattr(call, name)
+        if x is not None:
+            if size.group < spec.group_size < spec.K:
+                x = jnp.repeat(x, spec.group_size // size.group, 0)
+            launch.add(name, pad_to(x[:groups], (groups, size.N)), strip)
+            if name == "scales" or p.kind is Kind.SCALED:
+                launch.hold(name.removesuffix("s"), (groups, t.columns))
+    for name in ("outer", "offset"):
+        x = getattr(call, name)
+        if x is not None:
+            launch.add(name, x.reshape(1, 1), pl.BlockSpec(memory_space=pltpu.SMEM))

@@ -1,0 +1,202 @@
+"""The kernels' bodies: x W and dy W^T, a packing block of W's rows at a time."""
+
+import enum
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+
+from ....formats import CodedScales, Format
+from ....formats.scales import Scaling
+from ...common.tpu import F32, iota
+from .tiles import BF16, TILE, Tiles, line, split
+
+
+class Kind(enum.Enum):
+    """What the matrix unit multiplies x by; and when the scale follows."""
+
+    VALUES = "decoded values, scaled after the product of each group"
+    COUNTED = "codes counted from the lowest one, plus 2^bits; the same"
+    WHOLE = "int8 codes, and x in int8 too; the same"
+    SCALED = "decoded values times their scale"
+
+
+def terms(parts: int) -> list[tuple[int, int]]:
+    """The products of parts of two factors that matter."""
+    return [(i, j) for i in range(parts) for j in range(parts - i)]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The static description of one launch."""
+
+    tiles: Tiles
+    kind: Kind
+    parts: int  # bfloat16 arrays that x, or dy, is split in
+    order: int  # parts of the sums over groups, and of what they are multiplied by
+    blocks: int  # packing blocks of a grid step
+    steps: int  # grid steps that add up one result
+    columns: int  # of W
+    wide: int  # columns of a grid step
+
+    @property
+    def format(self) -> Format:
+        return self.tiles.format
+
+    @functools.cached_property
+    def gain(self) -> float:
+        """A value is gain * u + base, for u what is multiplied."""
+        return self._line[0]
+
+    @functools.cached_property
+    def base(self) -> float:
+        return self._line[1]
+
+    @property
+    def _line(self) -> tuple[float, float]:
+        bits, linear = self.format.bits, line(self.format.element)
+        if self.kind is Kind.COUNTED:
+            return linear.gain, linear.start - linear.gain * 2**bits
+        if self.kind is Kind.WHOLE:  # u is n less 2^(bits - 1) where codes are signed or have 8 bits
+            lowest = 2 ** (bits - 1) if self.tiles.signed or bits == 8 else 0
+            return linear.gain, linear.start + linear.gain * lowest
+        return 1.0, 0.0
+
+    @property
+    def joined(self) -> bool:
+        """All tiles of a block are multiplied at once."""
+        return self.kind is Kind.SCALED or self.tiles.group % self.tiles.block == 0
+
+    # Inside a kernel:
+
+    def scales(self, scales_ref, outer_ref, offset_ref) -> Array:
+        """The float32 scales of all groups [G, columns]."""
+        stored: Any = scales_ref[...]
+        if outer_ref is not None:
+            offset = None if offset_ref is None else offset_ref[0, 0]
+            stored = CodedScales(stored, outer_ref[0, 0], offset, self.format.scheme.element)
+        return self.format.scheme.scale(Scaling(stored))
+
+    def tile(self, words: Array, tile: int, number: Any, scale_ref, zero_ref) -> list[Array]:
+        """One tile of a block, `number` in all of W, in as many parts as it takes."""
+        if self.kind is Kind.COUNTED:
+            return [self.tiles.counted(words, tile)]
+        if self.kind is Kind.WHOLE:
+            return [self.tiles.whole(words, tile)]
+        if self.kind is Kind.VALUES:
+            return self.tiles.decoded(words, tile)
+        zero = None if zero_ref is None else self.tiles.spread(zero_ref, number)
+        return self.tiles.decoded(words, tile, self.tiles.spread(scale_ref, number), zero)
+
+    def tiles_of(self, codes_ref, i: Any, first: Any, scale_ref, zero_ref) -> list[list[Array]]:
+        """The tiles of block i of this grid step, whose first block is `first`; one if they are joined."""
+        words, n = self.tiles.words(codes_ref, i), self.tiles.per_block
+        made = [self.tile(words, t, (first + i) * n + t, scale_ref, zero_ref) for t in range(n)]
+        if self.joined and n > 1:
+            made = [[jnp.concatenate(parts, 0) for parts in zip(*made, strict=True)]]
+        return made
+
+    def multiply(self, x: Array, tile: list[Array], axis: int = 0) -> Array:
+        """x [parts, tokens, .] times a tile, over its rows (axis 0) or columns, in float32."""
+        tokens = x.shape[1]
+        total: Any = 0.0
+        for j, part in enumerate(tile):
+            used = self.parts - j if len(tile) > 1 else self.parts
+            rows = x[0] if used == 1 else x[:used].reshape(used * tokens, x.shape[2])
+            dtype = jnp.int32 if self.kind is Kind.WHOLE else F32
+            y = lax.dot_general(rows, part, (((1,), (axis,)), ((), ())), preferred_element_type=dtype)
+            y = y.astype(F32)
+            for p in range(used):
+                total = total + y[p * tokens : (p + 1) * tokens]
+        return total
+
+    def each_block(self, visit: Callable[[Any], None]) -> None:
+        def step(i: Any, _: Any) -> Any:
+            visit(i)
+            return 0
+
+        lax.fori_loop(0, self.blocks, step, 0)
+
+    def when(self, step: Any, at: int) -> Callable[[Callable[[], None]], None]:
+        """Run what it decorates in one of the grid steps that add up a result."""
+        return (lambda run: run()) if self.steps == 1 else pl.when(step == at)
+
+
+def forward_kernel(
+    p: Product, *, x_ref, codes_ref, scales_ref, y_ref, sum_ref, scale_ref, zeros_ref=None, zero_ref=None,
+    outer_ref=None, offset_ref=None, sums_ref=None, tokens_ref=None, bias_ref=None,
+):  # fmt: skip
+    """Grid (tokens, columns, depth). `scale` and `zero` hold what `scales` and `zeros` decode to."""
+    k, size = pl.program_id(2), p.tiles.block
+    first = k * p.blocks
+
+    @p.when(k, 0)
+    def _():
+        scale = p.scales(scales_ref, outer_ref, offset_ref)
+        scale_ref[...] = scale * p.gain
+        zero = None if zeros_ref is None else zeros_ref[...].astype(jnp.int32).astype(F32)
+        if zero_ref is not None:
+            zero_ref[...] = zero
+        if sums_ref is None:
+            sum_ref[...] = jnp.zeros_like(sum_ref)
+            return
+        # sum_k x_k (gain u_k + base - zero) = gain x u + (sum_k x_k) (base - zero)
+        rest = split(scale * (p.base if zero is None else p.base - zero), p.order)
+        rest = jnp.concatenate([rest[j].astype(BF16) for _, j in terms(p.order)], 0)
+        sum_ref[...] = jnp.dot(sums_ref[...], rest, preferred_element_type=F32)
+
+    def visit(i):
+        total: Any = 0.0
+        made = p.tiles_of(codes_ref, i, first, scale_ref, zero_ref)
+        depth = size // len(made)
+        for t, tile in enumerate(made):
+            here = pl.ds(pl.multiple_of(i * size + t * depth, depth), depth)
+            y = p.multiply(x_ref[:, :, here], tile)
+            if p.kind is not Kind.SCALED:
+                row = lax.div((first + i) * len(made) + t, np.int32(p.tiles.group // depth))
+                y = y * scale_ref[pl.ds(row, 1), :]
+            total = total + y
+        sum_ref[...] += total
+
+    p.each_block(visit)
+
+    @p.when(k, p.steps - 1)
+    def _():
+        y = sum_ref[...]
+        if tokens_ref is not None:
+            y = y * tokens_ref[...]
+        if bias_ref is not None:
+            y = y + bias_ref[...]
+        y_ref[...] = y.astype(y_ref.dtype)
+
+
+def backward_kernel(
+    p: Product, *, dy_ref, codes_ref, scales_ref, dx_ref, sum_ref, scale_ref, zeros_ref=None, zero_ref=None,
+    outer_ref=None, offset_ref=None,
+):  # fmt: skip
+    """Grid (tokens, columns): all of dx [tokens, K] is summed up over the columns."""
+    n, size = pl.program_id(1), p.tiles.block
+    scale = p.scales(scales_ref, outer_ref, offset_ref)
+    inside = n * p.wide + iota(scale.shape, 1) < p.columns  # what lies behind W's last column may be anything
+    scale_ref[...] = jnp.where(inside, scale, 0.0)
+    if zero_ref is not None:
+        zero_ref[...] = zeros_ref[...].astype(jnp.int32).astype(F32)
+
+    @p.when(n, 0)
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    def visit(i):
+        (tile,) = p.tiles_of(codes_ref, i, 0, scale_ref, zero_ref)
+        sum_ref[:, pl.ds(pl.multiple_of(i * size, TILE), size)] += p.multiply(dy_ref[...], tile, axis=1)
+
+    p.each_block(visit)
+
+    @p.when(n, p.steps - 1)
+    def _():
+        dx_ref[...] = sum_ref[...].astype(dx_ref.dtype)

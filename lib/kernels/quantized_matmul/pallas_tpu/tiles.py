@@ -1,0 +1,221 @@
+"""Tiles of W in fast memory, from packed codes to what the matrix unit multiplies: shifts and masks alone.
+
+Bytes are read as words of four rows. Byte r of every word of a packing block then holds the codes 4 t + r for
+all t: a shift and a mask give a quarter of the codes of a tile, in order. Two quarters in the halves of words
+are a bfloat16 array, which holds the even codes or the odd ones. So a tile of 128 rows has 64 even rows of W
+before 64 odd ones, and `even_first` puts the channels of x in that order.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ....formats import Format
+from ....formats.element import Element
+from ....formats.packing import planes
+from ...common.tpu import F32, iota
+
+TILE = 128  # rows of W: the depth of the matrix unit
+WORDS = TILE // 4  # the codes of a tile that one byte of the words holds
+BF16 = jnp.bfloat16
+
+
+def even_first(x: Array) -> Array:
+    """Put even channels of x [..., K] before odd ones, within each 128."""
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, TILE // 2, 2), -1, -2).reshape(x.shape)
+
+
+def in_order(x: Array) -> Array:
+    """Undo `even_first`."""
+    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 2, TILE // 2), -1, -2).reshape(x.shape)
+
+
+def truncated(x: Array) -> Array:
+    """The bfloat16 number next to each float32 towards zero, as float32: no compiler drops the rounding."""
+    bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(-65536)
+    return lax.bitcast_convert_type(bits, F32)
+
+
+def split(x: Array, parts: int) -> list[Array]:
+    """Float32 arrays of bfloat16 numbers that add up to x: three to all of it, two to 16 bits.
+
+    The last is not yet rounded.
+    """
+    found = []
+    for _ in range(parts - 1):
+        found.append(truncated(x))
+        x = x - found[-1]
+    return [*found, x]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Values that are gain * n + start, for n the code counted from its lowest one."""
+
+    gain: float
+    start: float
+
+
+@functools.cache
+def line(element: Element) -> Line | None:
+    """The line that an element's values lie on; None if they don't."""
+    signed = element.lowest < 0
+    codes = np.arange(2**element.bits, dtype=np.int32) - (signed << (element.bits - 1))
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(element.decode(jnp.asarray(codes)), np.float64)
+    found = Line(float(values[1] - values[0]), float(values[0]))
+    return found if np.array_equal(values, found.gain * np.arange(len(codes)) + found.start) else None
+
+
+@functools.cache
+def exact(element: Element) -> bool:
+    """Say whether every value is a bfloat16 number."""
+    codes = np.arange(element.lowest, element.highest + 1, dtype=np.int32)
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(element.decode(jnp.asarray(codes)), np.float32)
+        rounded = np.asarray(truncated(jnp.asarray(values)))
+    return bool(np.all((rounded == values) | np.isnan(values)))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How W's packed codes become tiles [128, columns]."""
+
+    format: Format
+    block: int  # codes that are packed together: 128 or 256
+    group: int  # rows of W that share a scale: 4, 8, 16, 32, 64, or a multiple of 128
+    parts: int  # bfloat16 arrays that a tile of values is split in
+    interpret: bool
+
+    @property
+    def bits(self) -> int:
+        return self.format.bits
+
+    @property
+    def rows(self) -> int:
+        """The rows of bytes of a block."""
+        return self.block * self.bits // 8
+
+    @property
+    def per_block(self) -> int:
+        """The number of a block's tiles."""
+        return self.block // TILE
+
+    @property
+    def signed(self) -> bool:
+        """Codes are two's complement."""
+        return self.format.element.lowest < 0
+
+    # Inside a kernel:
+
+    def words(self, codes_ref, block: Any) -> Array:
+        """The bytes of one block [rows / 4, columns]."""
+        return pltpu.bitcast(codes_ref[self.at(block), :], jnp.int32)
+
+    def at(self, block: Any) -> Any:
+        return pl.ds(pl.multiple_of(block * self.rows, self.rows), self.rows)
+
+    def fields(self, words: Array, tile: int, byte: int, lanes: int, up: int = 0) -> Array:
+        """The codes of one byte of the words [32, columns], `lanes` of them in each, shifted `up` bits.
+
+        lanes: 1, that byte's codes; 2, those of the byte after next in the upper halves as well; 4, of all.
+        """
+        every = {1: 1, 2: 0x00010001, 4: 0x01010101}[lanes]
+        total: Any = 0
+        first = 0
+        for width, low in planes(self.bits):
+            rows = self.block * width // 32  # of words in this plane
+            mask = _int32((((1 << width) - 1) << (low + up)) * every)
+            pieces = []
+            for t in range(WORDS * tile, WORDS * (tile + 1), min(rows, WORDS)):
+                place, row = divmod(t, rows)
+                piece = words[first + row : first + row + min(rows, WORDS)]
+                right = 8 * byte + width * place - low - up
+                if right > 0:
+                    piece = lax.shift_right_logical(piece, np.int32(right))
+                elif right < 0:
+                    piece = lax.shift_left(piece, np.int32(-right))
+                pieces.append(piece & mask)
+            part = jnp.concatenate(pieces, 0) if len(pieces) > 1 else pieces[0]
+            total = part | total
+            first += rows
+        return total
+
+    def values(self, words: Array, tile: int, byte: int) -> Array:
+        """The float32 values of the codes in one byte of the words [32, columns]."""
+        codes = self.fields(words, tile, byte, 1)
+        if self.signed:
+            codes = (codes << (32 - self.bits)) >> (32 - self.bits)
+        return self.format.element.decode(codes)
+
+    def decoded(self, words: Array, tile: int, scale: Array | None = None, zero: Array | None = None):
+        """A tile of values, (value - zero) * scale if those [32, columns] are given, in `parts` arrays."""
+        quarters = []
+        for byte in range(4):
+            value = self.values(words, tile, byte)
+            if zero is not None:
+                value = value - zero
+            quarters.append(split(value if scale is None else value * scale, self.parts))
+        return [
+            jnp.concatenate([self.pair(q[0], q[2]), self.pair(q[1], q[3])], 0)
+            for q in zip(*quarters, strict=True)
+        ]
+
+    def pair(self, low: Array, high: Array) -> Array:
+        """Round two arrays [32, columns] to bfloat16; their rows alternate in the result [64, columns]."""
+        if self.interpret:  # the TPU's own instruction is not there
+            return jnp.stack([low, high], 1).reshape(-1, low.shape[1]).astype(BF16)
+        words = pltpu.pack_elementwise([low, high], packed_dtype=BF16)
+        return pltpu.bitcast(lax.bitcast_convert_type(words, jnp.int32), BF16)
+
+    def counted(self, words: Array, tile: int) -> Array:
+        """A tile of 2^bits + n, for n the code counted from its lowest one, of formats of 7 bits at most.
+
+        n becomes the first digits after the point of a bfloat16 number between 2^bits and 2^(bits + 1): all
+        codes of two bytes are there after a shift, a mask and an exclusive or.
+        """
+        up = 7 - self.bits
+        lowest = (1 << (self.bits - 1 + up)) if self.signed else 0  # the sign bit counts from the other end
+        pattern = _int32((((127 + self.bits) << 7) | lowest) * 0x00010001)
+        halves = [self.fields(words, tile, byte, 2, up) ^ pattern for byte in (0, 1)]
+        return jnp.concatenate([pltpu.bitcast(half, BF16) for half in halves], 0)
+
+    def whole(self, words: Array, tile: int) -> Array:
+        """A tile of int8 codes with rows in order; unsigned ones of 8 bits less 128."""
+        codes = self.fields(words, tile, 0, 4)
+        if self.bits < 8 and self.signed:  # the sign bit is spread over each byte: ((n ^ s) + 128 - s) ^ 128
+            sign = 1 << (self.bits - 1)
+            codes = (codes ^ _int32((sign | 0x80) * 0x01010101)) - _int32(sign * 0x01010101)
+        if self.signed == (self.bits < 8):
+            codes = codes ^ _int32(0x80808080)
+        return pltpu.bitcast(codes, jnp.int8)
+
+    def spread(self, rows_ref, tile: Any) -> Array:
+        """The groups' rows of a tile, whose number in all of W is `tile`: for each quarter [32, columns]."""
+        columns = rows_ref.shape[1]
+        if self.group >= TILE:
+            row = lax.div(jnp.asarray(tile, jnp.int32), np.int32(self.group // TILE))
+            return jnp.broadcast_to(rows_ref[pl.ds(row, 1), :], (WORDS, columns))
+        n, each = TILE // self.group, self.group // 4
+        rows = [rows_ref[pl.ds(tile * n + j, 1), :] for j in range(n)]
+        if each >= 8:
+            return jnp.concatenate([jnp.broadcast_to(row, (each, columns)) for row in rows], 0)
+        place, registers, some = iota((8, columns), 0), [], 8 // each
+        for j in range(0, n, some):
+            register = jnp.broadcast_to(rows[j], (8, columns))
+            for i in range(1, some):
+                register = jnp.where(place >= i * each, rows[j + i], register)
+            registers.append(register)
+        return jnp.concatenate(registers, 0)
+
+
+def _int32(bits: int) -> np.int32:
+    """The int32 with these 32 bits."""
+    return np.int32(bits - (1 << 32) if bits >> 31 else bits)
