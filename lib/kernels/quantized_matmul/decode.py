@@ -25,7 +25,8 @@ def groups(call: Inputs, spec: Spec) -> Groups:
     """Decode the scales and zeros of all groups."""
     scaling = weights(call, spec).scaling()
     scales = jnp.broadcast_to(spec.format.scale(scaling).T, call.scales.shape)
-    return Groups(scales, None if call.zeros is None else call.zeros.astype(jnp.float32), call.choices)
+    choices = None if scaling.choices is None else scaling.choices.T
+    return Groups(scales, None if call.zeros is None else call.zeros.astype(jnp.float32), choices)
 
 
 def unpack_rows(packed: Array, format: Format, block: int) -> Array:
@@ -38,7 +39,9 @@ def unpack_rows(packed: Array, format: Format, block: int) -> Array:
     codes, byte = jnp.zeros((), jnp.int32), 0
     for width, low in planes(format.bits):
         count = block * width // 8
-        shifts = np.arange(0, 8, width, dtype=np.uint8)[None, :, None, None]
+        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[
+            None, :, None, None
+        ]  # no array of its own in kernels
         part = (packed[:, None, byte : byte + count] >> shifts) & np.uint8((1 << width) - 1)
         codes = codes | (part.astype(jnp.int32).reshape(-1, block, N) << low)
         byte += count
@@ -49,7 +52,7 @@ def unpack_rows(packed: Array, format: Format, block: int) -> Array:
 
 def values(codes: Array, groups: Groups, format: Format) -> tuple[Array, Array]:
     """What codes [G, g, N] stand for, less zeros, and the scales [G, N] that still multiply it."""
-    if groups.choices is None:
+    if format.elementwise:
         value = format.element.decode(codes)
         return value if groups.zeros is None else value - groups.zeros[:, None], groups.scales
     plain = dataclasses.replace(format, scheme=AbsMax())

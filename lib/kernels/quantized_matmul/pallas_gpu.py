@@ -1,8 +1,0 @@
-"""The product on GPU: not written yet."""
-
-from .inputs import Inputs, Spec
-
-
-def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
-    """Why this kernel can't serve the call."""
-    return "the GPU kernel is not written yet"

@@ -1,0 +1,177 @@
+"""The product on Hopper: packed codes stream through shared memory, and registers hold W as wgmma's operand.
+
+A program multiplies a tile of tokens by a tile of columns over some rows of W. One warpgroup fetches by TMA.
+Each of the others decodes the codes of COLUMNS columns, a chunk of rows at a time, and multiplies the chunk
+by the tokens, y^T += W^T x^T, while it decodes the next.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ....formats import Scaling
+from ....formats.packing import planes
+from ...common.arguments import pad_to
+from ...common.hopper import F32, Tiles, along_rows, launch
+from ...common.tiling import round_up
+from ..inputs import Inputs, Spec
+from . import decode
+from .registers import BYTES, COLUMNS, HALF, load_columns, load_words, look_up, store_product
+from .tiling import AT_ONCE, Tiling
+
+
+def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Array:
+    """x W + b [M, N] in x's dtype."""
+    (M, _), (rows, N) = call.x.shape, call.codes.shape
+    element, dtype = spec.format.element, call.x.dtype
+    steps = rows * 8 // spec.format.bits // sizes.block // sizes.splits
+    x = pad_to(call.x, (round_up(M, sizes.tokens), steps * sizes.splits * sizes.block))
+    whole = sizes.splits == 1
+    bias = call.bias if whole else None  # of partial sums it is added after
+    partial = jax.ShapeDtypeStruct((sizes.splits, x.shape[0], N), dtype if whole else F32)
+    at_once = min(AT_ONCE, sizes.tokens)
+    levels = [x if x is None else x.reshape(1) for x in (call.outer, call.offset)]  # of coded scales
+    operands = {"x": x, "codes": call.codes, "scales": call.scales, "zeros": call.zeros, "bias": bias}
+    operands |= dict(zip(("outer", "offset"), levels, strict=True))
+    operands = {name: array for name, array in operands.items() if array is not None}
+    tiles, table = Tiles(interpret), decode.table(element, dtype)
+    bytes_of = [sizes.block * width // 8 for width, _ in planes(element.bits)]  # of each plane of a block
+    starts, run = [0, *itertools.accumulate(bytes_of)], min(bytes_of)
+
+    def body(*refs, staged, bias_tile=None, bias_arrived=None):
+        out_ref, given = refs[-1], dict(zip(operands, refs, strict=False))
+        split, m, n = (lax.axis_index(axis) for axis in ("split", "m", "n"))
+        warpgroup = lax.axis_index("warpgroup")
+        mine = pl.ds(warpgroup * COLUMNS, COLUMNS)
+        columns = pl.ds((n * sizes.warpgroups + warpgroup) * COLUMNS, COLUMNS)
+
+        def around(pipeline) -> None:
+            """The start and the end of the sum over this program's blocks."""
+            if bias is not None:
+                plgpu.copy_gmem_to_smem(
+                    given["bias"].at[columns], bias_tile.at[warpgroup], bias_arrived.at[warpgroup]
+                )
+            sums = pipeline(tuple(tiles.full((HALF, sizes.tokens), 0) for _ in range(2)))
+            if bias is not None:
+                plgpu.barrier_wait(bias_arrived.at[warpgroup])
+                added = load_columns(bias_tile.at[warpgroup], interpret=interpret)
+                sums = [y + along_rows(b.astype(F32), y.shape) for y, b in zip(sums, added, strict=True)]
+            for first in range(0, sizes.tokens, at_once):
+                slot = staged.at[warpgroup, first // at_once % 2]
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the tokens before the last ones
+                even, odd = (y[:, first : first + at_once].astype(partial.dtype) for y in sums)
+                store_product(even, odd, slot, interpret=interpret)
+                plgpu.commit_smem()
+                tokens = pl.ds(m * sizes.tokens + first, at_once)
+                plgpu.copy_smem_to_gmem(slot, out_ref.at[split, tokens, columns])
+            plgpu.wait_smem_to_gmem(0)
+
+        def add_block(_, *arrived_and_sums) -> Any:
+            *arrived, sums = arrived_and_sums
+            tile = dict(zip(fetched, arrived, strict=True))
+
+            @functools.cache
+            def words(plane: int, byte: int) -> Array:
+                rows = pl.ds(starts[plane] + byte, sizes.chunk)
+                return load_words(tile["codes"].at[rows, mine], sizes.chunk, fours=False, interpret=interpret)
+
+            @functools.cache
+            def looked_up(byte: int) -> list[Array]:
+                return look_up(words(0, byte), table, interpret=interpret)
+
+            scales = [
+                _scales(tile, group, mine, spec, given, interpret=interpret) for group in range(sizes.groups)
+            ]
+
+            def values(first: int, high: int) -> Array:
+                if table is not None:
+                    return looked_up(first % run)[2 * high + first // run]
+                codes = decode.take(words, element.bits, sizes.block, first, high, interpret=interpret)
+                return decode.values(codes, element, dtype)
+
+            def operand(first: int, high: int) -> tuple[Array, Any]:
+                """Some rows of the even or the odd columns, and the tokens' channels that they multiply."""
+                scale, zero = (x and x[high] for x in scales[first // sizes.group])
+                channels = tile["x"].at[:, pl.ds(first, sizes.chunk)]
+                value = decode.scaled(values(first, high), scale, zero, dtype)
+                return value, tiles.transposed(channels)
+
+            # Those that lie in the same bytes follow each other.
+            chunks = sorted(range(0, sizes.block, sizes.chunk), key=lambda k: k % run)
+            if interpret:
+                return tiles.add_each(*((y, *(operand(k, h) for k in chunks)) for h, y in enumerate(sums)))
+
+            def multiply(accumulators) -> None:
+                for k in chunks:
+                    for high in (0, 1):
+                        plgpu.wgmma(accumulators[high], *operand(k, high))
+                        plgpu.wgmma_wait(1)  # the operand before has left its registers
+
+            sums = pl.run_state(multiply)(tuple(map(plgpu.ACC.init, sums)))
+            return tuple(lax.optimization_barrier(sums))
+
+        def spec_of(name: str) -> plgpu.BlockSpec:
+            step = lambda k: split * steps + k  # noqa: E731
+            if name == "x":
+                transforms = plgpu.TilingTransform((8, sizes.chunk)), plgpu.SwizzleTransform(2 * sizes.chunk)
+                shape = sizes.tokens, sizes.block
+                return plgpu.BlockSpec(shape, lambda k: (m, step(k)), transforms=transforms)
+            if name == "codes":
+                shape = sizes.block * spec.format.bits // 8, sizes.columns
+                return plgpu.BlockSpec(shape, lambda k: (step(k), n), transforms=BYTES)
+            per_group = sizes.group // sizes.block if sizes.group > sizes.block else 1
+            return plgpu.BlockSpec((sizes.groups, sizes.columns), lambda k: (step(k) // per_group, n))
+
+        fetched = [name for name in given if name not in ("bias", "outer", "offset")]
+        plgpu.emit_pipeline_warp_specialized(
+            add_block,
+            grid=(steps,),
+            in_specs=[spec_of(name) for name in fetched],
+            memory_registers=32,
+            wg_axis="warpgroup",
+            num_compute_wgs=sizes.warpgroups,
+            max_concurrent_steps=sizes.stages,
+            compute_context=around,
+        )(*(given[name] for name in fetched))
+
+    scratch: dict[str, Any] = {"staged": plgpu.SMEM((sizes.warpgroups, 2, at_once, COLUMNS), partial.dtype)}
+    if bias is not None:
+        scratch["bias_tile"] = plgpu.SMEM((sizes.warpgroups, COLUMNS), bias.dtype)
+        scratch["bias_arrived"] = plgpu.Barrier(num_barriers=sizes.warpgroups)
+    (sums,) = plgpu.kernel(
+        body,
+        out_type=[partial],
+        grid=(sizes.splits, x.shape[0] // sizes.tokens, N // sizes.columns),
+        grid_names=("split", "m", "n"),
+        num_threads=sizes.warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        **launch("quantized_matmul", interpret=interpret),
+    )(*operands.values())
+    if whole:
+        return sums[0, :M]
+    y = jnp.sum(sums[:, :M], axis=0)
+    return (y if call.bias is None else y + call.bias.astype(F32)).astype(dtype)
+
+
+def _scales(
+    tile: dict, group: int, mine: Any, spec: Spec, given: dict, *, interpret: bool
+) -> tuple[list[Array], list[Array] | None]:
+    """The scales and zeros, if any, of a group: float32, of the even columns and of the odd ones."""
+    stored = load_columns(tile["scales"].at[group, mine], interpret=interpret)
+    if "outer" not in given:
+        scales = [spec.format.scale(Scaling(x)) for x in stored]
+    else:
+        scales = [spec.format.scheme.element.decode(x.astype(jnp.int32)) * given["outer"][0] for x in stored]
+    if "offset" in given:
+        scales = [x + given["offset"][0] for x in scales]
+    if "zeros" not in tile:
+        return scales, None
+    zeros = load_columns(tile["zeros"].at[group, mine], interpret=interpret)
+    return scales, [z.astype(F32) for z in zeros]

@@ -1,0 +1,90 @@
+"""Sizes of the product's tiles on Hopper."""
+
+import math
+from typing import NamedTuple
+
+from ....formats.packing import block_size, planes
+from ...common.chips import GPUS, SHARED_MEMORY
+from ...common.tiling import round_up
+from ..inputs import Inputs, Spec
+from .registers import COLUMNS
+
+PROCESSORS = GPUS["H100 SXM"].processors
+TOKENS = 128  # the most that a program takes: accumulators then fill half of the registers
+AT_ONCE = 16  # tokens that leave together
+STAGES = 6
+
+
+class Tiling(NamedTuple):
+    """How the product is cut.
+
+    Attributes:
+      tokens: of a program.
+      warpgroups: of a program, COLUMNS columns of W each.
+      block: codes of a column that a step of the pipeline takes: a block of packed ones.
+      chunk: codes of those that are decoded and multiplied at once.
+      group: rows of W that share a scale, as far as the kernel knows.
+      splits: programs that share a sum over K.
+      stages: steps whose operands shared memory holds.
+    """
+
+    tokens: int
+    warpgroups: int
+    block: int
+    chunk: int
+    group: int
+    splits: int
+    stages: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of W of a program."""
+        return self.warpgroups * COLUMNS
+
+    @property
+    def groups(self) -> int:
+        """Groups that a block has a part of."""
+        return max(1, self.block // self.group)
+
+
+def tiling(call: Inputs, spec: Spec) -> tuple[Tiling | None, str | None]:
+    """The sizes for a call, or None and why there are none."""
+    bits, (M, _), (rows, N) = spec.format.bits, call.x.shape, call.codes.shape
+    K = rows * 8 // bits
+    block = math.gcd(128, K) if bits == 8 else block_size(K, bits)
+    group = K if spec.group_size >= spec.K or call.scales.shape[0] == 1 else spec.group_size
+    chunk = math.gcd(64, group, *(block * width // 8 for width, _ in planes(bits)))
+    if N % COLUMNS:
+        return None, f"the GPU kernel takes columns by {COLUMNS}, not {N}: W is never copied to pad it"
+    if chunk < 16:
+        return (
+            None,
+            f"the GPU kernel takes K by 128 and groups of whole 16s, not K={spec.K}, groups of {group}",
+        )
+    if block % group and group % block:
+        return None, f"the GPU kernel takes groups that divide {block} or are multiples of it, not {group}"
+    warpgroups = 2 if N % (2 * COLUMNS) == 0 else 1
+    tokens = min(TOKENS, max(8, 1 << (M - 1).bit_length()))
+    found = Tiling(tokens, warpgroups, block, chunk, group, 1, 1)
+    programs = -(-M // tokens) * (N // found.columns)
+    splits = _splits(programs, K // block)
+    room = SHARED_MEMORY - 2 * warpgroups * AT_ONCE * COLUMNS * 4 - 4096  # results, bias and barriers
+    stages = min(STAGES, K // block // splits, room // _stage_bytes(call, found, bits))
+    return found._replace(splits=splits, stages=stages), None
+
+
+def _splits(programs: int, steps: int) -> int:
+    """How often to cut the sum over K: as little as fills the chip, since partial sums are to be added up."""
+
+    def cost(splits: int) -> float:
+        waves = -(-programs * splits // PROCESSORS)
+        return waves * (steps / splits + 1) + (splits > 1)
+
+    return min((n for n in range(1, steps + 1) if steps % n == 0), key=cost)
+
+
+def _stage_bytes(call: Inputs, tiles: Tiling, bits: int) -> int:
+    x = tiles.tokens * tiles.block * call.x.dtype.itemsize
+    codes = tiles.block * bits // 8 * tiles.columns
+    per_group = 4 + (call.zeros is not None)
+    return round_up(x + codes + tiles.groups * tiles.columns * per_group, 1024)
