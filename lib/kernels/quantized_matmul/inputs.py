@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     zeros: Array | None  # [G, N], uint8: subtracted from values before scaling
     outer: Array | None  # float32 []: what multiplies decoded scales
     offset: Array | None  # float32 []: what is added to scales after that
-    choices: Array | None  # [G, N], uint8: which codebook a group has
+    choices: Array | None  # [ceil(G / 4), N], uint8: which codebooks four groups have
     bias: Array | None  # [N], float
 
 
@@ -105,13 +105,13 @@ def check(
 def stored(w: QuantizedTensor) -> tuple[dict[str, Any], Format, int]:
     """The arrays of a tensor [K, N] by their names in `Inputs`, its format, and rows that share a scale.
 
-    Scales whose own scales lie across columns (double quantization) become floats here: a shard of the
-    columns could not tell which are its own.
+    Scales whose own scales lie across columns (double quantization) or differ by column become floats here: a
+    shard of the columns could not tell which are its own.
     """
     K, N = w.shape
     format, scales, group_size = w.format, w.scales, w.group_size
     outer = offset = None
-    if isinstance(scales, CodedScales) and scales.block is not None:
+    if isinstance(scales, CodedScales) and (scales.block is not None or scales.outer.size > 1):
         scales = format.scale(w.scaling()).T
         format = replace(format, scheme=AbsMax())
     elif isinstance(scales, CodedScales):

@@ -3,113 +3,143 @@
 XLA makes a sum over rows one loop over columns only if it is written out, row by row. A part of the sum has
 few rows: as many streams as a cache holds at once. The parts are added up at the end (split-K, as in arXiv
 2601.16536 for K >> N), so that cores have parts to share.
+
+Integers of several bit planes are a sum of their planes, each of which is a stream of its own.
 """
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ...formats import Integer
+from ...formats import Bipolar, Element, Integer
 from ...formats.packing import planes
 from .activations import quantize_activations
-from .decode import block_of, groups
-from .inputs import Inputs, Spec
+from .decode import Groups, block_of, groups
+from .inputs import Inputs, MixedActivations, Spec
 
-TOKENS = 4  # more are faster as a product of matrices
+TOKENS = 2  # more are faster as a product of matrices
 LEAST = 2**18  # elements of W: smaller ones are not worth a program of so many terms
+
+
+class _Plane(NamedTuple):
+    """A plane of the packing: byte j of a block holds codes j, j + bytes, j + 2 bytes, ..."""
+
+    block: int  # codes that are packed together
+    first: int  # byte of a packed block
+    width: int  # bits
+    low: int  # place of the lowest bit in a code
+
+    @property
+    def bytes(self) -> int:
+        return self.block * self.width // 8
+
+    @property
+    def rows(self) -> int:
+        """Bytes in a part of the sum."""
+        return max(4 * self.width, 8)
 
 
 def serves(call: Inputs, spec: Spec) -> bool:
     """Say whether the call has few tokens, and groups that no part of the sum straddles."""
     (M, K), N, g = call.x.shape, call.codes.shape[1], spec.group_size
-    if not isinstance(M, int) or M > TOKENS or K * N < LEAST or call.choices is not None:
+    if not isinstance(M, int) or M > TOKENS or K * N < LEAST or not spec.format.elementwise:
         return False
-    if call.codes.shape[0] * 8 != K * spec.format.bits or spec.activations is not None:
+    rounded = spec.activations
+    if isinstance(rounded, MixedActivations) or (rounded is not None and (rounded.group_size or K) < K):
         return False
-    block, narrow, rows = _sizes(call, spec)
-    whole_groups = g >= K or block % g == 0 or g % block == 0
-    return narrow % rows == 0 and g % rows == 0 and whole_groups and (g % narrow == 0 or narrow % g == 0)
-
-
-def _sizes(call: Inputs, spec: Spec) -> tuple[int, int, int]:
-    """The codes that are packed together, the bytes of their narrowest plane, and those of it in a part."""
-    if spec.format.bits == 8:
-        block = math.gcd(spec.K, 256)
-        return block, block, 32
-    block, width = block_of(spec, call.codes.shape[0]), planes(spec.format.bits)[-1][0]
-    return block, block * width // 8, max(4 * width, 8)
+    if call.codes.shape[0] * 8 != K * spec.format.bits:
+        return False
+    every = list(_planes(call, spec))
+    block = every[0].block
+    if not (g >= K or block % g == 0 or g % block == 0) or (len(every) > 1 and not _is_sum(spec)):
+        return False
+    return all(
+        p.bytes % p.rows == 0 and g % p.rows == 0 and (g % p.bytes == 0 or p.bytes % g == 0) for p in every
+    )
 
 
 def product(call: Inputs, spec: Spec) -> Array:
-    """x W [M, N] in the accumulator's dtype, as a sum over tokens' own parts."""
-    x = quantize_activations(call.x, spec).values
-    block, narrow, few = _sizes(call, spec)
-    N, inner = call.codes.shape[1], min(spec.group_size, narrow)
-    shape = spec.K // block, narrow // inner, inner // few  # blocks, groups in a plane, parts of a group
-    stored = groups(call, spec)
-    scales = _of_blocks(stored.scales, spec, block)
-    zeros = None if stored.zeros is None else _of_blocks(stored.zeros, spec, block)
-    views = _plane_views(call.codes, spec, block, (narrow // inner, inner // few, few))
-
-    def of_token(x: Array) -> Array:
-        x = x.reshape(shape[0], block // narrow, *shape[1:], few, 1)
-        total = jnp.zeros((), x.dtype)
-        for s in range(block // narrow):  # codes s * narrow + [0, narrow) of every block
-            zero = None if zeros is None else _of_part(zeros, s * narrow, narrow, block)
-            rows = jnp.zeros((), x.dtype)
-            for r in range(few):
-                value = _value(views, s, r, spec).astype(x.dtype)
-                rows += x[:, s, :, :, r] * (value if zero is None else value - zero)
-            total += rows * _of_part(scales, s * narrow, narrow, block)
-        parts = lax.optimization_barrier(total.reshape(-1, N))
-        return jnp.ones((1, parts.shape[0]), x.dtype) @ parts
-
-    return jnp.concatenate([of_token(row) for row in x])
+    """x W [M, N] in the accumulator's dtype."""
+    x, stored = quantize_activations(call.x, spec), groups(call, spec)
+    every = list(_planes(call, spec))
+    tokens = []
+    for token in x.values:
+        of_planes = [_plane_product(token, call.codes, spec, p, stored) for p in every]
+        tokens.append(jnp.sum(jnp.concatenate(of_planes), 0, keepdims=True) if every[1:] else of_planes[0])
+    y = jnp.concatenate(tokens)
+    return y if x.scales is None else y * x.scales
 
 
-def _plane_views(codes: Array, spec: Spec, block: int, shape: tuple[int, int, int]) -> list[tuple]:
-    """(bits, place of the lowest, [blocks, bytes / narrow, *shape, N]) of each plane of the packing."""
-    bits, N = spec.format.bits, codes.shape[1]
-    if bits == 8:
-        return [(8, 0, codes.reshape(-1, 1, *shape, N))]
-    packed, views, byte = codes.reshape(-1, block * bits // 8, N), [], 0
+def _plane_product(x: Array, codes: Array, spec: Spec, p: _Plane, stored: Groups) -> Array:
+    """What a plane of W adds to the product with one token x [K]: [1, N]."""
+    N, dtype, top = codes.shape[1], x.dtype, p.low + p.width == spec.format.bits
+    inner = min(spec.group_size, p.bytes)  # bytes that share a scale
+    shape = spec.K // p.block, p.bytes // inner, inner // p.rows  # blocks, groups, parts of a group
+    packed = codes.reshape(shape[0], -1, N)
+    x = x.reshape(shape[0], -1, *shape[1:], p.rows, 1)
+    factor, constant = _affine(spec.format.element, p, top)
+    if stored.zeros is None and constant == 0:  # a product less for each weight
+        x, factor = x * factor, 1.0
+    total = jnp.zeros((), dtype)
+    for run in range(8 // p.width):  # of codes, run * p.bytes + [0, p.bytes) of every block
+        # A zero is taken off one plane of several.
+        zero = None if stored.zeros is None or not top else _of_run(stored.zeros, spec, p, run)
+        part = jnp.zeros((), dtype)
+        for row in range(p.rows):
+            byte = packed[:, p.first + row : p.first + p.bytes : p.rows].reshape(*shape, N)
+            value = _value(byte, run, spec.format.element, p, top).astype(dtype)
+            value = value if factor == 1 else value * factor
+            value = value if constant == 0 else value - constant
+            part += x[:, run, :, :, row] * (value if zero is None else value - zero)
+        total += part * _of_run(stored.scales, spec, p, run)
+    parts = lax.optimization_barrier(total.reshape(-1, N))
+    return jnp.ones((1, parts.shape[0]), dtype) @ parts
+
+
+def _planes(call: Inputs, spec: Spec) -> Iterator[_Plane]:
+    bits = spec.format.bits
+    block, first = math.gcd(spec.K, 256) if bits == 8 else block_of(spec, call.codes.shape[0]), 0
     for width, low in planes(bits):
-        count = block * width // 8
-        views.append((width, low, packed[:, byte : byte + count].reshape(packed.shape[0], -1, *shape, N)))
-        byte += count
-    return views
+        yield _Plane(block, first, width, low)
+        first += block * width // 8
 
 
-def _value(views: list[tuple], s: int, r: int, spec: Spec) -> Array:
-    """The values of the codes in row r of the s-th run of codes, [blocks, groups, parts, N]."""
-    element, bits = spec.format.element, spec.format.bits
-    code = jnp.zeros((), jnp.int32)
-    for width, low, view in views:
-        byte = view[:, s % view.shape[1], :, :, r]
-        shift = s // view.shape[1] * width
-        if width == bits == 8:
-            return element.decode(byte.astype(jnp.int32))
-        if width == bits and isinstance(element, Integer) and element.signed:
-            # Bits at the top of a byte, of which the first is then the sign: the value times 2^(8 - width).
-            top = (byte << (8 - width - shift)) & np.uint8(256 - (1 << (8 - width)))
-            high = lax.bitcast_convert_type(top, jnp.int8).astype(jnp.int32).astype(jnp.float32)
-            return high * 2.0 ** (width - 8)
-        code = code | (((byte >> shift) & np.uint8((1 << width) - 1)).astype(jnp.int32) << low)
-    sign = 1 << (bits - 1)
-    return element.decode((code ^ sign) - sign if element.lowest < 0 else code)
+def _is_sum(spec: Spec) -> bool:
+    """Say whether a value is a sum over the planes of its code."""
+    return isinstance(spec.format.element, Integer | Bipolar)
 
 
-def _of_blocks(a: Array, spec: Spec, block: int) -> Array:
-    """What is stored for groups [G, N], as [blocks, groups in a block, N]."""
-    blocks, (G, N) = spec.K // block, a.shape
-    if blocks <= G:
-        return a.reshape(blocks, -1, N)
-    return jnp.broadcast_to(a[:, None], (G, blocks // G, N)).reshape(blocks, 1, N)
+def _affine(element: Element, p: _Plane, top: bool) -> tuple[float, float]:
+    """What multiplies a plane's `_value`, and what is taken off then."""
+    if isinstance(element, Bipolar):
+        return 2.0 * 2**p.low, element.largest if top else 0.0
+    if not isinstance(element, Integer):
+        return 1.0, 0.0
+    return 2.0 ** (p.low + p.width - 8 if top and element.signed else p.low), 0.0
 
 
-def _of_part(a: Array, first: int, count: int, block: int) -> Array:
-    """Of [blocks, groups, N] those of codes [first, first + count), as [blocks, groups, 1, N]."""
-    size = block // a.shape[1]
-    return a[:, first // size : -(-(first + count) // size), None]
+def _value(byte: Array, run: int, element: Element, p: _Plane, top: bool) -> Array:
+    """The number that the bits of a run of codes are in their bytes; of the element, if it is no integer."""
+    shift = run * p.width
+    if top and isinstance(element, Integer) and element.signed:
+        # At the top of a byte their first bit is the sign.
+        if p.width < 8:
+            byte = (byte << (8 - p.width - shift)) & np.uint8(256 - (1 << (8 - p.width)))
+            byte = lax.bitcast_convert_type(byte, jnp.int8)
+        return byte.astype(jnp.int32).astype(jnp.float32)
+    bits = ((byte >> shift) & np.uint8((1 << p.width) - 1) if p.width < 8 else byte).astype(jnp.int32)
+    return bits.astype(jnp.float32) if isinstance(element, Integer | Bipolar) else element.decode(bits)
+
+
+def _of_run(a: Array, spec: Spec, p: _Plane, run: int) -> Array:
+    """Of what is stored for groups [G, N] a run's, as [blocks, groups, 1, N]."""
+    blocks, (G, N) = spec.K // p.block, a.shape
+    if blocks > G:
+        return jnp.broadcast_to(a[:, None], (G, blocks // G, N)).reshape(blocks, 1, 1, N)
+    size = p.block * blocks // G
+    first, end = run * p.bytes // size, -(-(run + 1) * p.bytes // size)
+    return a.reshape(blocks, -1, N)[:, first:end, None]

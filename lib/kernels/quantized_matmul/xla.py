@@ -4,6 +4,7 @@ No more of W than a block is ever in float32: it is still in the cache when it i
 tokens have a form of their own (`streamed`), in which nothing decoded is written to memory at all.
 """
 
+import functools
 import math
 from functools import partial
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from .decode import Groups, block_of, groups, unpack_rows, values
 from .inputs import Inputs, Spec, largest_whole
 
 DECODED = 2**20  # elements of W that are decoded at a time
+WRITTEN_OUT = 8  # segments of a block; XLA on CPU sums more of them, but slowly
 EXACT = 2**24  # whole numbers below are exact in float32
 
 
@@ -109,8 +111,8 @@ def _rows(spec: Spec, packed: int, N: int, channels: int) -> int:
     packing = block_of(spec, packed)
     shared = [size for size in (spec.group_size, channels) if size < spec.K]
     multiples = (n * 2**i for n in (packing, math.lcm(packing, *shared)) for i in range(24))
-    fitting = (n for n in multiples if n * N <= DECODED and n < spec.K)
-    return max((n for n in fitting if all(n % s == 0 or s % n == 0 for s in shared)), default=spec.K)
+    fitting = [n for n in multiples if n < spec.K and all(n % s == 0 or s % n == 0 for s in shared)]
+    return max((n for n in fitting if n * N <= DECODED), default=min(fitting, default=spec.K))
 
 
 def _block(call: Inputs, spec: Spec, stored: Groups, start, rows: int | None) -> _Block:
@@ -139,30 +141,34 @@ def _block_product(x: Array, block: _Block, spec: Spec, activations: Activations
     x = pad_to(x, (M, n * segment))
     if activations.scales is None:
         return jnp.matmul(x, (w * scales[:, None]).reshape(-1, N), precision="highest")
-    sums = _segment_sums(x.reshape(M, n, segment), w, spec, activations)
     first = block.start // activations.block
     token_scales = lax.dynamic_slice_in_dim(activations.scales, first, -(-block.real // b), 1)
     token_scales = each_segment(token_scales.T, b, segment, n)
-    return jnp.sum(sums * token_scales[:, :, None] * scales[:, None], 0)
+    largest = largest_whole(spec.format) if activations.whole else None
+    product = partial(_segment_sums, largest=largest and largest * activations.largest)
+    segments = jnp.swapaxes(x.reshape(M, n, segment), 0, 1), w, token_scales[:, :, None], scales[:, None]
+    if n > WRITTEN_OUT:
+        x, w, token_scales, scales = segments
+        return jnp.sum(jax.vmap(product)(x, w) * token_scales * scales, 0)
+    terms = [product(x, w) * token_scale * scale for x, w, token_scale, scale in zip(*segments, strict=True)]
+    return functools.reduce(jnp.add, terms)
 
 
-def _segment_sums(x: Array, w: Array, spec: Spec, activations: Activations) -> Array:
-    """Sums of products [segments, M, N] of x [M, segments, s] and w [segments, s, N].
+def _segment_sums(x: Array, w: Array, largest: int | None) -> Array:
+    """Sums of products [M, N] of a segment's x [M, s] and w [s, N].
 
-    Of whole numbers they are those of int32, but multiplied in float32, which CPUs are fast at: sums below
-    2^24 are exact in it, larger ones are added up from such.
+    Of whole numbers, whose products are at most `largest`, they are those of int32. But float32 multiplies,
+    which CPUs are fast at: sums below 2^24 are exact in it, larger ones are added up from such.
     """
-    n, s, N = w.shape
-    dot = partial(jnp.einsum, precision="highest")
-    largest = largest_whole(spec.format)
-    if largest is None or not activations.whole or s * largest * activations.largest <= EXACT:
-        return dot("mns,nsk->nmk", x, w)
-    most = max(EXACT // (largest * activations.largest), 1)
-    parts = -(-s // most)
+    (M, s), N = x.shape, w.shape[1]
+    if largest is None or s * largest <= EXACT:
+        return jnp.matmul(x, w, precision="highest")
+    parts = -(-s * largest // EXACT)
     size = -(-s // parts)
-    x = pad_to(x, (*x.shape[:2], parts * size)).reshape(-1, n, parts, size)
-    w = pad_to(w, (n, parts * size, N)).reshape(n, parts, size, N)
-    return dot("mnps,npsk->pnmk", x, w).astype(jnp.int32).sum(0).astype(x.dtype)
+    x = pad_to(x, (M, parts * size)).reshape(M, parts, size)
+    w = pad_to(w, (parts * size, N)).reshape(parts, size, N)
+    sums = jnp.einsum("mps,psn->pmn", x, w, precision="highest")
+    return sums.astype(jnp.int32).sum(0).astype(x.dtype)
 
 
 def _transposed(call: Inputs, spec: Spec, dy: Array) -> Array:
