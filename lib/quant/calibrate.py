@@ -1,0 +1,207 @@
+"""Statistics of the inputs of every matrix of a Flax module, gathered in bounded memory."""
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+
+from .statistics import Statistics
+
+_NAME = "frugax_statistics"
+
+
+def calibrate(
+    module: nn.Module,
+    variables: Any,
+    batches: Iterable[Any],
+    *,
+    only: str = "",
+    max_bytes: int | None = None,
+    **kwargs: Any,
+) -> dict[str, Statistics]:
+    """Gather the statistics of the inputs of each matrix of a module.
+
+    The matrices are the `kernel`s of `nn.Dense`, of `nn.DenseGeneral` over the last axes, and of any other
+    module with a kernel [K, N] that multiplies its input [..., K]; under `nn.scan` and `nn.vmap` too, such as
+    the layers of a `Decoder`, whose statistics are stacked as its params are. A parameter that is multiplied
+    outside such a module, as an embedding or a head, is not among them.
+
+    Args:
+      module: any Flax Linen module.
+      variables: what `module.apply` takes.
+      batches: what the module is called with, again and again: an array, or a tuple of arguments.
+      only: a regular expression; the matrices with it in their path alone.
+      max_bytes: of Gram matrices on the device at once. What does not fit waits for another pass over the
+        batches, so that they must be a list or another container; a matrix that is larger by itself has a
+        pass of its own. None: one pass.
+      kwargs: further arguments of each call, such as `deterministic=True`.
+
+    Returns:
+      {path: statistics} in the order of the calls, such as "layers/block_0/channel/out/kernel"; NumPy arrays.
+
+    Raises:
+      ValueError: no matrix found; no batches; inputs that are not finite; a module whose params don't differ
+        from step to step of a scan inside.
+
+    Warns:
+      UserWarning: fewer inputs than channels, so that damping decides about part of the Hessian.
+
+    Source: Frantar et al. 2022, GPTQ (arXiv 2210.17323); Lin et al. 2023, AWQ (arXiv 2306.00978).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> block = frugax.layers.Block("GatedLinearAttention", "GLU", {"heads": 2})
+        >>> model = frugax.layers.Decoder(vocab_size=10, width=16, blocks=(block,), repeats=3)
+        >>> batches = [jax.random.randint(jax.random.key(i), (4, 16), 0, 10) for i in range(2)]
+        >>> variables = model.init(jax.random.key(0), batches[0])
+        >>> found = frugax.quant.calibrate(model, variables, batches, only="channel")
+        >>> list(found)
+        ['layers/block_0/channel/gate_in/kernel', 'layers/block_0/channel/out/kernel']
+        >>> found["layers/block_0/channel/out/kernel"].gram.shape
+        (3, 48, 48)
+    """
+    once = iter(batches) is batches
+    batches = iter(batches) if once else batches
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("batches: got none; expected at least one")
+
+    order: dict[str, None] = {}
+
+    def call(variables, batch, wanted):
+        args = batch if isinstance(batch, tuple) else (batch,)
+        found = _gathered(module, variables, args, kwargs, wanted)
+        order.update(dict.fromkeys(found))  # of the calls: JAX sorts a dict that it returns
+        return found
+
+    # Shapes alone: which matrices there are, and how large.
+    pattern = re.compile(only)
+    shapes = jax.eval_shape(lambda variables: call(variables, first, None), variables)
+    shapes = {path: shapes[path] for path in order if pattern.search(path)}
+    if not shapes:
+        raise ValueError(f"module: found no matrix with {only!r} in its path; expected modules with a kernel")
+    passes = _passes({path: s.gram.size * 4 for path, s in shapes.items()}, max_bytes)
+    if once and len(passes) > 1:
+        raise ValueError(
+            f"batches: got an iterator for {len(passes)} passes within max_bytes={max_bytes}; expected a list"
+        )
+
+    found: dict[str, Statistics] = {}
+    for wanted in passes:
+
+        @jax.jit
+        def add(total, variables, batch, wanted=frozenset(wanted)):
+            new = call(variables, batch, wanted)
+            return {path: total[path].merge(new[path]) for path in total}
+
+        total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), {path: shapes[path] for path in wanted})
+        if once:
+            total = add(total, variables, first)
+        for batch in batches:
+            total = add(total, variables, batch)
+        found |= {path: jax.tree.map(np.asarray, total[path]) for path in wanted}
+    _say_what_is_wrong(found)
+    return found
+
+
+class MatrixInput(NamedTuple):
+    """An input of a matrix: its kernel's path, and the input as [..., K]."""
+
+    path: str
+    x: Array
+
+
+def matrix_input(context: nn.module.InterceptorContext, args: tuple[Any, ...]) -> MatrixInput | None:
+    """The input of the matrix that an intercepted call multiplies by, or None where it does not."""
+    module = context.module
+    if context.method_name != "__call__" or not args or not module.has_variable("params", "kernel"):
+        return None
+    kernel, x = nn.meta.unbox(module.get_variable("params", "kernel")), args[0]
+    if not hasattr(x, "shape") or not hasattr(kernel, "shape"):
+        return None
+    axes = 1
+    if isinstance(module, nn.DenseGeneral):
+        given = module.axis if isinstance(module.axis, tuple) else (module.axis,)
+        axes = len(given)
+        if tuple(a % x.ndim for a in given) != tuple(range(x.ndim - axes, x.ndim)) or module.batch_dims:
+            return None
+    elif isinstance(module, nn.Conv) or len(kernel.shape) != 2:
+        return None
+    if x.ndim < axes or x.shape[x.ndim - axes :] != tuple(kernel.shape[:axes]):
+        return None
+    x = jnp.asarray(x)
+    return MatrixInput("/".join((*module.path, "kernel")), x.reshape(*x.shape[: x.ndim - axes], -1))
+
+
+def _gathered(module, variables, args, kwargs, wanted: frozenset[str] | None) -> dict[str, Statistics]:
+    """The statistics of one call, of the matrices wanted (None: of all).
+
+    They are written beside each kernel among the params, which a scan over layers carries out stacked as it
+    carried the kernels in.
+    """
+    order: list[str] = []
+
+    def see(call, args, kwargs, context):
+        found = matrix_input(context, args)
+        inner = context.module
+        if found and (wanted is None or found.path in wanted) and inner.is_mutable_collection("params"):
+            new = Statistics.of(found.x)
+            if inner.has_variable("params", _NAME):
+                new = inner.get_variable("params", _NAME).merge(new)
+            inner.put_variable("params", _NAME, new)
+            order.append(found.path)
+        return call(*args, **kwargs)
+
+    try:
+        with nn.intercept_methods(see):
+            _, after = module.apply(variables, *args, mutable=["params"], **kwargs)
+    except ValueError as error:
+        if "broadcasted variable" not in str(error):
+            raise
+        raise ValueError(
+            f"module: got {type(module).__name__}, a scan inside of which has the same params in each step; "
+            "expected one over layers, each with its own"
+        ) from error
+    leaves = jax.tree_util.tree_leaves_with_path(
+        after.get("params", {}), is_leaf=lambda x: isinstance(x, Statistics)
+    )
+    found = {
+        "/".join((*(str(key.key) for key in path[:-1]), "kernel")): x
+        for path, x in leaves
+        if isinstance(x, Statistics)
+    }
+    return {path: found[path] for path in dict.fromkeys(order)}
+
+
+def _passes(sizes: dict[str, int], max_bytes: int | None) -> list[list[str]]:
+    """Cut the matrices in runs of at most `max_bytes`, of at least one matrix each."""
+    passes: list[list[str]] = []
+    room = -1.0
+    for path, size in sizes.items():
+        if size > room or not passes:
+            passes.append([])
+            room = float("inf") if max_bytes is None else max_bytes
+        passes[-1].append(path)
+        room -= size
+    return passes
+
+
+def _say_what_is_wrong(found: dict[str, Statistics]) -> None:
+    for path, statistics in found.items():
+        if not np.isfinite(statistics.gram).all():
+            raise ValueError(f"batches: got inputs of {path} that are not finite or whose squares are not")
+    few = [path for path, s in found.items() if np.any(s.count < s.gram.shape[-1])]
+    if few:
+        worst = max(few, key=lambda path: found[path].gram.shape[-1])
+        count, K = int(np.min(found[worst].count)), found[worst].gram.shape[-1]
+        warnings.warn(
+            f"{count} inputs for the {K} channels of {worst} (and {len(few) - 1} more matrices with fewer "
+            "inputs than channels): damping decides about the rest of their Hessians",
+            stacklevel=3,
+        )

@@ -1,0 +1,178 @@
+"""Statistics of matrices' inputs: those that NumPy finds, stacked under scans, in any number of passes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import frugax
+from frugax.quant import (
+    Statistics,
+    activation_sensitivity,
+    calibrate,
+    outlier_permutation,
+    sensitive_layers,
+)
+from tests.errors import assert_close
+
+B, T, D = 3, 11, 8
+
+
+def definition(x):
+    """Sums over all inputs, in float64."""
+    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    return Statistics(x.T @ x, x.sum(0), np.abs(x).sum(0), np.abs(x).max(0), len(x))
+
+
+class Shared(nn.Module):
+    """Two calls of one matrix, a matrix of heads and one back from them, and one that is not called."""
+
+    @nn.compact
+    def __call__(self, x, *, twice: bool):
+        dense = nn.Dense(D, name="dense")
+        y = dense(x)
+        if twice:
+            y = dense(nn.relu(y))
+        heads = nn.DenseGeneral((2, 3), name="heads")(y)
+        z = nn.DenseGeneral(D, axis=(-2, -1), name="merge")(heads)
+        nn.Conv(4, (3,), name="conv")(z)
+        return y, heads
+
+
+def test_sums_are_those_of_all_calls():
+    module = Shared()
+    batches = [jax.random.normal(jax.random.key(i), (B, T, D)) + 0.5 for i in range(3)]
+    variables = module.init(jax.random.key(9), batches[0], twice=True)
+    found = calibrate(module, variables, ((x,) for x in batches), twice=True)  # one pass: an iterator will do
+    assert list(found) == ["dense/kernel", "heads/kernel", "merge/kernel"]
+    once = [module.apply(variables, x, twice=False)[0] for x in batches]
+    y, heads = zip(*(module.apply(variables, x, twice=True) for x in batches), strict=True)
+    want = {
+        "dense/kernel": definition(np.concatenate([*batches, *map(nn.relu, once)])),
+        "heads/kernel": definition(np.concatenate(y)),
+        "merge/kernel": definition(np.concatenate(heads).reshape(-1, 6)),
+    }
+    assert_close(found, want, "float32")
+    dense = found["dense/kernel"]
+    x = np.concatenate([*batches, *map(nn.relu, once)]).reshape(-1, D)
+    np.testing.assert_allclose(dense.mean, x.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(dense.mean_abs, np.abs(x).mean(0), rtol=1e-4)
+    assert dense.rank == D
+
+
+def test_layers_under_a_scan_are_stacked_as_their_params_are():
+    block = frugax.layers.Block("GatedLinearAttention", "GLU", {"heads": 2, "gate_rank": 3})
+    deep = frugax.layers.Decoder(9, D, (block,), 2, remat=True, backend="xla")
+    wide = frugax.layers.Decoder(9, D, (block, block), 1, backend="xla")
+    batches = [jax.random.randint(jax.random.key(i), (B, T), 0, 9) for i in range(2)]
+    params = deep.init(jax.random.key(0), batches[0])["params"]
+    stacked = params["layers"]["block_0"]
+    layers = {f"block_{i}": jax.tree.map(lambda x, i=i: x[i : i + 1], stacked) for i in range(2)}
+    found = calibrate(deep, {"params": params}, batches, max_bytes=4 * 2 * D * D, only="channel|qkv")
+    apart = calibrate(wide, {"params": params | {"layers": layers}}, batches, only="channel|qkv")
+    assert len(apart) == 2 * len(found) == 6
+    for path, statistics in found.items():
+        K = statistics.gram.shape[-1]
+        assert statistics.gram.shape == (2, K, K)
+        assert statistics.count.tolist() == [2 * B * T] * 2
+        pair = [apart[path.replace("block_0", f"block_{i}")] for i in range(2)]
+        assert_close(statistics, jax.tree.map(lambda *x: np.concatenate(x), *pair), "float32", name=path)
+
+
+class Recurrent(nn.Module):
+    """A scan over time, each step of which has the same params."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.RNN(nn.SimpleCell(4))(x)
+
+
+def test_bad_input(unchecked_types):
+    dense, x = nn.Dense(3), jnp.ones((2, D))
+    variables = dense.init(jax.random.key(0), x)
+    with pytest.warns(UserWarning, match="2 inputs for the 8 channels of kernel"):
+        found = calibrate(dense, variables, [x])
+    assert found["kernel"].rank == 2
+    with pytest.raises(ValueError, match="batches: got none"):
+        calibrate(dense, variables, [])
+    with pytest.raises(ValueError, match="module: found no matrix with 'q' in its path"):
+        calibrate(dense, variables, [x], only="q")
+    with pytest.raises(ValueError, match="batches: got inputs of kernel that are not finite"):
+        calibrate(dense, variables, [x * jnp.inf])
+    two = nn.Sequential([nn.Dense(D), nn.Dense(D)])
+    both = two.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="batches: got an iterator for 2 passes"):
+        calibrate(two, both, iter([x]), max_bytes=1)
+    recurrent = Recurrent()
+    steps = recurrent.init(jax.random.key(0), x[None])
+    with pytest.raises(ValueError, match="module: got Recurrent, a scan inside of which has the same params"):
+        calibrate(recurrent, steps, [x[None]])
+    with pytest.raises(ValueError, match="loss: found no matrix"):
+        activation_sensitivity(lambda variables, x: x.sum(), {}, [x])
+    with pytest.raises(ValueError, match="batches: got none"):
+        activation_sensitivity(lambda variables, x: x.sum(), {}, [])
+    with pytest.raises(ValueError, match="share: got 2"):
+        sensitive_layers({}, share=2)
+    with pytest.raises(ValueError, match="increases: got NaN for"):
+        sensitive_layers({"a": np.nan})
+    with pytest.raises(ValueError, match=r"statistics.max_abs: got \[2, 3\]"):
+        outlier_permutation(jax.tree.map(lambda x: jnp.stack([x, x]), Statistics.of(jnp.ones((1, 3)))))
+
+
+def test_sensitivity_is_the_loss_with_one_input_in_few_bits():
+    """FlexQ's rule on a network whose second matrix reads a channel of outliers."""
+    model = nn.Sequential([nn.Dense(16), jnp.tanh, nn.Dense(16), jnp.tanh, nn.Dense(4)])
+    batches = [jax.random.normal(jax.random.key(i), (5, D)) for i in range(2)]
+    params = model.init(jax.random.key(9), batches[0])["params"]
+    kernels = [params[f"layers_{i}"]["kernel"] for i in (0, 2, 4)]
+    params["layers_2"]["kernel"] = kernels[1] = kernels[1].at[0].multiply(30.0)
+
+    def run(x, at=None):
+        """The network, with the input of one matrix in int3."""
+        for i, kernel in enumerate(kernels):
+            if i == at:
+                x = frugax.formats.quantize(x, "int3", axis=-1, group_size=8).dequantize()
+            x = x @ kernel if i == 2 else jnp.tanh(x @ kernel)
+        return x
+
+    def loss(variables, x):
+        return jnp.mean((model.apply(variables, x) - 0.1) ** 2)
+
+    want = [
+        np.mean([jnp.mean((run(x, at) - 0.1) ** 2) - jnp.mean((run(x) - 0.1) ** 2) for x in batches])
+        for at in range(3)
+    ]
+    found = activation_sensitivity(loss, {"params": params}, batches, format="int3", group_size=8)
+    assert list(found) == [f"layers_{i}/kernel" for i in (0, 2, 4)]
+    np.testing.assert_allclose(list(found.values()), want, rtol=1e-3, atol=1e-6)
+    assert sensitive_layers(found, share=0.5)[0] == max(found, key=found.get)
+
+
+def test_layers_are_chosen_by_their_share():
+    increases = {"a": 1.0, "b": 6.0, "c": -9.0, "d": 3.0}
+    shares = {0.0: (), 0.5: ("b",), 0.6: ("b",), 0.61: ("b", "d"), 1.0: ("b", "d", "a")}
+    for share, layers in shares.items():
+        assert sensitive_layers(increases, share=share) == layers
+
+
+def test_channels_with_outliers_come_first():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(40, 13)), rng.normal(size=(13, 2))
+    x[:, [3, 7, 12]] *= (50, 100, 30)
+    order, high_blocks = outlier_permutation(Statistics.of(jnp.asarray(x, jnp.float32)), block=2)
+    assert order[:3].tolist() == [7, 3, 12]
+    assert high_blocks == 2
+    np.testing.assert_allclose(x[:, order] @ w[order], x @ w)
+
+    def by_blocks(x, w, high_blocks):
+        """Each token in blocks of two channels, the first of them in int8 and all others in int4."""
+        parts = [
+            frugax.formats.quantize(
+                jnp.asarray(x[:, i : i + 2]), "int8" if i < 2 * high_blocks else "int4", axis=-1
+            ).dequantize()
+            for i in range(0, 13, 2)
+        ]
+        return np.linalg.norm(np.concatenate(parts, 1) @ w - x @ w) / np.linalg.norm(x @ w)
+
+    assert by_blocks(x[:, order], w[order], high_blocks) < 0.3 * by_blocks(x, w, 0)

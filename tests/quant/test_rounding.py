@@ -1,0 +1,88 @@
+"""Learned rounding against every rounding there is, and biases against means of outputs."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frugax.formats import quantize
+from frugax.formats.named import BY_NAME
+from frugax.quant import Statistics, bias_correction, gptq, learned_rounding
+from tests.quant import definition
+
+K, N = 7, 20
+X, W = definition.inputs(40, K), jnp.asarray(definition.weights(K, N))
+STATISTICS = Statistics.of(jnp.asarray(X))
+FORMATS = [
+    f if f in ("int3", "fp4_e2m1") else pytest.param(f, marks=pytest.mark.full)
+    for f, format in BY_NAME.items()
+    if format.signed and not format.paired
+]
+
+
+def values(format):
+    """Every value of each group [K, N, codes], sorted, by decoding all codes in the place of each weight."""
+    format, element = BY_NAME[format], BY_NAME[format].element
+    q = quantize(W, format)
+    decoded = []
+    for code in range(element.lowest, element.highest + 1):
+        x = format.decode(jnp.full((N, 1, K), code, jnp.int32), q.scaling())
+        decoded.append(np.asarray(x)[:, 0].T)
+    return np.sort(np.stack(decoded, -1), -1)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rounding_is_up_or_down_and_near_the_best_there_is(format):
+    q = learned_rounding(W, STATISTICS, format, steps=200)
+    got, near = (np.asarray(a.dequantize(), np.float64) for a in (q, quantize(W, format)))
+    table = values(format)
+    below = np.where(table <= np.asarray(W)[..., None], table, -np.inf).max(-1)
+    above = np.where(table >= np.asarray(W)[..., None], table, np.inf).min(-1)
+    assert ((got == below.astype(np.float32)) | (got == above.astype(np.float32)) | (got == near)).all()
+    total = np.zeros(3)
+    for n in range(N):
+        ends = np.stack([np.where(np.isfinite(e[:, n]), e[:, n], near[:, n]) for e in (below, above)])
+        choices = np.array(list(itertools.product((0, 1), repeat=K)))
+        every = ends[choices, np.arange(K)]  # [2^K, K]
+        errors = ((X @ (every - np.asarray(W)[:, n]).T) ** 2).sum(0)
+        mine, plain = (((X @ (a[:, n] - np.asarray(W)[:, n])) ** 2).sum() for a in (got, near))
+        assert mine <= plain * (1 + 1e-5)
+        total += errors.min(), mine, plain
+    best, mine, plain = np.sqrt(total)
+    assert mine < 0.8 * plain + 0.2 * best
+
+
+def test_stacked_matrices_under_jit():
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), STATISTICS, Statistics.of(jnp.zeros((1, K))))
+    run = jax.jit(lambda w, s: learned_rounding(w, s, "int3", steps=200))
+    q = run(jnp.stack([W, W]), stacked).dequantize()
+    alone = learned_rounding(W, STATISTICS, "int3", steps=200).dequantize()
+    assert definition.error(W, q[0], X) < 1.05 * definition.error(W, alone, X)
+    np.testing.assert_array_equal(q[1], quantize(W, "int3").dequantize())  # no input, nothing to learn
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_a_corrected_bias_keeps_the_mean(method):
+    x = X + 3.0
+    statistics = Statistics.of(jnp.asarray(x))
+    q = quantize(W, "int2") if method == "nearest" else gptq(W, statistics, "int2")
+    correction = bias_correction(W, q, statistics)
+    means = [(x.astype(np.float64) @ np.asarray(a, np.float64)).mean(0) for a in (W, q.dequantize())]
+    assert np.abs(means[0] - means[1]).max() > 0.01
+    np.testing.assert_allclose(means[1] + correction, means[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: learned_rounding(W, STATISTICS, "int4", steps=0), "steps: got 0"),
+        (lambda: learned_rounding(W, STATISTICS, "olive4"), "format: got olive4"),
+        (lambda: learned_rounding(W[:-1], STATISTICS, "int4"), "statistics.gram: got"),
+        (lambda: bias_correction(W, W[:, :1], STATISTICS), "q: got"),
+    ],
+)
+def test_bad_input(call, message, unchecked_types):
+    with pytest.raises(ValueError, match=message):
+        call()
