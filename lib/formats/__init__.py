@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from .bitmod import Mixture, SpecialValue
 from .codebook import Codebook
 from .element import Element
 from .format import Format
 from .integer import Bipolar, Integer, Ternary
 from .minifloat import Minifloat
 from .named import BY_NAME, udynamic8, udynamic8_positive, ufp8_e4m4
+from .olive import Pairs
 from .quantized_tensor import QuantizedTensor, from_codes, quantize_array
 from .scales import AbsMax, AbsMean, Asymmetric, CodedScales, LeastSquares, PowerOfTwo, Scaling, TwoLevel
 
@@ -29,9 +31,12 @@ __all__ = [
     "Integer",
     "LeastSquares",
     "Minifloat",
+    "Mixture",
+    "Pairs",
     "PowerOfTwo",
     "QuantizedTensor",
     "Scaling",
+    "SpecialValue",
     "Ternary",
     "TwoLevel",
     "above_zero",
@@ -109,6 +114,8 @@ def quantize(
         fp4_e2m1, fp6_e2m3, fp6_e3m2, fp8_e4m3, fp8_e5m2; nf4 (a scale for 64), nf4_dq (its scales in 8 bits);
         with scales of 8 bits mxfp4, mxfp6 (e2m3), mxfp6_e3m2, mxfp8 (e4m3), mxfp8_e5m2, mxint8, nvfp4 and the
         block floating point bfp4, bfp6, bfp8;
+        bitmod3, bitmod4 (for each 128, that of four codebooks with the least squared error);
+        olive4, olive8 (integers; of a pair with an outlier, the other becomes zero and the outlier a float);
         for optimizers' moments dynamic8 and udynamic8 (udynamic8 for values >= 0, udynamic8_positive for
         those that must not become 0), mulaw8 and ufp8_e4m4 (16 steps an octave: as exact, cheaper).
       axis: the axis that is cut into groups; for a matrix, the contracted one. Codes below 8 bits are packed
@@ -125,7 +132,8 @@ def quantize(
       ValueError: an argument is invalid; the message names it.
 
     Source: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise scales and the dynamic map; OCP
-    Microscaling Formats (MX) Specification 1.0; Dettmers et al. 2023 (arXiv 2305.14314) for nf4.
+    Microscaling Formats (MX) Specification 1.0; Dettmers et al. 2023 (arXiv 2305.14314) for nf4; Chen et al.
+    2024 (arXiv 2411.11745) for bitmod; Guo et al. 2023 (arXiv 2304.07493) for olive.
 
     Example:
         >>> import frugax, jax
@@ -153,6 +161,9 @@ def quantize(
         )
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding: got {rounding!r}; expected 'nearest' or 'stochastic'")
+    if format.paired and (x.shape[axis] % 2 or (group_size or 0) % 2):
+        odd = f"group_size: got {group_size}" if (group_size or 0) % 2 else f"x: got {list(x.shape)}"
+        raise ValueError(f"{odd}; expected an even number along axis {axis}: {format.name} stores pairs")
     if (key is None) != (rounding == "nearest"):
         raise ValueError(f"key: got {key} with rounding={rounding!r}; expected a key for 'stochastic' alone")
     return quantize_array(x, format, axis, group_size, key)

@@ -85,3 +85,20 @@ class Element:
         gap = self.decode(beside) - value
         away = jnp.where(gap == 0, 0.0, (x - value) / jnp.where(gap == 0, 1.0, gap))
         return jnp.where(uniform < away, beside, nearest)
+
+
+class Dependent(Element):
+    """Codes that alone do not say their values: a format of them has `codes` and `values` of its own."""
+
+    def encode(self, x: Array) -> Array:
+        raise ValueError(
+            f"format: got {self.name}, in which values have no code each; expected Format.encode"
+        )
+
+    def decode(self, codes: Array) -> Array:
+        raise ValueError(
+            f"format: got {self.name}, in which codes have no value each; expected Format.decode"
+        )
+
+    def next(self, codes: Array, up: Array) -> Array:
+        raise ValueError(f"format: got {self.name}, in which codes have no value each; expected Format.next")

@@ -22,6 +22,9 @@ class Format:
       scheme: what is stored for each group of codes, and how it is found.
       group_size: elements that share a scale where the caller does not say; None: the whole axis.
 
+    A format in which a code alone does not say its value overrides `codes`, `values` and `next`, and is not
+    `elementwise`; if two neighbours' codes belong together it is `paired`, and encodes even numbers of them.
+
     Example:
         >>> import frugax, jax.numpy as jnp
         >>> mxfp4 = frugax.formats.format_named("mxfp4")
@@ -37,6 +40,8 @@ class Format:
     element: Element
     scheme: Any = ABS_MAX
     group_size: int | None = None
+    elementwise = True
+    paired = False
 
     @property
     def bits(self) -> int:
@@ -52,6 +57,10 @@ class Format:
         """Find what is stored for each group of x [..., G, g]: arrays [..., G]."""
         return self.scheme.fit(x.astype(jnp.float32), self.element)
 
+    def covering(self) -> "Format":
+        """The format with a scheme that leaves no value out of range, which unbiased rounding needs."""
+        return dataclasses.replace(self, scheme=self.scheme.covering())
+
     def scale(self, scaling: Scaling) -> Array:
         """The float32 scale of each group."""
         return self.scheme.scale(scaling)
@@ -63,14 +72,26 @@ class Format:
         unit = (flat / spread(scale, x.shape[-1], flat.shape[-1])).reshape(x.shape)
         if scaling.zeros is not None:
             unit = unit + scaling.zeros.astype(jnp.float32)[..., None]
+        return self.codes(unit, scaling, uniform)
+
+    def decode(self, codes: Array, scaling: Scaling) -> Array:
+        """The float32 values of codes [..., G, g]."""
+        value = self.values(codes, scaling)
+        if scaling.zeros is not None:
+            value = value - scaling.zeros.astype(jnp.float32)[..., None]
+        return value * self.scale(scaling)[..., None]
+
+    def codes(self, unit: Array, scaling: Scaling, uniform: Array | None = None) -> Array:
+        """The codes of values [..., G, g] over their scale."""
         if uniform is None:
             return self.element.encode(unit)
         largest, least = self.element.largest, -self.element.largest if self.signed else 0.0
         return self.element.encode_stochastic(jnp.clip(unit, least, largest), uniform)
 
-    def decode(self, codes: Array, scaling: Scaling) -> Array:
-        """The float32 values of codes [..., G, g]."""
-        value = self.element.decode(codes)
-        if scaling.zeros is not None:
-            value = value - scaling.zeros.astype(jnp.float32)[..., None]
-        return value * self.scale(scaling)[..., None]
+    def values(self, codes: Array, scaling: Scaling) -> Array:
+        """What codes [..., G, g] stand for before zeros are subtracted and scales multiplied."""
+        return self.element.decode(codes)
+
+    def next(self, codes: Array, up: Array, scaling: Scaling) -> Array:
+        """The codes [..., G, g] of the next larger values where `up`, else of the next smaller ones."""
+        return self.element.next(codes, up)

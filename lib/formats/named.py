@@ -1,10 +1,13 @@
 """The formats that have names."""
 
+from .bitmod import BITMOD3, BITMOD4, Mixture
 from .codebook import NF4, Codebook
 from .dynamic import Dynamic, PositiveDynamic
+from .element import Dependent
 from .format import Format
 from .integer import Bipolar, Integer, Ternary
 from .minifloat import Minifloat
+from .olive import OutlierVictim, Pairs, SigmaSearch
 from .scales import AbsMax, AbsMean, Asymmetric, PowerOfTwo, TwoLevel
 from .segmented import Segmented
 
@@ -40,6 +43,14 @@ _FORMATS = (
     Format("mxint8", _int[8], PowerOfTwo(), 32),
     Format("nvfp4", fp4_e2m1, TwoLevel(ufp8_e4m3), 16),
     *(Format(f"bfp{n}", _int[n], PowerOfTwo(), 16) for n in (4, 6, 8)),
+    *(
+        Mixture(
+            f"bitmod{n}", Dependent(f"bitmod{n}", n, True), TwoLevel(_uint[8], by_column=True), 128, elements
+        )
+        for n, elements in ((3, BITMOD3), (4, BITMOD4))
+    ),
+    Pairs("olive4", OutlierVictim("olive4", 4, True), SigmaSearch(beyond=0.5)),
+    Pairs("olive8", OutlierVictim("olive8", 8, True), SigmaSearch()),
     *(dynamic8, udynamic8, udynamic8_positive, ufp8_e4m4),
     Format("mulaw8", Segmented("mulaw8", 8, signed=True)),
 )

@@ -32,7 +32,7 @@ class QuantizedTensor:
       group_size: elements of a group; the last group may have fewer.
       padding: codes that packing added at the end of `axis`.
       zeros: uint8 like scales, the code of zero in asymmetric formats; else None.
-      choices: uint8 like scales, each group's codebook in formats that have several; else None.
+      choices: in formats of several codebooks, each group's in two bits, packed along `axis`; else None.
 
     Example:
         >>> import frugax, jax.numpy as jnp
@@ -92,7 +92,11 @@ class QuantizedTensor:
     def scaling(self) -> Scaling:
         """What is stored for each group, with `axis` moved to the end."""
         stored = Scaling(self.scales, self.zeros, self.choices)
-        return jax.tree.map(lambda x: jnp.moveaxis(x, self.axis, -1), stored)
+        stored = jax.tree.map(lambda x: jnp.moveaxis(x, self.axis, -1), stored)
+        if stored.choices is None:
+            return stored
+        groups = -(-self.shape[self.axis] // self.group_size)
+        return stored._replace(choices=unpack(stored.choices, 2, signed=False)[..., :groups])
 
     @property
     def _packed(self) -> bool:
@@ -145,6 +149,9 @@ def from_codes(
         codes = pack(jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)]), format.bits)
     else:
         codes = codes.astype(format.element.code_dtype)
+    if scaling.choices is not None:
+        chosen = [(0, 0)] * (scaling.choices.ndim - 1) + [(0, -scaling.choices.shape[-1] % 4)]
+        scaling = scaling._replace(choices=pack(jnp.pad(scaling.choices, chosen), 2))
     codes, scaling = jax.tree.map(lambda x: jnp.moveaxis(x, -1, axis), (codes, scaling))
     return QuantizedTensor(
         codes, scaling.scales, format, axis, group_size, padding, scaling.zeros, scaling.choices
@@ -161,7 +168,7 @@ def quantize_array(
     group_size = group_size or format.group_size or n
     group_size = min(group_size, n)
     groups = split(x, group_size)
-    fitted = format if key is None else dataclasses.replace(format, scheme=format.scheme.covering())
+    fitted = format if key is None else format.covering()
     scaling = fitted.fit(groups)
     uniform = None if key is None else jax.random.uniform(key, groups.shape, jnp.float32)
     codes = format.encode(groups, scaling, uniform)

@@ -7,6 +7,7 @@ tensor has the same codes with and without.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +40,11 @@ class CodedScales:
 
     Attributes:
       codes: uint8, one for each group.
-      outer: float32, one for the whole matrix, or for each block of `block` scales across its columns.
+      outer: float32, one for the whole matrix, for each column, or for each block of `block` scales across
+        its columns.
       offset: float32, one for each matrix; None is zero.
       element: the codes' element format.
-      block: scales that share an `outer`; None: all of a matrix.
+      block: scales that share an `outer`; None: all of a matrix, or of a column.
     """
 
     codes: Any
@@ -162,18 +164,23 @@ class TwoLevel:
       element: of the scales' codes: unsigned, or signed if a mean is taken off.
       block: scales that share an outer one, along the matrix's other axis; None: all of a matrix.
       centred: whether the mean over the matrix is taken off first.
+      by_column: whether each column's scales have an outer one, in place of the matrix.
+      rounding: of the scales: "nearest", or "up", so that no group's largest value is out of range.
 
-    Source: NVIDIA's NVFP4 (block None); Dettmers et al. 2023, QLoRA (arXiv 2305.14314): double quantization.
+    Source: NVIDIA's NVFP4 (block None); Dettmers et al. 2023, QLoRA (arXiv 2305.14314): double quantization;
+    Dai et al. 2021, VS-Quant (arXiv 2102.04503): by columns.
     """
 
     element: Element
     block: int | None = None
     centred: bool = False
+    by_column: bool = False
+    rounding: str = "nearest"
     by_group = False
 
     def fit(self, x: Array, element: Element) -> Scaling:
         wanted = group_maxima(x) * (1 / element.largest)
-        matrix = (-1, -2)[: wanted.ndim]
+        matrix = (-1,) if self.by_column else (-1, -2)[: wanted.ndim]
         offset = jnp.mean(wanted, matrix, keepdims=True) if self.centred else None
         rest = wanted if offset is None else wanted - offset
         if self.block is None:
@@ -182,11 +189,14 @@ class TwoLevel:
             outer = _across(group_maxima(split(_across(jnp.abs(rest)), self.block)))
         outer = outer * (1 / self.element.largest)
         unit = rest / never_zero(self._spread(outer, rest))
-        codes = self.element.encode(unit).astype(jnp.uint8)
-        return Scaling(CodedScales(codes, outer, offset, self.element, self.block))
+        codes = self.element.encode(unit)
+        if self.rounding == "up":
+            above = self.element.next(codes, jnp.full(codes.shape, True))
+            codes = jnp.where(self.element.decode(codes) < unit, above, codes)
+        return Scaling(CodedScales(codes.astype(jnp.uint8), outer, offset, self.element, self.block))
 
     def covering(self) -> "TwoLevel":
-        return self
+        return dataclasses.replace(self, rounding="up")
 
     def scale(self, scaling: Scaling) -> Array:
         stored = scaling.scales
@@ -214,16 +224,33 @@ class LeastSquares(AbsMax):
     def fit(self, x: Array, element: Element) -> Scaling:
         full = group_maxima(x) * (1 / element.largest)
 
-        def attempt(i, best):
-            least_error, best_scale = best
-            scale = (full * (1 - (1 - self.least) * i / max(self.steps - 1, 1))).astype(self.dtype)
-            wide = scale.astype(jnp.float32)[..., None]
-            error = jnp.sum((element.decode(element.encode(x / never_zero(wide))) * wide - x) ** 2, -1)
-            better = error < least_error
-            return jnp.where(better, error, least_error), jnp.where(better, scale, best_scale)
+        def scale(i):
+            return (full * (1 - (1 - self.least) * i / max(self.steps - 1, 1))).astype(self.dtype)
 
-        start = jnp.full(full.shape, jnp.inf, jnp.float32), full.astype(self.dtype)
-        return Scaling(lax.fori_loop(0, self.steps, attempt, start)[1])
+        return Scaling(least_squares(x, scale, self.steps, lambda unit: element.decode(element.encode(unit))))
+
+
+def least_squares(
+    x: Array, scale: Callable[[Any], Array], steps: int, rounded: Callable[[Array], Array]
+) -> Array:
+    """Find the scale [..., G] of each group of x [..., G, g] with the least squared error.
+
+    Args:
+      x: the groups.
+      scale: gives the scales to try at step i of `steps`; step 0's stay where none has a finite error.
+      rounded: the values to which x over its scale is rounded.
+    """
+
+    def attempt(i, best):
+        least_error, best_scale = best
+        tried = scale(i)
+        wide = tried.astype(jnp.float32)[..., None]
+        error = jnp.sum((rounded(x / never_zero(wide)) * wide - x) ** 2, -1)
+        better = error < least_error
+        return jnp.where(better, error, least_error), jnp.where(better, tried, best_scale)
+
+    first = scale(0)
+    return lax.fori_loop(0, steps, attempt, (jnp.full(first.shape, jnp.inf, jnp.float32), first))[1]
 
 
 def split(x: Array, group_size: int) -> Array:

@@ -45,7 +45,10 @@ def nearest_even(x: np.ndarray, f: Minifloat) -> np.ndarray:
 
 
 def numbers(f: Minifloat) -> np.ndarray:
-    """Every value, every middle and its float32 neighbours, numbers outside, tiny ones and both zeros."""
+    """Every value, every middle and its float32 neighbours, numbers outside, tiny ones and both zeros.
+
+    As many for every format, some of them twice, so that they share what is compiled.
+    """
     top = 2 ** (f.exponent + f.mantissa) - f.reserved
     values = values_of(f)[:top]
     middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
@@ -54,7 +57,7 @@ def numbers(f: Minifloat) -> np.ndarray:
     x = np.concatenate([values, middles, *beside, many, [values[-1] * 3, 1e30, 1e-30, 0.0]]).astype(
         np.float32
     )
-    return np.concatenate([x, -x])
+    return np.resize(np.concatenate([x, -x]), 3200)
 
 
 ODD = [Minifloat.of(1, 1), Minifloat.of(3, 0), Minifloat.of(2, 5, bias=4), Minifloat.of(5, 3, signed=False)]
@@ -64,26 +67,28 @@ NAMED = [BY_NAME[name].element for name in IN_ML_DTYPES]
 @pytest.mark.parametrize("f", NAMED + ODD, ids=lambda f: f.name)
 def test_minifloats_are_their_definition(f):
     top = 2 ** (f.exponent + f.mantissa) - f.reserved
-    codes = np.arange(2**f.bits)
+    codes = np.arange(256) % 2**f.bits
     number = codes % 2 ** (f.exponent + f.mantissa) < top
     got = np.asarray(f.decode(jnp.asarray(codes)))
-    np.testing.assert_array_equal(got[number], values_of(f)[number])
+    np.testing.assert_array_equal(got[number], values_of(f)[codes[number]])
     assert f.largest == values_of(f)[top - 1]
     x = numbers(f)
     np.testing.assert_array_equal(f.encode(jnp.asarray(x)), nearest_even(x, f))
-    again = f.encode(f.decode(jnp.asarray(codes[number])))
-    zero = codes[number] == 2 ** (f.exponent + f.mantissa)  # minus zero comes back as zero
-    np.testing.assert_array_equal(again, np.where(zero & f.signed, 0, codes[number]))
+    again = np.asarray(f.encode(jnp.asarray(got)))
+    zero = codes == 2 ** (f.exponent + f.mantissa)  # minus zero comes back as zero
+    np.testing.assert_array_equal(again[number], np.where(zero & f.signed, 0, codes)[number])
 
 
 @pytest.mark.parametrize("name", IN_ML_DTYPES)
 def test_minifloats_are_ml_dtypes(name):
     """Every code's value, NaN and infinity included; and rounding, within the range."""
     f, theirs = BY_NAME[name].element, IN_ML_DTYPES[name]
-    codes = np.arange(2**f.bits).astype(np.uint8)
-    np.testing.assert_array_equal(f.decode(jnp.asarray(codes)), codes.view(theirs).astype(np.float32))
+    codes = (np.arange(256) % 2**f.bits).astype(np.uint8)
+    np.testing.assert_array_equal(
+        f.decode(jnp.asarray(codes.astype(np.int32))), codes.view(theirs).astype(np.float32)
+    )
     x = numbers(f)
-    x = x[np.abs(x) <= f.largest]
+    x = np.where(np.abs(x) <= f.largest, x, 0)
     np.testing.assert_array_equal(f.decode(f.encode(jnp.asarray(x))), x.astype(theirs).astype(np.float32))
 
 
@@ -106,7 +111,7 @@ def test_stochastic_minifloats_are_unbiased(f):
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_plane_of_bipolar_integers_is_a_sign(bits):
-    f, codes = Bipolar("bipolar", bits, True), np.arange(2**bits)
+    f, codes = Bipolar("bipolar", bits, True), np.arange(256) % 2**bits
     planes = 2 * ((codes[:, None] >> np.arange(bits)) & 1) - 1
     np.testing.assert_array_equal(f.decode(jnp.asarray(codes)), planes @ 2 ** np.arange(bits))
     x = np.random.default_rng(0).uniform(-1.2, 1.2, 999).astype(np.float32) * f.largest
@@ -130,7 +135,8 @@ def test_codebooks():
         values = np.sort(rng.standard_normal(n)).astype(np.float32)
         book = Codebook.of("mine", values)
         assert book.bits == int(np.ceil(np.log2(n)))
-        np.testing.assert_array_equal(book.decode(jnp.arange(n)), values)
+        codes = np.arange(256) % n
+        np.testing.assert_array_equal(book.decode(jnp.asarray(codes)), values[codes])
         x = rng.standard_normal(500).astype(np.float32) * 1.5
         nearest = np.abs(x[:, None].astype(np.float64) - values).argmin(1)
         np.testing.assert_array_equal(book.encode(jnp.asarray(x)), nearest)
