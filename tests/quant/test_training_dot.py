@@ -176,4 +176,4 @@ def test_bad_input_is_named(arrays, unchecked_types):
     ]
     for name, call in bad:
         with pytest.raises(ValueError, match=f"^{name}: "):
-            call()
+            jax.eval_shape(call)
