@@ -135,7 +135,8 @@ with tqdm(range(STEPS), mininterval=1.0) as bar:
 # regular expressions on the paths of the params. The packed tree goes where the params went: layers find a
 # packed matrix and multiply by `frugax.kernels.quantized_matmul`, without ever making it whole.
 #
-# **Look for:** matrices take a sixth of their bytes, scales included; norms and convolutions, which no rule names, stay.
+# **Look for:** matrices take a sixth of their bytes, scales included; norms and convolutions, which no rule
+# names, stay.
 
 # %%
 packed, table = frugax.quant.quantize_params(params, {"kernel$": ("int4", 32), "embedding$|head$": "int8"})
