@@ -193,6 +193,38 @@ def zo_queries() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def formats() -> str:
+    result = read("formats")
+    rows = [
+        [f"`{name}`", r["bits"], r["group"], r["scales"], *(f"{x:.4f}" for x in r["error"].values())]
+        for name, r in result["formats"].items()
+    ]
+    head = ["", "bits stored", "elements of a scale", "scales", "N(0, 1)", "Student's t, 4 degrees"]
+    about = f"Matrices of {' x '.join(map(str, result['shape']))}, relative rms error"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def minifloats() -> str:
+    columns = ["integer", *(f"e{n}" for n in range(1, 6))]
+    rows = []
+    for bits, found in read("formats")["minifloats"].items():
+        for distribution, name in (("normal", "N(0, 1)"), ("student_t4", "Student's t")):
+            least = min(r[distribution] for r in found.values())
+            cells = [f"{found[c][distribution]:.4f}" if c in found else "" for c in columns]
+            bold = [f"**{c}**" if c == f"{least:.4f}" else c for c in cells]
+            rows.append([bits, name, *bold])
+    return table(["bits", "", "integer", *(f"exponent of {n}" for n in range(1, 6))], rows)
+
+
+def bipolar() -> str:
+    rows = [
+        [bits, *(f"{found[what][d]:.4f}" for d in ("normal", "zeros") for what in ("bipolar", "integer"))]
+        for bits, found in read("formats")["bipolar"].items()
+    ]
+    head = ["bits", "N(0, 1), bipolar", "integer", "four fifths zeros, bipolar", "integer"]
+    return table(head, rows)
+
+
 def mamba_lyapunov() -> str:
     """Tabulate what bfloat16 and LoRA change in a Mamba and in a Transformer, and the Mamba's exponents."""
     result = read("mamba_lyapunov")
@@ -274,6 +306,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "classification": classification,
         "mamba_lyapunov": mamba_lyapunov,
     },
+    "docs/results/formats.md": {"formats": formats, "minifloats": minifloats, "bipolar": bipolar},
     "docs/results/optimizers.md": {
         "optimizers_quality": optimizers_quality,
         "optimizer_steps": optimizer_steps,
