@@ -7,10 +7,10 @@ from ....formats.codebook import Codebook
 from ....formats.integer import Bipolar, Integer
 from ....formats.minifloat import Minifloat
 from ...common import compat
-from .. import xla
 from ..inputs import Inputs, Spec
 from .kernel import product
 from .tiling import tiling
+from .transposed import gradient
 
 
 def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
@@ -41,5 +41,14 @@ def forward(call: Inputs, spec: Spec, *, interpret: bool) -> Array:
 
 
 def backward(call: Inputs, cotangent: Array, spec: Spec, *, interpret: bool) -> Inputs:
-    """The gradients of x and bias: W is decoded again, by blocks, as the portable form does."""
-    return xla.backward(call, cotangent, spec)
+    """The gradients of x and bias: no more of W is ever decoded than registers hold."""
+    sizes, _ = tiling(call, spec, backward=True)
+    assert sizes is not None  # unsupported_reason
+    dx = gradient(call, cotangent, spec, sizes, interpret=interpret)
+    dbias = None if call.bias is None else cotangent.astype(jnp.float32).sum(0).astype(call.bias.dtype)
+    constant = (jnp.zeros_like(x) if _is_float(x) else None for x in call)
+    return Inputs(*constant)._replace(x=dx, bias=dbias)
+
+
+def _is_float(x: Array | None) -> bool:
+    return x is not None and jnp.issubdtype(x.dtype, jnp.floating)

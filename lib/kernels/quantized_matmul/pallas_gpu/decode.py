@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ....formats import Scaling
 from ....formats.element import Element
 from ....formats.integer import Integer
 from ....formats.packing import planes
 from ...common.hopper import F32, along_rows
+from ..inputs import Spec
 from .registers import shifted
 
 # Bits of a power of two: with a code in the lowest bits of the mantissa it is 2^7 + code, or 2^10 + code.
@@ -72,11 +74,23 @@ def _is_quick(element: Element, dtype) -> bool:
     return isinstance(element, Integer) and element.bits - element.signed <= mantissa
 
 
+def scale(stored: Array, spec: Spec, given: dict) -> Array:
+    """The float32 scales that are stored; `given` has what coded ones are multiplied by, and an offset."""
+    if "outer" not in given:
+        return spec.format.scale(Scaling(stored))
+    value = spec.format.scheme.element.decode(stored.astype(jnp.int32)) * given["outer"][0]
+    return value + given["offset"][0] if "offset" in given else value
+
+
 def scaled(value: Array, scale: Array, zero: Array | None, dtype) -> Array:
-    """(value - zero) * scale in `dtype`; scale and zero float32 [HALF] in layout ROWS."""
+    """(value - zero) * scale in `dtype`; scale and zero float32 like value, or [HALF] in layout ROWS."""
     if value.dtype == jnp.float16:  # too narrow for scales
         value = value.astype(F32)
-    wide = lambda x: along_rows(x.astype(value.dtype), value.shape)  # noqa: E731
+
+    def wide(x: Array) -> Array:
+        x = x.astype(value.dtype)
+        return x if x.ndim == 2 else along_rows(x, value.shape)
+
     if zero is not None:
         value = value - wide(zero)
     return (value * wide(scale)).astype(dtype)

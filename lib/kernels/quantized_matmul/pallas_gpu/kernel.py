@@ -15,7 +15,6 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ....formats import Scaling
 from ....formats.packing import planes
 from ...common.arguments import pad_to
 from ...common.hopper import F32, Tiles, along_rows, launch
@@ -36,9 +35,9 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
     bias = call.bias if whole else None  # of partial sums it is added after
     partial = jax.ShapeDtypeStruct((sizes.splits, x.shape[0], N), dtype if whole else F32)
     at_once = min(AT_ONCE, sizes.tokens)
-    levels = [x if x is None else x.reshape(1) for x in (call.outer, call.offset)]  # of coded scales
+    levels = {"outer": call.outer, "offset": call.offset}  # of coded scales
     operands = {"x": x, "codes": call.codes, "scales": call.scales, "zeros": call.zeros, "bias": bias}
-    operands |= dict(zip(("outer", "offset"), levels, strict=True))
+    operands |= {name: x if x is None else x.reshape(1) for name, x in levels.items()}
     operands = {name: array for name, array in operands.items() if array is not None}
     tiles, table = Tiles(interpret), decode.table(element, dtype)
     bytes_of = [sizes.block * width // 8 for width, _ in planes(element.bits)]  # of each plane of a block
@@ -128,7 +127,7 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
             per_group = sizes.group // sizes.block if sizes.group > sizes.block else 1
             return plgpu.BlockSpec((sizes.groups, sizes.columns), lambda k: (step(k) // per_group, n))
 
-        fetched = [name for name in given if name not in ("bias", "outer", "offset")]
+        fetched = [name for name in given if name not in ("bias", *levels)]
         plgpu.emit_pipeline_warp_specialized(
             add_block,
             grid=(steps,),
@@ -165,12 +164,7 @@ def _scales(
 ) -> tuple[list[Array], list[Array] | None]:
     """The scales and zeros, if any, of a group: float32, of the even columns and of the odd ones."""
     stored = load_columns(tile["scales"].at[group, mine], interpret=interpret)
-    if "outer" not in given:
-        scales = [spec.format.scale(Scaling(x)) for x in stored]
-    else:
-        scales = [spec.format.scheme.element.decode(x.astype(jnp.int32)) * given["outer"][0] for x in stored]
-    if "offset" in given:
-        scales = [x + given["offset"][0] for x in scales]
+    scales = [decode.scale(x, spec, given) for x in stored]
     if "zeros" not in tile:
         return scales, None
     zeros = load_columns(tile["zeros"].at[group, mine], interpret=interpret)

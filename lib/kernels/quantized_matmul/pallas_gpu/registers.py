@@ -43,7 +43,7 @@ def load_words(ref: Any, rows: int, *, fours: bool, interpret: bool) -> Array:
         return_type=plgpu.ShapeDtypeStruct((HALF, rows), jnp.uint16, layout=TILE),
     )
     def load(_, ref):
-        i32, i8, c = _i32(), ir.IntegerType.get_signless(8), _constant
+        c = _constant
         tile_row = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]  # bytes from 8 rows to the next 8
         lane, warp = _lane_and_warp()
         # Lane 8 i + j says where row j of matrix i lies; matrices 0 and 1: words beside each other, 2 and 3:
@@ -60,24 +60,13 @@ def load_words(ref: Any, rows: int, *, fours: bool, interpret: bool) -> Array:
         place = arith.addi(arith.muli(in_tile, c(COLUMNS)), arith.muli(chunk, c(16)))
         place = arith.addi(place, arith.muli(arith.divui(row, c(8)), c(tile_row)))
         base = mgpu.utils.memref_ptr(ref)
-
-        def at(base, places, offset):
-            return llvm.getelementptr(base.type, base, places, [offset], i8, llvm.GEPNoWrapFlags.none)
-
-        base = at(base, [place], -(2**31))  # an index of the list
         word = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
         shape = TILE.to_mgpu().registers_shape((HALF, rows))
         registers = np.empty((rows // 16, 2, 2), object)
         for k in range(rows // 16):
-            four = llvm.inline_asm(
-                llvm.StructType.get_literal([i32] * 4),
-                [at(base, [], 2 * k * tile_row)],
-                "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];",
-                "=r,=r,=r,=r,r",
-                has_side_effects=True,
-            )
+            four = _load_matrices(base, arith.addi(place, c(2 * k * tile_row)), transposed=True)
             for i in range(4):
-                registers[k, i // 2, i % 2] = llvm.bitcast(word, llvm.extractvalue(i32, four, [i]))
+                registers[k, i // 2, i % 2] = llvm.bitcast(word, four[i])
         return mgpu.FragmentedArray(
             _registers=registers.reshape(shape), _layout=TILE.to_mgpu(), _is_signed=False
         )
@@ -255,6 +244,119 @@ def store_product(even: Array, odd: Array, ref: Any, *, interpret: bool) -> None
     store(even, odd, ref)
 
 
+def load_rows(ref: Any, rows: int, width: int, place: tuple[Any, int, int], *, interpret: bool) -> Array:
+    """The words of HALF rows of codes, of a plane of `width` bits [rows, COLUMNS]: words [HALF, HALF].
+
+    The codes are those from (`place[0]` * `place[1]` + `place[2]`) * HALF on, where the first is the
+    warpgroup; they are shifted to the lowest bits of each byte.
+    """
+    if interpret:
+        warpgroup, many, t = place
+        code = (warpgroup * many + t) * HALF + jnp.arange(HALF)
+        taken = lax.bitcast_convert_type(ref[...], jnp.uint8)[code % rows].astype(jnp.uint16)
+        taken = (taken >> (code // rows * width).astype(jnp.uint16)[:, None]).reshape(HALF, HALF, 2)
+        return taken[:, :, 0] | (taken[:, :, 1] << 8)
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(BYTES),),
+        return_type=plgpu.ShapeDtypeStruct((HALF, HALF), jnp.uint16, layout=TILE),
+    )
+    def load(_, ref):
+        c = _constant
+        tile_row = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]
+        lane, _ = _lane_and_warp()
+        first = _first_code(place)
+        shift = arith.muli(arith.divui(first, c(rows)), c(width))
+        # Matrices 0 and 1: rows that follow each other, 2 and 3: the words after theirs.
+        matrix, j = arith.divui(lane, c(8)), arith.remui(lane, c(8))
+        tile = arith.addi(arith.divui(arith.remui(first, c(rows)), c(8)), arith.remui(matrix, c(2)))
+        row = arith.addi(arith.muli(tile, c(tile_row)), arith.muli(j, c(COLUMNS)))
+        later, base = arith.divui(matrix, c(2)), mgpu.utils.memref_ptr(ref)
+        word = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
+        registers = np.empty((HALF // 16, 2, 2), object)
+        for k in range(HALF // 16):
+            chunk = arith.xori(arith.addi(later, c(2 * k)), j)  # the swizzle, of 16 bytes
+            four = _load_matrices(base, arith.addi(row, arith.muli(chunk, c(16))), transposed=False)
+            for i in range(4):
+                registers[k, i // 2, i % 2] = llvm.bitcast(word, arith.shrui(four[i], shift))
+        shape = TILE.to_mgpu().registers_shape((HALF, HALF))
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(shape), _layout=TILE.to_mgpu(), _is_signed=False
+        )
+
+    return load(ref)
+
+
+def load_rows_columns(
+    ref: Any, group: int | None, place: tuple[Any, int, int], *, interpret: bool
+) -> tuple[Array, Array]:
+    """What is stored [groups, COLUMNS] for groups of rows, at `load_rows`' codes: even columns, odd ones.
+
+    Both are [HALF, HALF] in layout TILE. group: codes of one, a multiple of 16; None: all have the same.
+    """
+    if interpret:
+        warpgroup, many, t = place
+        code = (warpgroup * many + t) * HALF + jnp.arange(HALF)
+        taken = ref[...][code // group if group else code * 0].reshape(HALF, HALF, 2)
+        return taken[:, :, 0], taken[:, :, 1]
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    out = plgpu.ShapeDtypeStruct((HALF, HALF), ref.dtype, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(out, out))
+    def load(_, ref):
+        index = lambda x: arith.index_cast(ir.IndexType.get(), x)  # noqa: E731
+        four = ir.VectorType.get((4,), ir.MemRefType(ref.type).element_type)
+        lane, _ = _lane_and_warp()
+        row = arith.divui(_first_code(place), _constant(group)) if group else _constant(0)
+        column = arith.muli(arith.remui(lane, _constant(4)), _constant(4))
+        parts: list[list] = [[], []]
+        for j in range(HALF // 8):
+            x = vector.load(four, ref, [index(row), index(arith.addi(column, _constant(16 * j)))])
+            for parity in (0, 1):  # the same in the rows r and r + 8
+                parts[parity] += [vector.shuffle(x, x, [parity, parity + 2])] * 2
+        layout, signed = TILE.to_mgpu(), mgpu.utils.is_signed(jnp.dtype(out.dtype))
+        return tuple(
+            mgpu.FragmentedArray(
+                _registers=_array(x, layout.registers_shape((HALF, HALF))),
+                _layout=layout,
+                _is_signed=signed,
+            )
+            for x in parts
+        )
+
+    return load(ref)
+
+
+def store_rows(tile: Array, ref: Any, *, interpret: bool) -> None:
+    """Write a tile [HALF, m] in layout TILE to shared memory [m, HALF]."""
+    if interpret:
+        ref[...] = tile.T
+        return
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, memref, vector
+
+    @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()))
+    def store(_, tile, ref):
+        c, index = _constant, lambda x: arith.index_cast(ir.IndexType.get(), x)
+        lane, warp = _lane_and_warp()
+        row = arith.addi(arith.muli(warp, c(16)), arith.divui(lane, c(4)))
+        token = arith.muli(arith.remui(lane, c(4)), c(2))
+        for eight, pair in enumerate(tile.registers.reshape(-1, 2)):
+            for half, register in enumerate(pair):
+                column = index(arith.addi(row, c(8 * half)))
+                for i in (0, 1):
+                    value = vector.extract(register, [], [i])
+                    memref.store(value, ref, [index(arith.addi(token, c(8 * eight + i))), column])
+
+    store(tile, ref)
+
+
 def _chosen(x: Array, table: np.ndarray) -> Array:
     """table[x], without a constant array, which a kernel can't hold."""
     value = jnp.zeros(x.shape, table.dtype)
@@ -276,13 +378,47 @@ def _constant(x: int):
     return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), x))  # type: ignore[call-arg]
 
 
+def _thread():
+    from jaxlib.mlir.dialects import gpu
+
+    return gpu.thread_id(gpu.Dimension.x)
+
+
 def _lane_and_warp():
     """This thread's place in its warp, and the warp's in the warpgroup."""
-    from jaxlib.mlir.dialects import arith, gpu
+    from jaxlib.mlir.dialects import arith
 
-    thread = arith.index_cast(_i32(), gpu.thread_id(gpu.Dimension.x))
+    thread = arith.index_cast(_i32(), _thread())
     warp = arith.remui(arith.divui(thread, _constant(32)), _constant(4))
     return arith.remui(thread, _constant(32)), warp
+
+
+def _first_code(place: tuple[Any, int, int]):
+    """The first of the 16 codes of this warp."""
+    from jaxlib.mlir.dialects import arith
+
+    _, many, t = place
+    c, (_, warp) = _constant, _lane_and_warp()
+    thread = arith.index_cast(_i32(), _thread())
+    tile = arith.addi(arith.muli(arith.divui(thread, c(128)), c(many)), c(t))
+    return arith.addi(arith.muli(tile, c(HALF)), arith.muli(warp, c(16)))
+
+
+def _load_matrices(base, place, *, transposed: bool) -> list:
+    """Four matrices of 8 x 8 words, one register of each; lane 8 i + j says where row j of matrix i lies."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    i8 = ir.IntegerType.get_signless(8)
+    pointer = llvm.getelementptr(base.type, base, [place], [-(2**31)], i8, llvm.GEPNoWrapFlags.none)
+    four = llvm.inline_asm(
+        llvm.StructType.get_literal([_i32()] * 4),
+        [pointer],
+        f"ldmatrix.sync.aligned.m8n8.x4{'.trans' * transposed}.shared.b16 {{$0, $1, $2, $3}}, [$4];",
+        "=r,=r,=r,=r,r",
+        has_side_effects=True,
+    )
+    return [llvm.extractvalue(_i32(), four, [i]) for i in range(4)]
 
 
 def _permute(a, b, selector):

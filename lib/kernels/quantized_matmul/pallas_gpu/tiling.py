@@ -7,7 +7,7 @@ from ....formats.packing import block_size, planes
 from ...common.chips import GPUS, SHARED_MEMORY
 from ...common.tiling import round_up
 from ..inputs import Inputs, Spec
-from .registers import COLUMNS
+from .registers import COLUMNS, HALF
 
 PROCESSORS = GPUS["H100 SXM"].processors
 TOKENS = 128  # the most that a program takes: accumulators then fill half of the registers
@@ -47,8 +47,8 @@ class Tiling(NamedTuple):
         return max(1, self.block // self.group)
 
 
-def tiling(call: Inputs, spec: Spec) -> tuple[Tiling | None, str | None]:
-    """The sizes for a call, or None and why there are none."""
+def tiling(call: Inputs, spec: Spec, backward: bool = False) -> tuple[Tiling | None, str | None]:
+    """The sizes for a call, or for its gradient, or None and why there are none."""
     bits, (M, _), (rows, N) = spec.format.bits, call.x.shape, call.codes.shape
     K = rows * 8 // bits
     block = math.gcd(128, K) if bits == 8 else block_size(K, bits)
@@ -56,21 +56,23 @@ def tiling(call: Inputs, spec: Spec) -> tuple[Tiling | None, str | None]:
     chunk = math.gcd(64, group, *(block * width // 8 for width, _ in planes(bits)))
     if N % COLUMNS:
         return None, f"the GPU kernel takes columns by {COLUMNS}, not {N}: W is never copied to pad it"
-    if chunk < 16:
-        return (
-            None,
-            f"the GPU kernel takes K by 128 and groups of whole 16s, not K={spec.K}, groups of {group}",
-        )
+    if chunk < 16 or block % HALF:
+        got = f"K={spec.K} in groups of {group}"
+        return None, f"the GPU kernel takes K by 128 (by 64 at 4 bits) in groups of whole 16s, not {got}"
     if block % group and group % block:
         return None, f"the GPU kernel takes groups that divide {block} or are multiples of it, not {group}"
     warpgroups = 2 if N % (2 * COLUMNS) == 0 else 1
     tokens = min(TOKENS, max(8, 1 << (M - 1).bit_length()))
-    found = Tiling(tokens, warpgroups, block, chunk, group, 1, 1)
-    programs = -(-M // tokens) * (N // found.columns)
-    splits = _splits(programs, K // block)
-    room = SHARED_MEMORY - 2 * warpgroups * AT_ONCE * COLUMNS * 4 - 4096  # results, bias and barriers
-    stages = min(STAGES, K // block // splits, room // _stage_bytes(call, found, bits))
-    return found._replace(splits=splits, stages=stages), None
+    if backward:
+        found = Tiling(tokens, min(2, block // HALF), block, HALF, group, 1, 1)
+        programs, steps = K // block, N // COLUMNS
+    else:
+        found = Tiling(tokens, warpgroups, block, chunk, group, 1, 1)
+        programs, steps = N // found.columns, K // block
+    splits = _splits(-(-M // tokens) * programs, steps)
+    room = SHARED_MEMORY - 2 * found.warpgroups * AT_ONCE * COLUMNS * 4 - 4096  # results, bias and barriers
+    step = _step_bytes(call, found, bits, COLUMNS if backward else found.columns, backward)
+    return found._replace(splits=splits, stages=min(STAGES, steps // splits, room // step)), None
 
 
 def _splits(programs: int, steps: int) -> int:
@@ -83,8 +85,8 @@ def _splits(programs: int, steps: int) -> int:
     return min((n for n in range(1, steps + 1) if steps % n == 0), key=cost)
 
 
-def _stage_bytes(call: Inputs, tiles: Tiling, bits: int) -> int:
-    x = tiles.tokens * tiles.block * call.x.dtype.itemsize
-    codes = tiles.block * bits // 8 * tiles.columns
+def _step_bytes(call: Inputs, tiles: Tiling, bits: int, columns: int, backward: bool) -> int:
+    tokens = tiles.tokens * (COLUMNS if backward else tiles.block) * call.x.dtype.itemsize
+    codes = tiles.block * bits // 8 * columns
     per_group = 4 + (call.zeros is not None)
-    return round_up(x + codes + tiles.groups * tiles.columns * per_group, 1024)
+    return round_up(tokens + codes + tiles.groups * columns * per_group, 1024)
