@@ -1,7 +1,8 @@
 """The product on TPU: which calls the kernels take, and their arrays around them.
 
-Codes, scales and zeros cross HBM as they are stored, once for every 256 tokens. Groups of a multiple of 128
-rows are scaled after their product, smaller ones before it.
+Codes, scales and zeros cross HBM as they are stored, once for every 256 tokens. Groups are scaled after their
+product. Groups of less than 128 rows, the depth of the matrix unit, are so for few tokens alone: x has a copy
+for each group of a tile then, with zeros for the others. For many tokens W is scaled before.
 """
 
 import math
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -25,8 +27,9 @@ from ..decode import block_of, unpack_rows
 from ..inputs import Inputs, Spec, largest_whole
 from ..tiling import TPUTiling, for_tpu
 from .kernels import Kind, Product, backward_kernel, forward_kernel, terms
-from .tiles import BF16, TILE, Tiles, even_first, exact, in_order, line, split
+from .tiles import BF16, TILE, Tiles, even_first, exact, in_order, is_fp4_e2m1, line, split
 
+APART = 128  # rows of x and its copies, up to which small groups are scaled after the product
 LEAST_GROUP = 4  # rows that share a scale: those that the bytes of a word come from
 ROWS = 16  # groups are padded to a multiple of the rows of a bfloat16 register
 
@@ -66,7 +69,7 @@ def backward(call: Inputs, cotangent: Array, spec: Spec, *, interpret: bool) -> 
 def forward_tiled(call: Inputs, spec: Spec, tiling: TPUTiling, *, interpret: bool) -> Array:
     """`forward` with blocks of one's choice."""
     size, t, wide = _sizes(call, spec), tiling, call.x.dtype == F32
-    p = _product(size, spec, t, _kind(spec, size, wide), _parts_of(call, spec), wide, interpret)
+    p = _product(size, spec, t, _kind(call, spec, size), _parts_of(call, spec), wide, interpret)
     x, scales = call.x.astype(F32), None
     if spec.activations is not None:
         rounded = quantize_activations(call.x, spec)
@@ -80,7 +83,10 @@ def forward_tiled(call: Inputs, spec: Spec, tiling: TPUTiling, *, interpret: boo
     semantics = ("parallel", "parallel", "arbitrary")
     launch = Launch("quantized_matmul", steps, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT)
     operand = x.astype(jnp.int8)[None] if p.kind is Kind.WHOLE else _in_parts(even_first(x), p.parts)
-    launch.add("x", operand, pl.BlockSpec((p.parts, t.tokens, t.depth), lambda m, n, k: (0, m, k)))
+    if p.apart > 1:
+        operand = _apart(operand, p.apart)
+    block = pl.BlockSpec((p.parts * p.apart, t.tokens, t.depth), lambda m, n, k: (0, m, k))
+    launch.add("x", operand, block)
     groups = round_up(size.groups, ROWS) if corrected else size.groups
     _read(launch, call, spec, size, t, p, groups, lambda n, k: (k, n))
     if corrected:
@@ -149,6 +155,8 @@ def _together(group_size: int) -> int:
 def _launch_sizes(call: Inputs, spec: Spec, backward: bool) -> TPUTiling | None:
     size, bits = _sizes(call, spec), spec.format.bits
     parts = _parts_of(call, spec) if not backward else 3 if call.x.dtype == F32 else 1
+    if not backward and _kind(call, spec, size) is not Kind.SCALED:
+        parts *= max(TILE // size.group, 1)
     return for_tpu(
         size.M, size.K, size.N, block=size.block, bits=bits, groups=size.groups, parts=parts, whole=backward
     )
@@ -168,14 +176,18 @@ def _parts_of(call: Inputs, spec: Spec) -> int:
     return 1 if _one_scale(spec) and exact(spec.activations.element) else 2 + wide
 
 
-def _kind(spec: Spec, size: _Sizes, wide: bool) -> Kind:
-    if size.group % TILE:
+def _kind(call: Inputs, spec: Spec, size: _Sizes) -> Kind:
+    element, bits = spec.format.element, spec.format.bits
+    linear, small = line(element), size.group < TILE
+    if small and size.M * _parts_of(call, spec) * (TILE // size.group) > APART:
         return Kind.SCALED
-    linear, bits = line(spec.format.element), spec.format.bits
-    if linear is not None and _one_scale(spec) and (largest_whole(spec.activations) or 128) < 128:
+    whole = _one_scale(spec) and (largest_whole(spec.activations) or 128) < 128
+    if whole and linear is not None and not small:
         return Kind.WHOLE
+    if is_fp4_e2m1(element):
+        return Kind.FOURFOLD
     # Of float32 x more digits are wanted than are left where the sum of x, many times over, is taken off.
-    return Kind.COUNTED if linear is not None and bits < 8 and not wide else Kind.VALUES
+    return Kind.COUNTED if linear is not None and bits < 8 and call.x.dtype != F32 else Kind.VALUES
 
 
 def _product(
@@ -199,6 +211,14 @@ def _product(
 def _in_parts(x: Array, parts: int) -> Array:
     """Bfloat16 arrays [parts, ...] that add up to x."""
     return jnp.stack([part.astype(BF16) for part in split(x, parts)])
+
+
+def _apart(x: Array, groups: int) -> Array:
+    """Copies [parts * groups, M, K] of x [parts, M, K], each with one group's channels in every tile."""
+    parts, M, K = x.shape
+    group = (np.arange(K) % (TILE // 2)) // (TILE // 2 // groups)  # of each channel: even ones come first
+    keep = group == np.arange(groups)[:, None]
+    return jnp.where(keep[:, None], x[:, None], 0).reshape(parts * groups, M, K)
 
 
 def _read(

@@ -22,6 +22,7 @@ class Kind(enum.Enum):
 
     VALUES = "decoded values, scaled after the product of each group"
     COUNTED = "codes counted from the lowest one, plus 2^bits; the same"
+    FOURFOLD = "four times values of fp4_e2m1; the same"
     WHOLE = "int8 codes, and x in int8 too; the same"
     SCALED = "decoded values times their scale"
 
@@ -65,12 +66,17 @@ class Product:
         if self.kind is Kind.WHOLE:  # u is n less 2^(bits - 1) where codes are signed or have 8 bits
             lowest = 2 ** (bits - 1) if self.tiles.signed or bits == 8 else 0
             return linear.gain, linear.start + linear.gain * lowest
-        return 1.0, 0.0
+        return (0.25 if self.kind is Kind.FOURFOLD else 1.0), 0.0
 
     @property
     def joined(self) -> bool:
         """All tiles of a block are multiplied at once."""
         return self.kind is Kind.SCALED or self.tiles.group % self.tiles.block == 0
+
+    @property
+    def apart(self) -> int:
+        """The groups of a tile that are scaled after the product: each has a copy of x, zero elsewhere."""
+        return 1 if self.kind is Kind.SCALED else max(TILE // self.tiles.group, 1)
 
     # Inside a kernel:
 
@@ -82,38 +88,49 @@ class Product:
             stored = CodedScales(stored, outer_ref[0, 0], offset, self.format.scheme.element)
         return self.format.scheme.scale(Scaling(stored))
 
-    def tile(self, words: Array, tile: int, number: Any, scale_ref, zero_ref) -> list[Array]:
-        """One tile of a block, `number` in all of W, in as many parts as it takes."""
-        if self.kind is Kind.COUNTED:
-            return [self.tiles.counted(words, tile)]
-        if self.kind is Kind.WHOLE:
-            return [self.tiles.whole(words, tile)]
-        if self.kind is Kind.VALUES:
-            return self.tiles.decoded(words, tile)
-        zero = None if zero_ref is None else self.tiles.spread(zero_ref, number)
-        return self.tiles.decoded(words, tile, self.tiles.spread(scale_ref, number), zero)
-
     def tiles_of(self, codes_ref, i: Any, first: Any, scale_ref, zero_ref) -> list[list[Array]]:
-        """The tiles of block i of this grid step, whose first block is `first`; one if they are joined."""
-        words, n = self.tiles.words(codes_ref, i), self.tiles.per_block
-        made = [self.tile(words, t, (first + i) * n + t, scale_ref, zero_ref) for t in range(n)]
+        """The tiles of block i of this grid step, whose first block is `first`; one if they are joined.
+
+        Each in as many parts as it takes.
+        """
+        tiles, words = self.tiles, self.tiles.words(codes_ref, i)
+        n = tiles.per_block
+
+        def scaled(tile: int) -> list[Array]:
+            number = (first + i) * n + tile  # in all of W
+            zero = None if zero_ref is None else tiles.spread(zero_ref, number)
+            return tiles.decoded(words, tile, tiles.spread(scale_ref, number), zero)
+
+        if self.kind is Kind.FOURFOLD:
+            bits = tiles.fp4_e2m1(words)
+        make: dict[Kind, Callable[[int], list[Array]]] = {
+            Kind.VALUES: lambda tile: tiles.decoded(words, tile),
+            Kind.COUNTED: lambda tile: [tiles.counted(words, tile)],
+            Kind.FOURFOLD: lambda tile: [tiles.fourfold(*bits, tile)],
+            Kind.WHOLE: lambda tile: [tiles.whole(words, tile)],
+            Kind.SCALED: scaled,
+        }
+        made = [make[self.kind](t) for t in range(n)]
         if self.joined and n > 1:
             made = [[jnp.concatenate(parts, 0) for parts in zip(*made, strict=True)]]
         return made
 
-    def multiply(self, x: Array, tile: list[Array], axis: int = 0) -> Array:
-        """x [parts, tokens, .] times a tile, over its rows (axis 0) or columns, in float32."""
-        tokens = x.shape[1]
-        total: Any = 0.0
+    def multiply(self, x: Array, tile: list[Array], axis: int = 0) -> list[Array]:
+        """x times a tile, over its rows (axis 0) or columns, in float32: for each of its groups apart.
+
+        x [parts * apart, tokens, .]: the copies for all groups, of the first part of x, then of the next.
+        """
+        tokens, n = x.shape[1], self.apart
+        sums: list[Any] = [0.0] * n
         for j, part in enumerate(tile):
-            used = self.parts - j if len(tile) > 1 else self.parts
+            used = n * min(self.parts, max(self.parts, len(tile)) - j)  # no products of small parts
             rows = x[0] if used == 1 else x[:used].reshape(used * tokens, x.shape[2])
             dtype = jnp.int32 if self.kind is Kind.WHOLE else F32
             y = lax.dot_general(rows, part, (((1,), (axis,)), ((), ())), preferred_element_type=dtype)
             y = y.astype(F32)
             for p in range(used):
-                total = total + y[p * tokens : (p + 1) * tokens]
-        return total
+                sums[p % n] = sums[p % n] + y[p * tokens : (p + 1) * tokens]
+        return sums
 
     def each_block(self, visit: Callable[[Any], None]) -> None:
         def step(i: Any, _: Any) -> Any:
@@ -156,11 +173,14 @@ def forward_kernel(
         depth = size // len(made)
         for t, tile in enumerate(made):
             here = pl.ds(pl.multiple_of(i * size + t * depth, depth), depth)
-            y = p.multiply(x_ref[:, :, here], tile)
-            if p.kind is not Kind.SCALED:
-                row = lax.div((first + i) * len(made) + t, np.int32(p.tiles.group // depth))
-                y = y * scale_ref[pl.ds(row, 1), :]
-            total = total + y
+            sums = p.multiply(x_ref[:, :, here], tile)
+            if p.kind is Kind.SCALED:
+                total = sums[0]
+                continue
+            number = (first + i) * len(made) + t  # of this tile in all of W
+            row = number * p.apart if p.apart > 1 else lax.div(number, np.int32(p.tiles.group // depth))
+            for j, y in enumerate(sums):
+                total = total + y * scale_ref[pl.ds(row + j, 1), :]
         sum_ref[...] += total
 
     p.each_block(visit)
@@ -193,7 +213,7 @@ def backward_kernel(
 
     def visit(i):
         (tile,) = p.tiles_of(codes_ref, i, 0, scale_ref, zero_ref)
-        sum_ref[:, pl.ds(pl.multiple_of(i * size, TILE), size)] += p.multiply(dy_ref[...], tile, axis=1)
+        sum_ref[:, pl.ds(pl.multiple_of(i * size, TILE), size)] += p.multiply(dy_ref[...], tile, axis=1)[0]
 
     p.each_block(visit)
 

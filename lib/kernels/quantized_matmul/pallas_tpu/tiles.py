@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ....formats import Format
+from ....formats import Format, Minifloat
 from ....formats.element import Element
 from ....formats.packing import planes
 from ...common.tpu import F32, iota
@@ -82,6 +82,12 @@ def exact(element: Element) -> bool:
         values = np.asarray(element.decode(jnp.asarray(codes)), np.float32)
         rounded = np.asarray(truncated(jnp.asarray(values)))
     return bool(np.all((rounded == values) | np.isnan(values)))
+
+
+def is_fp4_e2m1(element: Element) -> bool:
+    """Say whether these are the 4-bit floating-point numbers of MXFP4 and NVFP4."""
+    bits = {"exponent": 2, "mantissa": 1, "bias": 1, "signed": True, "reserved": 0}
+    return isinstance(element, Minifloat) and all(getattr(element, name) == n for name, n in bits.items())
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,26 @@ class Tiles:
         lowest = (1 << (self.bits - 1 + up)) if self.signed else 0  # the sign bit counts from the other end
         pattern = _int32((((127 + self.bits) << 7) | lowest) * 0x00010001)
         halves = [self.fields(words, tile, byte, 2, up) ^ pattern for byte in (0, 1)]
+        return jnp.concatenate([pltpu.bitcast(half, BF16) for half in halves], 0)
+
+    def fp4_e2m1(self, words: Array) -> tuple[Array, Array]:
+        """Turn the eight codes of every word into bits of bfloat16 numbers: three lower, two highest.
+
+        Of a code with sign s, exponent e and mantissa m, four times the value has the exponent 128 + e' and
+        the first digit m': with e' = e and m' = m, but for 0.5, which is 2^1 there: e' = m' = 0. Zero has
+        none of the bits, not 128 either.
+        """
+        ones = _int32(0x11111111)
+        normal, mantissa = ((words >> 1) | (words >> 2)) & ones, words & ones
+        low = (words & _int32(0x66666666)) | (mantissa & normal)
+        high = (words & _int32(0x88888888)) | ((mantissa | normal) << 2)
+        return low, high
+
+    def fourfold(self, low: Array, high: Array, tile: int) -> Array:
+        """A tile of four times the values, of what `fp4_e2m1` gives."""
+        halves = [
+            self.fields(low, tile, byte, 2, 6) | self.fields(high, tile, byte, 2, 12) for byte in (0, 1)
+        ]
         return jnp.concatenate([pltpu.bitcast(half, BF16) for half in halves], 0)
 
     def whole(self, words: Array, tile: int) -> Array:

@@ -1,0 +1,203 @@
+"""The TPU kernels of quantized_matmul alone: how codes become tiles, several grid steps, bytes, compilers."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.benchmarks.deviceless_tpu import CHIPS, compile_for, has_libtpu
+from frugax.formats import format_named, quantize
+from frugax.kernels.quantized_matmul import pallas_tpu, reference
+from frugax.kernels.quantized_matmul.inputs import check
+from frugax.kernels.quantized_matmul.pallas_tpu.tiles import even_first, exact, in_order, line, split
+from frugax.kernels.quantized_matmul.tiling import TPUTiling, for_tpu
+from tests.errors import assert_close
+from tests.kernels.harness import OPERATIONS, widened
+
+from .definition import dequantized
+from .definition import quantized_matmul as quantized_matmul_in_float64
+
+ROW = OPERATIONS["quantized_matmul"]
+
+
+def case(format, group=None, K=512, **more):
+    return {"format": format, "group": group, "K": K, "N": 130, "B": 3} | more
+
+
+def call_of(given):
+    """Return a case's checked call, and its arguments."""
+    arguments = ROW.arguments(given)
+    x, bias = jnp.asarray(arguments["x"]), arguments.get("bias")
+    bias = None if bias is None else jnp.asarray(bias)
+    return check(x, arguments["w"], bias, arguments.get("activations"), None), arguments
+
+
+# What a kernel makes of codes: each pair of (bits, what is multiplied), scaled before or after.
+KERNELS = [
+    case("uint3", 256, dtype="bfloat16"),  # counted: three planes
+    case("int8", 384, K=768, dtype="bfloat16"),  # one group ends within a block of codes
+    case("nvfp4", 16, K=384),  # blocks of 128 codes
+    case("int4", 128, activations="int8", dtype="bfloat16", bias=True),  # int8 codes
+    case("uint8", 256, activations="int8"),
+    case("bipolar6", 64, dtype="bfloat16"),
+    case("int1", 256, dtype="bfloat16"),
+    case("int2", 128, activations="int8"),
+    case("mxfp8", 32, activations="fp8_e4m3"),
+    case("ternary", dtype="bfloat16"),
+    case("nf4", 64),
+    case("int5", 48),
+    case("fp6_e3m2", 8),
+    case("bipolar8", 128, activations="bipolar7"),
+    case("bfp6", 16, dtype="bfloat16"),
+    case("int7", 512, dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize(
+    "given", [*KERNELS[:4], *(pytest.param(c, marks=pytest.mark.full) for c in KERNELS[4:])], ids=str
+)
+def test_grid_steps_add_up(given):
+    """Several steps along tokens, columns and depth give the definition's product and gradient."""
+    (call, spec), arguments = call_of(given | {"B": 20, "N": 200})
+    assert pallas_tpu.unsupported_reason(call, spec) is None
+    dy = np.random.default_rng(0).standard_normal((20, 200)).astype(call.x.dtype)
+    small = TPUTiling(16, 128, 256 if given["K"] % 256 == 0 else 128)
+    y = jax.jit(partial(pallas_tpu.forward_tiled, spec=spec, tiling=small, interpret=True))(call)
+    whole = TPUTiling(16, 128, given["K"])
+    backward = partial(pallas_tpu.backward_tiled, spec=spec, tiling=whole, interpret=True)
+    dx = jax.jit(backward)(call, jnp.asarray(dy))
+    if spec.activations is None or spec.activations.name == "int8":
+        want = quantized_matmul_in_float64(**widened(arguments))
+    else:
+        want = reference.forward(call, spec)
+    dtype = str(call.x.dtype)
+    assert_close(y, want, dtype)
+    assert_close(dx, dy.astype(float) @ dequantized(arguments["w"]).T, dtype)
+
+
+ELEMENTS = [
+    f"{kind}{bits}" for kind, first in (("int", 2), ("uint", 2), ("bipolar", 1)) for bits in range(first, 9)
+]
+
+
+def test_values_on_a_line_and_values_that_round():
+    """Integers lie on a line from their lowest code on; codebooks and minifloats on none."""
+    for name in (*ELEMENTS, "ternary"):
+        element = format_named(name).element
+        found = line(element)
+        codes = np.arange(2**element.bits) - (2 ** (element.bits - 1) if element.lowest < 0 else 0)
+        values = found.gain * np.arange(2**element.bits) + found.start
+        np.testing.assert_array_equal(values, element.decode(jnp.asarray(codes, jnp.int32)))
+        assert exact(element)
+    for name in ("nf4", "fp4_e2m1", "fp6_e3m2", "fp8_e4m3", "fp8_e5m2"):
+        assert line(format_named(name).element) is None
+        assert exact(format_named(name).element) == (name != "nf4")
+
+
+def test_parts_add_up_and_channels_come_back():
+    x = jax.random.normal(jax.random.key(0), (3, 256))
+    parts = split(x, 3)
+    for part in parts:
+        np.testing.assert_array_equal(part, part.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_array_equal(sum(np.asarray(part, float) for part in parts), np.asarray(x, float))
+    np.testing.assert_array_equal(in_order(even_first(x)), x)
+    np.testing.assert_array_equal(
+        even_first(jnp.arange(256))[jnp.array([0, 1, 64, 128, 192])], [0, 2, 1, 128, 129]
+    )
+
+
+def test_sizes_follow_from_memory():
+    """A few tokens: whole depth, few steps. Longer sums go in parts; what never fits is refused."""
+    sizes = partial(for_tpu, block=256, bits=4, groups=32, parts=1)
+    assert sizes(8, 4096, 4096) == TPUTiling(8, 512, 4096)
+    assert sizes(4096, 4096, 4096).tokens == 256
+    assert sizes(8, 2**17, 256).depth < 2**17
+    assert sizes(8, 2**24, 256, whole=True) is None
+
+
+def blocks_read(f, *args):
+    """Return the bytes of all blocks that f's kernel reads and writes; one that stays is counted once."""
+    calls = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                calls.append(equation)
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(f)(*args).jaxpr)
+    (call,) = calls
+    mapping = call.params["grid_mapping"]
+    total = 0
+    for block in mapping.block_mappings:
+        size = np.prod([getattr(n, "block_size", n) or 1 for n in block.block_shape])
+        size *= block.array_aval.dtype.itemsize
+        at = [
+            tuple(
+                int(i)
+                for i in jax.core.eval_jaxpr(block.index_map_jaxpr.jaxpr, block.index_map_jaxpr.consts, *step)
+            )
+            for step in np.ndindex(*mapping.grid)
+        ]
+        total += size * (1 + sum(a != b for a, b in itertools.pairwise(at)))
+    return total
+
+
+@pytest.mark.parametrize("format", ["int4", "uint3", "nvfp4", "mxfp8", "int2"])
+def test_memory_traffic_is_that_of_packed_weights(format):
+    """At batch 8, all that crosses HBM is within 1.1 of codes, scales and zeros."""
+    M, K, N = 8, 4096, 4096
+    group = None if format_named(format).group_size else 128
+    w = jax.eval_shape(
+        lambda W: quantize(W, format, group_size=group), jax.ShapeDtypeStruct((K, N), jnp.float32)
+    )
+    x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
+
+    def product(x, w):
+        call, spec = check(x, w, None, None, None)
+        return pallas_tpu.forward(call, spec, interpret=False)
+
+    packed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(w))
+    assert packed <= blocks_read(product, x, w) <= 1.1 * packed
+
+
+COMPILED = [
+    ({"format": "int4", "B": 8, "K": 512, "N": 384, "group": 128, "bias": True}, "bfloat16", None),
+    ({"format": "nvfp4", "B": 3, "K": 384, "N": 200}, "bfloat16", None),
+    ({"format": "uint3", "B": 300, "K": 300, "N": 200, "group": 100}, "float32", None),
+    ({"format": "int4", "B": 40, "K": 512, "N": 200, "group": 128, "bias": True}, "bfloat16", "int8"),
+    ({"format": "uint8", "B": 3, "K": 512, "N": 200, "group": 384}, "float32", None),
+    ({"format": "nf4", "B": 3, "K": 256, "N": 200, "group": 128}, "float32", "fp8_e4m3"),
+    ({"format": "bipolar7", "B": 3, "K": 512, "N": 200}, "bfloat16", None),
+    ({"format": "mxfp6_e3m2", "B": 3, "K": 256, "N": 200}, "bfloat16", None),
+    ({"format": "int1", "B": 3, "K": 256, "N": 200}, "bfloat16", "int8"),
+    ({"format": "bfp8", "B": 3, "K": 256, "N": 200}, "bfloat16", "int4"),
+]
+
+
+@pytest.mark.deviceless
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed (the `deviceless` extra)")
+@pytest.mark.parametrize(
+    ("chip", "given", "dtype", "activations"),
+    [
+        pytest.param(chip, *given, marks=[] if (chip, i) in (("v5e", 3), ("tpu7x", 1)) else pytest.mark.full)
+        for chip in CHIPS
+        for i, given in enumerate(COMPILED)
+    ],
+)
+def test_kernels_compile(chip, given, dtype, activations):
+    """Both passes, for what the harness' calls leave out."""
+    (call, spec), _ = call_of(given | {"dtype": dtype, "activations": activations})
+
+    def both(call, dy):
+        y = pallas_tpu.forward(call, spec, interpret=False)
+        return y, pallas_tpu.backward(call, dy, spec, interpret=False)
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), call)
+    dy = jax.ShapeDtypeStruct((call.x.shape[0], call.codes.shape[1]), call.x.dtype)
+    compile_for(chip, both, shapes, dy)
