@@ -1,5 +1,6 @@
 """Run on CPU unless told otherwise, with shapes and dtypes of every frugax signature checked at run time."""
 
+import gc
 import os
 
 from jaxlib import xla_client
@@ -28,6 +29,13 @@ from tests.cases import SECOND_CHIPS
 
 pytest_plugins = ["tests.costs", "tests.minutes"]
 jaxtyping.install_import_hook("frugax", "beartype.beartype")
+
+
+def pytest_collection_finish():
+    """Collect garbage seldom: traces make objects by the million, and each round walks over all imports."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture
