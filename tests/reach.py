@@ -6,6 +6,7 @@ package gathers. A string that names a module, a file or a folder is an import t
 """
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def is_package(module: str) -> bool:
     return MODULES[module].endswith("__init__.py")
 
 
+@functools.cache
 def parse(file: str) -> ast.Module:
     return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
@@ -58,10 +60,11 @@ def dotted(node: ast.AST) -> str | None:
     return None
 
 
-def imported(file: str, tree: ast.Module) -> dict[str, str]:
+@functools.cache
+def imported(file: str) -> dict[str, str]:
     """Return the names that a file's imports bind -> what they stand for."""
     bound = {}
-    for node in ast.walk(tree):
+    for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 bound |= {alias.asname: alias.name} if alias.asname else {alias.name.split(".")[0]: ""}
@@ -80,7 +83,7 @@ def resolved(name: str, seen: tuple[str, ...] = ()) -> Iterator[str]:
         return
     module = ".".join(parts[:known])
     if known < len(parts) and is_package(module):
-        inside = imported(MODULES[module], parse(MODULES[module]))
+        inside = imported(MODULES[module])
         if inside.get(parts[known], "").split(".")[0] in FOLDERS:
             yield from resolved(".".join([inside[parts[known]], *parts[known + 1 :]]), (*seen, name))
             return
@@ -98,10 +101,11 @@ def strings(file: str, text: str) -> Iterator[str]:
         yield from (f for f in NAMES if f == text or f.startswith(text.rstrip("/") + "/"))
 
 
+@functools.cache
 def direct(file: str) -> set[str]:
     """Files that a file names."""
     tree = parse(file)
-    bound, found = imported(file, tree), set()
+    bound, found = imported(file), set()
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):

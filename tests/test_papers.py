@@ -1,8 +1,10 @@
 """lib/papers/ tells the truth: symbols exist, tests are collected, and the command finds them."""
 
+import ast
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,22 @@ def test_each_says_what_is_left_out():
     assert {p.left_out == "nothing" for p in papers()} == {True, False}
 
 
+def named_tests() -> set[str]:
+    return {test for paper in papers() for test in paper.tests}
+
+
+def test_every_named_test_is_a_function():
+    missing = []
+    for file, names in groupby(sorted(named_tests()), key=lambda test: test.partition("::")[0]):
+        tree = ast.parse((ROOT / file).read_text())
+        there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        missing += [name for name in names if name.partition("::")[2] not in there]
+    assert not missing
+
+
+@pytest.mark.full
 def test_every_named_test_is_collected():
-    named = {test for paper in papers() for test in paper.tests}
+    named = named_tests()
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=", *sorted(named)]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout[-2000:]

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import pytest
 
 import frugax
-from tests.devices import run_alone
+from tests.devices import QUICK, run_alone
 
 X = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("backend", ["none", pytest.param("xla", marks=pytest.mark.full)])
 def test_a_cpu_never_imports_pallas(backend):
-    run_alone("tests.kernels.common.without_pallas", backend)
+    run_alone("tests.kernels.common.without_pallas", backend, flags=QUICK)
 
 
 def test_calls_that_are_alike_share_one_trace():
