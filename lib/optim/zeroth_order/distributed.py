@@ -56,9 +56,10 @@ def distzo2_step(
     Example:
         >>> import frugax, jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-        >>> w, info = frugax.optim.zeroth_order.distzo2_step(
-        ...     lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), jnp.eye(3), jax.random.key(0),
-        ...     learning_rate=0.1, epsilon=1e-3, mesh=mesh, data_axis="data")
+        >>> step = jax.jit(lambda w, x, key: frugax.optim.zeroth_order.distzo2_step(
+        ...     lambda w, x: jnp.mean((x @ w) ** 2), w, x, key,
+        ...     learning_rate=0.1, epsilon=1e-3, mesh=mesh, data_axis="data"))
+        >>> w, info = step(jnp.ones(3), jnp.eye(3), jax.random.key(0))
         >>> round(float(info.loss), 3)
         1.0
     """
@@ -139,9 +140,10 @@ def one_byte_step(
     Example:
         >>> import frugax, jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((1,), ("worker",), axis_types=(jax.sharding.AxisType.Auto,))
-        >>> w, sent = frugax.optim.zeroth_order.one_byte_step(
-        ...     lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones(3), jnp.eye(3), jax.random.key(0),
-        ...     learning_rate=0.1, epsilon=1e-3, limit=10.0, mesh=mesh, axis="worker")
+        >>> step = jax.jit(lambda w, x, key: frugax.optim.zeroth_order.one_byte_step(
+        ...     lambda w, x: jnp.mean((x @ w) ** 2), w, x, key,
+        ...     learning_rate=0.1, epsilon=1e-3, limit=10.0, mesh=mesh, axis="worker"))
+        >>> w, sent = step(jnp.ones(3), jnp.eye(3), jax.random.key(0))
         >>> sent.nbytes
         1
     """

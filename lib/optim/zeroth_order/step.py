@@ -70,10 +70,11 @@ def zo_step(
     Example:
         >>> import frugax, jax, jax.numpy as jnp
         >>> zo = frugax.optim.zeroth_order
+        >>> step = jax.jit(lambda w, key: zo.zo_step(
+        ...     lambda w: jnp.sum(w**2), w, key, learning_rate=0.05, estimator=zo.forward_gradient()))
         >>> w = jnp.ones(4)
         >>> for key in jax.random.split(jax.random.key(0), 100):
-        ...     w, info = zo.zo_step(lambda w: jnp.sum(w**2), w, key, learning_rate=0.05,
-        ...                          estimator=zo.forward_gradient())
+        ...     w, info = step(w, key)
         >>> bool(info.loss < 0.1)
         True
     """
