@@ -215,6 +215,9 @@ OPERATIONS = {
             states=(),
             split=("b", "n"),
             placed={"format": "int4", "B": 4, "T": 2, "K": 64, "N": 256, "group": 32, "bias": True},
+            exported=matmul_calls.COMPILED[0],
+            on_tpu=matmul_calls.COMPILED,
+            on_gpu=matmul_calls.COMPILED,
         ),
         Row(
             frugax.kernels.quantized_update,

@@ -73,6 +73,8 @@ ON_GPU = [
 CASES = {
     "reference": FLOAT64,
     "xla": [*PLAIN, *ROUNDED, *BY_BITS, *FLOAT64],
+    "pallas_tpu": ON_TPU,
+    "pallas_gpu": ON_GPU,
     None: [PLAIN[1], ROUNDED[0]],
 }
 
@@ -119,6 +121,10 @@ WRONG = [
     ({"method": "planes"}, "method: got 'planes' with w int4; expected bipolar"),
     (shaped("nf4") | {"method": "lut"}, "method: got 'lut' for w nf4; expected integers or bipolar"),
     ({"method": "table"}, "method: got 'table'; expected 'dot', 'planes'"),
+]
+REFUSED = [
+    ("pallas_tpu", {"method": "lut"}, "'lut'"),
+    ("pallas_gpu", {}, "not float32"),
 ]
 COMPILED = [
     {"format": "int4", "B": 16, "K": 4096, "N": 1024, "group": 128, "dtype": "bfloat16"},
