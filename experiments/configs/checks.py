@@ -105,6 +105,7 @@ TRAINING = {
     "model.dtype": FLOATING,
     "model.param_dtype": FLOATING,
     "model.backend": TEXT,
+    "model.low_bit": TEXT,
     **{f"optimizer.{name}": field for name, field in OPTIMIZER.items()},
     "checkpoint.every": integer(0),
     "checkpoint.keep": integer(1),

@@ -47,6 +47,7 @@ def defaults() -> ConfigDict:
     config.model.dtype = "float32"  # of activations and matmuls
     config.model.param_dtype = "float32"  # below a narrower dtype, these are its master weights
     config.model.backend = ""  # of frugax.kernels; empty: by the platform
+    config.model.low_bit = ""  # a recipe of frugax.quant.training, such as "nvfp4", for dense layers
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or "muon", or another of frugax.optim, optax, optax.contrib

@@ -66,7 +66,7 @@ def build_model(config: ConfigDict) -> Any:
         raise ValueError(
             f"model.pattern: got {tuple(model.pattern)}; expected names of model.blocks ({there_are})"
         )
-    return frugax.layers.Decoder(
+    decoder = frugax.layers.Decoder(
         vocab_size=model.vocab_size,
         width=model.width,
         blocks=tuple(_build_block(model, name) for name in model.pattern),
@@ -79,6 +79,17 @@ def build_model(config: ConfigDict) -> Any:
         param_dtype=jnp.dtype(model.param_dtype),
         backend=model.backend or None,
     )
+    return _in_few_bits(decoder, model.low_bit) if model.low_bit else decoder
+
+
+def _in_few_bits(decoder: Any, name: str) -> Any:
+    try:
+        recipe = frugax.quant.training.recipe_named(name)
+    except ValueError as error:
+        raise ValueError(f"model.low_bit: {error}") from error
+    if recipe.history:
+        raise ValueError(f"model.low_bit: got {name!r}; expected a recipe without a history of its own")
+    return frugax.quant.training.LowBit(decoder, recipe)
 
 
 def _build_block(model: ConfigDict, name: str) -> Any:
@@ -104,9 +115,10 @@ def shapes_of(module: Any, config: ConfigDict) -> Any:
     try:
         return trace(module)
     except Exception as error:  # layers refuse in words, but for a type or a zero that they did not think of
-        for name, block in zip(config.model.pattern, module.blocks, strict=True):
+        decoder = module.module if config.model.low_bit else module
+        for name, block in zip(config.model.pattern, decoder.blocks, strict=True):
             try:
-                trace(module.clone(blocks=(block,), repeats=1))
+                trace(decoder.clone(blocks=(block,), repeats=1))
             except Exception as its_error:
                 raise ValueError(
                     f"model.blocks.{name}: {type(its_error).__name__}: {its_error}"

@@ -72,8 +72,9 @@ def make_train_step(
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
     def weighted_loss(params, batch, total_weight, rng):
+        rngs = {"dropout": rng, "low_bit": jax.random.fold_in(rng, 1)}
         logits_BTV, _ = module.apply(
-            {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], rngs={"dropout": rng}
+            {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs
         )
         losses_BT = optax.softmax_cross_entropy_with_integer_labels(
             logits_BTV.astype(jnp.float32), batch["targets"]

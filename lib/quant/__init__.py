@@ -1,5 +1,6 @@
 """Quantization of trained weights: pure functions of weights and of statistics of their inputs."""
 
+from . import training
 from .awq import Awq, awq, awq_scale
 from .calibrate import calibrate
 from .clipping import clip_weights
@@ -34,4 +35,5 @@ __all__ = [
     "save_params",
     "sensitive_layers",
     "smoothquant_scale",
+    "training",
 ]

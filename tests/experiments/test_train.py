@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -53,6 +54,16 @@ def test_it_learns(run):
     assert len(losses) == 30
     # Knowing nothing costs ln 256; half-knowing which bytes are common costs a good nat less.
     assert np.mean(losses[-5:]) < math.log(256) - 0.5
+
+
+@pytest.mark.full
+def test_it_learns_in_few_bits(corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path, steps=30, model__low_bit="nvfp4", sample__tokens=0)
+    assert training.train(config)["held_out_bits_per_byte"] < 8 - 0.7
+    _, module, variables, _, _ = load_run(tmp_path)
+    tokens = jnp.ones((1, 5), jnp.int32)
+    low, exact = (m.apply(variables, tokens)[0] for m in (module, module.module))
+    assert 0 < float(jnp.abs(low - exact).max()) < 1
 
 
 def test_it_leaves_what_it_promises(run):
@@ -285,6 +296,8 @@ def test_two_devices_by_jit_and_by_pmap_have_the_losses_of_one(corpus, tmp_path)
         (dict(checkpoint__keep=0), "checkpoint.keep: got 0; expected an integer of at least 1"),
         (dict(model__blocks__gru__mixer="NoSuch"), "model.blocks.gru.mixer: got 'NoSuch'"),
         (dict(ema_decay=0.5, optimizer__name="schedule_free_sgd"), "ema_decay: got 0.5; expected 0 for"),
+        (dict(model__low_bit="fp3"), "model.low_bit: recipe: got 'fp3'"),
+        (dict(model__low_bit="fp8_delayed"), "model.low_bit: got 'fp8_delayed'; expected a recipe without"),
     ],
 )
 def test_a_field_that_cannot_be_right_is_named(corpus, tmp_path, changes, words):
