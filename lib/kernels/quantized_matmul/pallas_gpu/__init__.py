@@ -1,4 +1,4 @@
-"""The product on Hopper (Mosaic GPU): weights of 2 to 8 bits by tokens in bfloat16 or float16."""
+"""The product on Hopper (Mosaic GPU): weights of 2 to 8 bits by tokens in 16 or in 8."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,6 +8,7 @@ from ....formats.integer import Bipolar, Integer
 from ....formats.minifloat import Minifloat
 from ...common import compat
 from ..inputs import Inputs, Spec
+from . import narrow
 from .kernel import product
 from .tiling import tiling
 from .transposed import gradient
@@ -18,8 +19,6 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
     element = spec.format.element
     if call.x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the GPU kernel multiplies bfloat16 and float16, not {call.x.dtype}"
-    if spec.activations is not None:
-        return "the GPU kernel takes activations as they are"
     if spec.method != "dot":
         return f"the GPU kernel sums products of values, not {spec.method!r}"
     if call.choices is not None:
@@ -30,7 +29,9 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
         return f"the GPU kernel takes codebooks of up to 16 values, not {len(element.values)}"
     if element.bits < 2:
         return "the GPU kernel takes 2 to 8 bits, not 1"
-    return tiling(call, spec)[1] or compat.local_gpu_lacks_mosaic()
+    if (reason := narrow.unsupported_reason(call, spec)) is not None:
+        return reason
+    return tiling(call, spec)[1] or tiling(call, spec, backward=True)[1] or compat.local_gpu_lacks_mosaic()
 
 
 def forward(call: Inputs, spec: Spec, *, interpret: bool) -> Array:

@@ -17,12 +17,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ....formats.packing import planes
 from ...common.arguments import pad_to
-from ...common.hopper import F32, Tiles, along_rows, launch
+from ...common.hopper import COLS, F32, Tiles, along_columns, along_rows, launch
 from ...common.tiling import round_up
 from ..inputs import Inputs, Spec
-from . import decode
+from . import decode, narrow
 from .registers import BYTES, COLUMNS, HALF, load_columns, load_words, look_up, store_product
 from .tiling import AT_ONCE, Tiling
+
+LEAST = 32  # float32 values that can be copied to shared memory: 128 bytes
 
 
 def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Array:
@@ -30,20 +32,26 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
     (M, _), (rows, N) = call.x.shape, call.codes.shape
     element, dtype = spec.format.element, call.x.dtype
     steps = rows * 8 // spec.format.bits // sizes.block // sizes.splits
-    x = pad_to(call.x, (round_up(M, sizes.tokens), steps * sizes.splits * sizes.block))
+    x, of_tokens = narrow.tokens(call, spec)
+    x = pad_to(x, (round_up(M, sizes.tokens), steps * sizes.splits * sizes.block))
     whole = sizes.splits == 1
     bias = call.bias if whole else None  # of partial sums it is added after
+    last = {} if bias is None else {"bias": bias[None]}  # [1, N]: what is needed once all is summed
+    if sizes.whole_sums:
+        last["scales"] = call.scales
     partial = jax.ShapeDtypeStruct((sizes.splits, x.shape[0], N), dtype if whole else F32)
     at_once = min(AT_ONCE, sizes.tokens)
     levels = {"outer": call.outer, "offset": call.offset}  # of coded scales
-    operands = {"x": x, "codes": call.codes, "scales": call.scales, "zeros": call.zeros, "bias": bias}
+    operands = {"x": x, "codes": call.codes, "scales": call.scales, "zeros": call.zeros} | last
+    if of_tokens is not None:
+        operands["tokens"] = pad_to(of_tokens, (x.shape[0] + LEAST,))
     operands |= {name: x if x is None else x.reshape(1) for name, x in levels.items()}
     operands = {name: array for name, array in operands.items() if array is not None}
     tiles, table = Tiles(interpret), decode.table(element, dtype)
     bytes_of = [sizes.block * width // 8 for width, _ in planes(element.bits)]  # of each plane of a block
     starts, run = [0, *itertools.accumulate(bytes_of)], min(bytes_of)
 
-    def body(*refs, staged, bias_tile=None, bias_arrived=None):
+    def body(*refs, staged, last_tiles=(), token_tile=None, last_arrived=None):
         out_ref, given = refs[-1], dict(zip(operands, refs, strict=False))
         split, m, n = (lax.axis_index(axis) for axis in ("split", "m", "n"))
         warpgroup = lax.axis_index("warpgroup")
@@ -52,15 +60,33 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
 
         def around(pipeline) -> None:
             """The start and the end of the sum over this program's blocks."""
-            if bias is not None:
-                plgpu.copy_gmem_to_smem(
-                    given["bias"].at[columns], bias_tile.at[warpgroup], bias_arrived.at[warpgroup]
+            for name, copy in zip(last, last_tiles, strict=True):
+                arrived = last_arrived.at[warpgroup]
+                plgpu.copy_gmem_to_smem(given[name].at[0, columns], copy.at[warpgroup], arrived)
+            if token_tile is not None:
+                tokens = given["tokens"].at[pl.ds(m * sizes.tokens, max(LEAST, sizes.tokens))]
+                plgpu.copy_gmem_to_smem(tokens, token_tile.at[warpgroup], last_arrived.at[warpgroup])
+            shape = HALF, sizes.tokens
+            dtype_of_sums = jnp.int32 if sizes.whole_sums else F32
+            sums = pipeline(tuple(tiles.full(shape, 0, dtype_of_sums) for _ in range(2)))
+            if last_arrived is not None:
+                plgpu.barrier_wait(last_arrived.at[warpgroup])
+            sums = [y.astype(F32) for y in sums]
+            found = {
+                name: load_columns(copy.at[warpgroup], interpret=interpret)
+                for name, copy in zip(last, last_tiles, strict=True)
+            }
+            if "scales" in found:
+                scales = [decode.scale(x, spec, given) * narrow.unit(element) for x in found["scales"]]
+                sums = [y * along_rows(s, shape) for y, s in zip(sums, scales, strict=True)]
+            if token_tile is not None:
+                wide = along_columns(
+                    tiles.load(token_tile.at[warpgroup, pl.ds(0, sizes.tokens)], COLS), shape
                 )
-            sums = pipeline(tuple(tiles.full((HALF, sizes.tokens), 0) for _ in range(2)))
-            if bias is not None:
-                plgpu.barrier_wait(bias_arrived.at[warpgroup])
-                added = load_columns(bias_tile.at[warpgroup], interpret=interpret)
-                sums = [y + along_rows(b.astype(F32), y.shape) for y, b in zip(sums, added, strict=True)]
+                sums = [y * wide for y in sums]
+            if "bias" in found:
+                added = (along_rows(b.astype(F32), shape) for b in found["bias"])
+                sums = [y + b for y, b in zip(sums, added, strict=True)]
             for first in range(0, sizes.tokens, at_once):
                 slot = staged.at[warpgroup, first // at_once % 2]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the tokens before the last ones
@@ -78,14 +104,22 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
             @functools.cache
             def words(plane: int, byte: int) -> Array:
                 rows = pl.ds(starts[plane] + byte, sizes.chunk)
-                return load_words(tile["codes"].at[rows, mine], sizes.chunk, fours=False, interpret=interpret)
+                codes = tile["codes"].at[rows, mine]
+                return load_words(codes, sizes.chunk, fours=of_tokens is not None, interpret=interpret)
+
+            if of_tokens is not None:
+                of_groups = functools.partial(
+                    _scales, tile, mine=mine, spec=spec, given=given, interpret=interpret
+                )
+                return narrow.add_block(words, tile["x"], of_groups, sums, spec, sizes, tiles)
 
             @functools.cache
             def looked_up(byte: int) -> list[Array]:
                 return look_up(words(0, byte), table, interpret=interpret)
 
             scales = [
-                _scales(tile, group, mine, spec, given, interpret=interpret) for group in range(sizes.groups)
+                _scales(tile, group, mine=mine, spec=spec, given=given, interpret=interpret)
+                for group in range(sizes.groups)
             ]
 
             def values(first: int, high: int) -> Array:
@@ -118,7 +152,8 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
         def spec_of(name: str) -> plgpu.BlockSpec:
             step = lambda k: split * steps + k  # noqa: E731
             if name == "x":
-                transforms = plgpu.TilingTransform((8, sizes.chunk)), plgpu.SwizzleTransform(2 * sizes.chunk)
+                row = sizes.chunk * x.dtype.itemsize
+                transforms = plgpu.TilingTransform((8, sizes.chunk)), plgpu.SwizzleTransform(row)
                 shape = sizes.tokens, sizes.block
                 return plgpu.BlockSpec(shape, lambda k: (m, step(k)), transforms=transforms)
             if name == "codes":
@@ -127,7 +162,7 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
             per_group = sizes.group // sizes.block if sizes.group > sizes.block else 1
             return plgpu.BlockSpec((sizes.groups, sizes.columns), lambda k: (step(k) // per_group, n))
 
-        fetched = [name for name in given if name not in ("bias", *levels)]
+        fetched = [name for name in given if name not in ("tokens", *last, *levels)]
         plgpu.emit_pipeline_warp_specialized(
             add_block,
             grid=(steps,),
@@ -140,9 +175,12 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
         )(*(given[name] for name in fetched))
 
     scratch: dict[str, Any] = {"staged": plgpu.SMEM((sizes.warpgroups, 2, at_once, COLUMNS), partial.dtype)}
-    if bias is not None:
-        scratch["bias_tile"] = plgpu.SMEM((sizes.warpgroups, COLUMNS), bias.dtype)
-        scratch["bias_arrived"] = plgpu.Barrier(num_barriers=sizes.warpgroups)
+    if last or of_tokens is not None:
+        arrivals = len(last) + (of_tokens is not None)
+        scratch["last_arrived"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=sizes.warpgroups)
+        scratch["last_tiles"] = [plgpu.SMEM((sizes.warpgroups, COLUMNS), x.dtype) for x in last.values()]
+    if of_tokens is not None:
+        scratch["token_tile"] = plgpu.SMEM((sizes.warpgroups, max(LEAST, sizes.tokens)), F32)
     (sums,) = plgpu.kernel(
         body,
         out_type=[partial],
@@ -160,7 +198,7 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
 
 
 def _scales(
-    tile: dict, group: int, mine: Any, spec: Spec, given: dict, *, interpret: bool
+    tile: dict, group: int, *, mine: Any, spec: Spec, given: dict, interpret: bool
 ) -> tuple[list[Array], list[Array] | None]:
     """The scales and zeros, if any, of a group: float32, of the even columns and of the odd ones."""
     stored = load_columns(tile["scales"].at[group, mine], interpret=interpret)

@@ -153,7 +153,7 @@ def as_bytes(words: Array, dtype: Any, *, interpret: bool) -> tuple[Array, Array
         return lax.bitcast_convert_type(low, dtype), lax.bitcast_convert_type(high, dtype)
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
+    from jaxlib.mlir.dialects import llvm, vector
 
     out = plgpu.ShapeDtypeStruct(words.shape, dtype, layout=QUARTERS)
 
@@ -164,12 +164,14 @@ def as_bytes(words: Array, dtype: Any, *, interpret: bool) -> tuple[Array, Array
         shape = QUARTERS.to_mgpu().registers_shape(words.shape)
         registers = x.registers.reshape(-1, 2, 2)  # 16 rows, which half of them, words beside each other
         results = []
+        one = ir.VectorType.get((1,), _i32())
         for selector in (0x6420, 0x7531):
-            new = [
-                llvm.bitcast(byte, _permute(*(llvm.bitcast(_i32(), x) for x in pair), _constant(selector)))
+            permuted = (
+                _permute(*(llvm.bitcast(_i32(), x) for x in pair), _constant(selector))
                 for sixteen in registers
                 for pair in zip(*sixteen, strict=True)
-            ]
+            )
+            new = [vector.bitcast(byte, vector.broadcast(one, x)) for x in permuted]
             results.append(
                 mgpu.FragmentedArray(
                     _registers=_array(new, shape),

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from ....formats.integer import Integer
 from ....formats.packing import block_size, planes
 from ...common.chips import GPUS, SHARED_MEMORY
 from ...common.tiling import round_up
@@ -26,6 +27,7 @@ class Tiling(NamedTuple):
       group: rows of W that share a scale, as far as the kernel knows.
       splits: programs that share a sum over K.
       stages: steps whose operands shared memory holds.
+      whole_sums: whether sums over all of K are int32, of activations in integers by one group.
     """
 
     tokens: int
@@ -35,6 +37,7 @@ class Tiling(NamedTuple):
     group: int
     splits: int
     stages: int
+    whole_sums: bool = False
 
     @property
     def columns(self) -> int:
@@ -51,7 +54,9 @@ def tiling(call: Inputs, spec: Spec, backward: bool = False) -> tuple[Tiling | N
     """The sizes for a call, or for its gradient, or None and why there are none."""
     bits, (M, _), (rows, N) = spec.format.bits, call.x.shape, call.codes.shape
     K = rows * 8 // bits
-    block = math.gcd(128, K) if bits == 8 else block_size(K, bits)
+    rounded = spec.activations is not None and not backward
+    itemsize = 1 if rounded else call.x.dtype.itemsize
+    block = math.gcd(256 // itemsize, K) if bits == 8 else block_size(K, bits)
     group = K if spec.group_size >= spec.K or call.scales.shape[0] == 1 else spec.group_size
     chunk = math.gcd(64, group, *(block * width // 8 for width, _ in planes(bits)))
     if N % COLUMNS:
@@ -61,18 +66,31 @@ def tiling(call: Inputs, spec: Spec, backward: bool = False) -> tuple[Tiling | N
         return None, f"the GPU kernel takes K by 128 (by 64 at 4 bits) in groups of whole 16s, not {got}"
     if block % group and group % block:
         return None, f"the GPU kernel takes groups that divide {block} or are multiples of it, not {group}"
+    if rounded and chunk < 64:
+        got = f"{bits} bits in groups of {group}"
+        return (
+            None,
+            f"the GPU kernel multiplies rounded activations by 64 codes of a group at once, not {got}",
+        )
     warpgroups = 2 if N % (2 * COLUMNS) == 0 else 1
-    tokens = min(TOKENS, max(8, 1 << (M - 1).bit_length()))
+    whole_sums = rounded and group == K and isinstance(spec.format.element, Integer)
+    # Sums of a group have registers of their own.
+    most = TOKENS // 2 if rounded and not whole_sums else TOKENS
+    tokens = min(most, max(8, 1 << (M - 1).bit_length()))
     if backward:
         found = Tiling(tokens, min(2, block // HALF), block, HALF, group, 1, 1)
         programs, steps = K // block, N // COLUMNS
     else:
-        found = Tiling(tokens, warpgroups, block, chunk, group, 1, 1)
+        found = Tiling(tokens, warpgroups, block, chunk, group, 1, 1, whole_sums)
         programs, steps = N // found.columns, K // block
     splits = _splits(-(-M // tokens) * programs, steps)
     room = SHARED_MEMORY - 2 * found.warpgroups * AT_ONCE * COLUMNS * 4 - 4096  # results, bias and barriers
-    step = _step_bytes(call, found, bits, COLUMNS if backward else found.columns, backward)
-    return found._replace(splits=splits, stages=min(STAGES, steps // splits, room // step)), None
+    columns, channels = (COLUMNS, COLUMNS) if backward else (found.columns, block)
+    step = tokens * channels * itemsize + block * bits // 8 * columns
+    step += found.groups * columns * (4 + (call.zeros is not None))
+    return found._replace(
+        splits=splits, stages=min(STAGES, steps // splits, room // round_up(step, 1024))
+    ), None
 
 
 def _splits(programs: int, steps: int) -> int:
@@ -83,10 +101,3 @@ def _splits(programs: int, steps: int) -> int:
         return waves * (steps / splits + 1) + (splits > 1)
 
     return min((n for n in range(1, steps + 1) if steps % n == 0), key=cost)
-
-
-def _step_bytes(call: Inputs, tiles: Tiling, bits: int, columns: int, backward: bool) -> int:
-    tokens = tiles.tokens * (COLUMNS if backward else tiles.block) * call.x.dtype.itemsize
-    codes = tiles.block * bits // 8 * columns
-    per_group = 4 + (call.zeros is not None)
-    return round_up(tokens + codes + tiles.groups * columns * per_group, 1024)
