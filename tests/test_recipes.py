@@ -34,7 +34,12 @@ SUITES_OF_THEIR_OWN = {  # no matrices; moments in 8 bits
         if name.endswith("_8bit")
     },
 }
-CONFIGS = {"lm": "train_{}", "classify": "classify_{}", "optimizers": "optimizers_quality"}
+CONFIGS = {
+    "lm": "train_{}",
+    "low_bit": "train_{}",
+    "classify": "classify_{}",
+    "optimizers": "optimizers_quality",
+}
 
 
 def optimizers():

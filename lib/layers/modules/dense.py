@@ -10,7 +10,7 @@ from flax.typing import Initializer
 from jax import Array
 from jax.typing import DTypeLike
 
-from ...formats import Format, QuantizedTensor, quantize
+from ...formats import Format, QuantizedTensor, format_named, quantize
 from ...kernels import MixedActivations, quantized_matmul
 from ...kernels.common.operation import Backend
 from .bit_linear import BitLinear
@@ -78,6 +78,9 @@ class QuantizedDense(nn.Module):
         `dtype` are of the bias and of W before it is rounded.
       backend: handed to `frugax.kernels`; None picks by platform.
 
+    Raises:
+      ValueError: the kernel is in another format.
+
     Example:
         >>> import frugax, jax, jax.numpy as jnp
         >>> layer = frugax.layers.QuantizedDense(64, "int4", group_size=32)
@@ -105,6 +108,11 @@ class QuantizedDense(nn.Module):
             w = self.kernel_init(key, shape, dtype)
             return quantize(w, self.format, axis=0, group_size=self.group_size)
 
+        if self.has_variable("params", "kernel"):
+            given, wanted = nn.meta.unbox(self.get_variable("params", "kernel")), format_named(self.format)
+            if getattr(given, "format", None) != wanted:
+                got = given.format.name if isinstance(given, QuantizedTensor) else given.dtype
+                raise ValueError(f"kernel: got {got}; expected {wanted.name}")
         kernel = matrix_param(self, "kernel", packed, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype) if self.use_bias else None
         x, bias = promote_dtype(x, bias, dtype=self.dtype)
