@@ -17,7 +17,17 @@ from .minifloat import Minifloat
 from .named import BY_NAME, udynamic8, udynamic8_positive, ufp8_e4m4
 from .olive import Pairs
 from .quantized_tensor import QuantizedTensor, from_codes, quantize_array
-from .scales import AbsMax, AbsMean, Asymmetric, CodedScales, LeastSquares, PowerOfTwo, Scaling, TwoLevel
+from .scales import (
+    AbsMax,
+    AbsMean,
+    Asymmetric,
+    CodedScales,
+    LeastSquares,
+    MeanMagnitude,
+    PowerOfTwo,
+    Scaling,
+    TwoLevel,
+)
 
 __all__ = [
     "AbsMax",
@@ -30,6 +40,7 @@ __all__ = [
     "Format",
     "Integer",
     "LeastSquares",
+    "MeanMagnitude",
     "Minifloat",
     "Mixture",
     "Pairs",

@@ -8,7 +8,7 @@ from .format import Format
 from .integer import Bipolar, Integer, Ternary
 from .minifloat import Minifloat
 from .olive import OutlierVictim, Pairs, SigmaSearch
-from .scales import AbsMax, AbsMean, Asymmetric, PowerOfTwo, TwoLevel
+from .scales import AbsMax, AbsMean, Asymmetric, MeanMagnitude, PowerOfTwo, TwoLevel
 from .segmented import Segmented
 
 _int = {n: Integer(f"int{n}", n, True) for n in range(2, 9)}
@@ -26,11 +26,11 @@ udynamic8_positive = Format("udynamic8_positive", PositiveDynamic("udynamic8_pos
 ufp8_e4m4 = Format("ufp8_e4m4", Segmented("ufp8_e4m4", 8, signed=False))
 
 _FORMATS = (
-    Format("int1", _bipolar[1]),  # symmetric in one bit: -1 and 1
+    Format("int1", _bipolar[1], MeanMagnitude()),  # symmetric in one bit: -1 and 1
     *(Format(f"int{n}", element, AbsMax(beyond=0.5)) for n, element in _int.items() if n < 8),
     Format("int8", _int[8]),  # what was int8 before is the same int8 when it is rounded again
     *(Format(f"uint{n}", element, Asymmetric()) for n, element in _uint.items()),
-    *(Format(f"bipolar{n}", element) for n, element in _bipolar.items()),
+    *(Format(f"bipolar{n}", e, MeanMagnitude() if n == 1 else AbsMax()) for n, e in _bipolar.items()),
     Format("ternary", Ternary("ternary", 2, True), AbsMean()),
     *(Format(e.name, e) for e in (fp4_e2m1, fp6_e2m3, fp6_e3m2, fp8_e4m3, fp8_e5m2)),
     Format("nf4", nf4, group_size=64),

@@ -67,14 +67,15 @@ class OutlierVictim(Dependent):
 
 @dataclasses.dataclass(frozen=True)
 class SigmaSearch(AbsMax):
-    """The scale of the least squared error: of `AbsMax`, or around three standard deviations.
+    """The scale of the least squared error: that of `AbsMax`, or one around three standard deviations.
 
-    The largest integer then stands for a share of |mean| + 3 sigma, `least` to `most`; what is larger is an
-    outlier.
+    The largest integer then stands for a share of |mean| + 3 sigma, from `most` down to `least` in equal
+    ratios; what is much larger is an outlier. The authors try 0.75 to 1.5; in a short group one outlier can
+    raise sigma far above all others.
     """
 
     steps: int = 32
-    least: float = 0.75
+    least: float = 0.1
     most: float = 1.5
 
     def covering(self) -> AbsMax:
@@ -88,12 +89,12 @@ class Pairs(Format):
 
     Example:
         >>> import frugax, jax.numpy as jnp
-        >>> x = jnp.array([1.0, -1.0, 24.0, 0.5, 1.0, 0.5, 1.0, 1.0])
+        >>> x = jnp.array([7.0, -7.0, 64.0, 0.0, 1.0, 3.0, 2.0, -5.0])
         >>> q = frugax.formats.quantize(x, "olive4")
         >>> q.unpacked().tolist()
-        [2, -2, 6, -8, 2, 1, 2, 2]
-        >>> [round(v, 2) for v in q.dequantize().tolist()]
-        [1.0, -1.0, 24.0, 0.0, 1.0, 0.5, 1.0, 1.0]
+        [5, -5, 5, -8, 1, 2, 1, -4]
+        >>> [round(v, 1) for v in q.dequantize().tolist()]
+        [6.8, -6.8, 65.3, 0.0, 1.4, 2.7, 1.4, -5.4]
     """
 
     element: OutlierVictim
@@ -108,7 +109,7 @@ class Pairs(Format):
         sigmas = jnp.abs(jnp.mean(x, -1)) + 3 * jnp.std(x, -1)
 
         def scale(i):
-            share = scheme.least + (scheme.most - scheme.least) * (i - 1) / max(scheme.steps - 2, 1)
+            share = scheme.most * (scheme.least / scheme.most) ** ((i - 1) / max(scheme.steps - 2, 1))
             near = (sigmas * (share * (1 / self.element.largest))).astype(scheme.dtype)
             return jnp.where(i == 0, full.scales, jnp.minimum(near, full.scales))
 

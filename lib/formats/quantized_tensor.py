@@ -137,11 +137,11 @@ def from_codes(
     Example:
         >>> import jax.numpy as jnp
         >>> from frugax import formats
-        >>> int4, x = formats.format_named("int4"), jnp.array([[3.5, -7.0], [1.0, 0.0]])
+        >>> int4, x = formats.format_named("int4"), jnp.array([[3.75, -7.5], [7.5, 0.0]])
         >>> scaling = int4.fit(x[:, None])  # each row is a group
         >>> codes = int4.encode(x[:, None], scaling)[:, 0]
         >>> formats.from_codes(codes, scaling, int4, axis=-2, group_size=2).dequantize().tolist()
-        [[4.0, 1.0], [-7.0, 0.0]]
+        [[4.0, 7.0], [-7.0, 0.0]]
     """
     padding = 0
     if format.bits < 8:

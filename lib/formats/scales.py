@@ -96,6 +96,21 @@ class AbsMean(AbsMax):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeanMagnitude(AbsMax):
+    """The mean magnitude of a group becomes 1, which gives signs the least squared error; zeros don't count.
+
+    Source: Rastegari et al. 2016, XNOR-Net (arXiv 1603.05279).
+    """
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        count = jnp.maximum(jnp.sum(x != 0, -1), 1)  # a group may be filled up with zeros
+        return Scaling((jnp.sum(jnp.abs(x), -1) / count).astype(self.dtype))
+
+    def covering(self) -> AbsMax:
+        return AbsMax(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Asymmetric(AbsMax):
     """The range from the least to the largest value, zero included, is cut evenly; zero has a code.
 
