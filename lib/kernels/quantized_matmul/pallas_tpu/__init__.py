@@ -2,7 +2,7 @@
 
 Codes, scales and zeros cross HBM as they are stored, once for every 256 tokens. Groups are scaled after their
 product. Groups of less than 128 rows, the depth of the matrix unit, are so for few tokens alone: x has a copy
-for each group of a tile then, with zeros for the others. For many tokens W is scaled before.
+for each group of a tile then, with zeros for the others. For many tokens and the gradient W is scaled before.
 """
 
 import math
@@ -27,9 +27,9 @@ from ..decode import block_of, unpack_rows
 from ..inputs import Inputs, Spec, largest_whole
 from ..tiling import TPUTiling, for_tpu
 from .kernels import Kind, Product, backward_kernel, forward_kernel, terms
-from .tiles import BF16, TILE, Tiles, even_first, exact, in_order, is_fp4_e2m1, line, split
+from .tiles import BF16, TILE, Tiles, even_first, exact, is_fp4_e2m1, line, split
 
-APART = 128  # rows of x and its copies, up to which small groups are scaled after the product
+MANY = 128  # rows of x and its copies: if there are more, their product takes longer than decoding W
 LEAST_GROUP = 4  # rows that share a scale: those that the bytes of a word come from
 ROWS = 16  # groups are padded to a multiple of the rows of a bfloat16 register
 
@@ -70,27 +70,29 @@ def forward_tiled(call: Inputs, spec: Spec, tiling: TPUTiling, *, interpret: boo
     """`forward` with blocks of one's choice."""
     size, t, wide = _sizes(call, spec), tiling, call.x.dtype == F32
     p = _product(size, spec, t, _kind(call, spec, size), _parts_of(call, spec), wide, interpret)
-    x, scales = call.x.astype(F32), None
+    x, scales = call.x, None
     if spec.activations is not None:
         rounded = quantize_activations(call.x, spec)
         x, scales = rounded.values, rounded.scales
         if not _one_scale(spec):
-            x, scales = x * jnp.repeat(scales, rounded.block, 1)[:, : spec.K], None
+            x, scales = x * jnp.repeat(scales, rounded.block, 1)[:, : spec.K], None  # float32
     x = pad_to(x, (size.M, size.K))
     corrected = p.kind is not Kind.SCALED and (p.base != 0 or call.zeros is not None)
 
     steps = (pl.cdiv(size.M, t.tokens), pl.cdiv(size.N, t.columns), size.K // t.depth)
     semantics = ("parallel", "parallel", "arbitrary")
     launch = Launch("quantized_matmul", steps, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT)
-    operand = x.astype(jnp.int8)[None] if p.kind is Kind.WHOLE else _in_parts(even_first(x), p.parts)
+    evens = p.kind in (Kind.COUNTED, Kind.FOURFOLD)
+    operand = x.astype(jnp.int8)[None] if p.kind is Kind.WHOLE else _in_parts(x, p.parts)
+    operand = even_first(operand) if evens else operand
     if p.apart > 1:
-        operand = _apart(operand, p.apart)
+        operand = _apart(operand, p.apart, TILE // 2 if evens else TILE)
     block = pl.BlockSpec((p.parts * p.apart, t.tokens, t.depth), lambda m, n, k: (0, m, k))
     launch.add("x", operand, block)
     groups = round_up(size.groups, ROWS) if corrected else size.groups
     _read(launch, call, spec, size, t, p, groups, lambda n, k: (k, n))
     if corrected:
-        sums = split(x.reshape(size.M, size.groups, -1).sum(-1), p.order)
+        sums = split(x.astype(F32).reshape(size.M, size.groups, -1).sum(-1), p.order)
         sums = [pad_to(sums[i], (size.M, groups)).astype(BF16) for i, _ in terms(p.order)]
         block = pl.BlockSpec((t.tokens, groups * len(sums)), lambda m, n, k: (m, 0))
         launch.add("sums", jnp.concatenate(sums, 1), block)
@@ -114,13 +116,13 @@ def backward_tiled(
     p = _product(size, spec, t, Kind.SCALED, 3 if wide else 1, wide, interpret, steps=steps[1])
     semantics, name = ("parallel", "arbitrary"), "quantized_matmul_backward"
     launch = Launch(name, steps, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT)
-    dy = _in_parts(pad_to(cotangent.astype(F32), (size.M, steps[1] * t.columns)), p.parts)
+    dy = _in_parts(pad_to(cotangent, (size.M, steps[1] * t.columns)), p.parts)
     launch.add("dy", dy, pl.BlockSpec((p.parts, t.tokens, t.columns), lambda m, n: (0, m, n)))
     _read(launch, call, spec, size, t, p, size.groups, lambda n: (0, n))
     whole = pl.BlockSpec((t.tokens, size.K), lambda m, n: (m, 0))
     launch.write("dx", (size.M, size.K), call.x.dtype, whole)
     launch.hold("sum", (t.tokens, size.K))
-    return trim(in_order(launch.run(partial(backward_kernel, p))["dx"]), call.x.shape)
+    return trim(launch.run(partial(backward_kernel, p))["dx"], call.x.shape)
 
 
 class _Sizes(NamedTuple):
@@ -179,15 +181,17 @@ def _parts_of(call: Inputs, spec: Spec) -> int:
 def _kind(call: Inputs, spec: Spec, size: _Sizes) -> Kind:
     element, bits = spec.format.element, spec.format.bits
     linear, small = line(element), size.group < TILE
-    if small and size.M * _parts_of(call, spec) * (TILE // size.group) > APART:
+    many = size.M * _parts_of(call, spec) * max(TILE // size.group, 1) > MANY
+    if many and small:
         return Kind.SCALED
     whole = _one_scale(spec) and (largest_whole(spec.activations) or 128) < 128
     if whole and linear is not None and not small:
         return Kind.WHOLE
-    if is_fp4_e2m1(element):
+    if is_fp4_e2m1(element) and not many:
         return Kind.FOURFOLD
     # Of float32 x more digits are wanted than are left where the sum of x, many times over, is taken off.
-    return Kind.COUNTED if linear is not None and bits < 8 and call.x.dtype != F32 else Kind.VALUES
+    counted = linear is not None and bits < 8 and call.x.dtype != F32 and not many
+    return Kind.COUNTED if counted else Kind.VALUES
 
 
 def _product(
@@ -210,13 +214,15 @@ def _product(
 
 def _in_parts(x: Array, parts: int) -> Array:
     """Bfloat16 arrays [parts, ...] that add up to x."""
-    return jnp.stack([part.astype(BF16) for part in split(x, parts)])
+    if parts == 1:
+        return x.astype(BF16)[None]
+    return jnp.stack([part.astype(BF16) for part in split(x.astype(F32), parts)])
 
 
-def _apart(x: Array, groups: int) -> Array:
-    """Copies [parts * groups, M, K] of x [parts, M, K], each with one group's channels in every tile."""
+def _apart(x: Array, groups: int, run: int) -> Array:
+    """Copies [parts * groups, M, K] of x [parts, M, K], each with one group's channels of every `run`."""
     parts, M, K = x.shape
-    group = (np.arange(K) % (TILE // 2)) // (TILE // 2 // groups)  # of each channel: even ones come first
+    group = (np.arange(K) % run) // (run // groups)  # of each channel
     keep = group == np.arange(groups)[:, None]
     return jnp.where(keep[:, None], x[:, None], 0).reshape(parts * groups, M, K)
 

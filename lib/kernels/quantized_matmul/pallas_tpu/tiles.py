@@ -1,9 +1,11 @@
 """Tiles of W in fast memory, from packed codes to what the matrix unit multiplies: shifts and masks alone.
 
-Bytes are read as words of four rows. Byte r of every word of a packing block then holds the codes 4 t + r for
-all t: a shift and a mask give a quarter of the codes of a tile, in order. Two quarters in the halves of words
-are a bfloat16 array, which holds the even codes or the odd ones. So a tile of 128 rows has 64 even rows of W
-before 64 odd ones, and `even_first` puts the channels of x in that order.
+Codes of any format are taken out of bytes, one in each 32 bits, and decoded; rows keep their order. That takes
+long beside the product of a few tokens, for which some formats' codes become bfloat16 numbers without ever
+filling 32 bits. Bytes are read as words of four rows. Byte r of every word of a packing block then holds the
+codes 4 t + r for all t: a shift and a mask give a quarter of a tile's codes, in order. Two quarters in the halves
+of words are a bfloat16 array, which holds the even codes or the odd ones. So such a tile of 128 rows has 64 even
+rows of W before 64 odd ones, and `even_first` puts the channels of x in that order.
 """
 
 import functools
@@ -20,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ....formats import Format, Minifloat
 from ....formats.element import Element
 from ....formats.packing import planes
+from ...common.chips import SUBLANES
 from ...common.tpu import F32, iota
 
 TILE = 128  # rows of W: the depth of the matrix unit
@@ -30,11 +33,6 @@ BF16 = jnp.bfloat16
 def even_first(x: Array) -> Array:
     """Put even channels of x [..., K] before odd ones, within each 128."""
     return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, TILE // 2, 2), -1, -2).reshape(x.shape)
-
-
-def in_order(x: Array) -> Array:
-    """Undo `even_first`."""
-    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, 2, TILE // 2), -1, -2).reshape(x.shape)
 
 
 def truncated(x: Array) -> Array:
@@ -121,29 +119,35 @@ class Tiles:
 
     # Inside a kernel:
 
+    def bytes(self, codes_ref, block: Any) -> Array:
+        """The bytes of one block."""
+        return codes_ref[pl.ds(pl.multiple_of(block * self.rows, self.rows), self.rows), :]
+
     def words(self, codes_ref, block: Any) -> Array:
-        """The bytes of one block [rows / 4, columns]."""
-        return pltpu.bitcast(codes_ref[self.at(block), :], jnp.int32)
+        """The bytes of one block, four rows in each int32 [rows / 4, columns]."""
+        return pltpu.bitcast(self.bytes(codes_ref, block), jnp.int32)
 
-    def at(self, block: Any) -> Any:
-        return pl.ds(pl.multiple_of(block * self.rows, self.rows), self.rows)
+    def fields(self, x: Array, tile: int, *, rows: int, start: int = 0, lanes: int = 1, up: int = 0) -> Array:
+        """The codes of a tile from int32s, `rows` of which hold it in each plane.
 
-    def fields(self, words: Array, tile: int, byte: int, lanes: int, up: int = 0) -> Array:
-        """The codes of one byte of the words [32, columns], `lanes` of them in each, shifted `up` bits.
-
-        lanes: 1, that byte's codes; 2, those of the byte after next in the upper halves as well; 4, of all.
+        Args:
+          x: bytes (rows: 128), or words (rows: 32).
+          tile: its number in the block.
+          start: the bit of an int32 that codes are read from.
+          lanes: 1 takes those; 2 also those 16 bits further, in the upper half; 4 those of all bytes.
+          up: how far their lowest bit comes to lie from the lowest of its lane.
         """
         every = {1: 1, 2: 0x00010001, 4: 0x01010101}[lanes]
         total: Any = 0
         first = 0
         for width, low in planes(self.bits):
-            rows = self.block * width // 32  # of words in this plane
+            height = self.block * width * rows // (8 * TILE)  # of this plane
             mask = _int32((((1 << width) - 1) << (low + up)) * every)
             pieces = []
-            for t in range(WORDS * tile, WORDS * (tile + 1), min(rows, WORDS)):
-                place, row = divmod(t, rows)
-                piece = words[first + row : first + row + min(rows, WORDS)]
-                right = 8 * byte + width * place - low - up
+            for t in range(rows * tile, rows * (tile + 1), min(height, rows)):
+                place, row = divmod(t, height)
+                piece = x[first + row : first + row + min(height, rows)]
+                right = start + width * place - low - up
                 if right > 0:
                     piece = lax.shift_right_logical(piece, np.int32(right))
                 elif right < 0:
@@ -151,35 +155,22 @@ class Tiles:
                 pieces.append(piece & mask)
             part = jnp.concatenate(pieces, 0) if len(pieces) > 1 else pieces[0]
             total = part | total
-            first += rows
+            first += height
         return total
 
-    def values(self, words: Array, tile: int, byte: int) -> Array:
-        """The float32 values of the codes in one byte of the words [32, columns]."""
-        codes = self.fields(words, tile, byte, 1)
-        if self.signed:
-            codes = (codes << (32 - self.bits)) >> (32 - self.bits)
-        return self.format.element.decode(codes)
-
-    def decoded(self, words: Array, tile: int, scale: Array | None = None, zero: Array | None = None):
-        """A tile of values, (value - zero) * scale if those [32, columns] are given, in `parts` arrays."""
-        quarters = []
-        for byte in range(4):
-            value = self.values(words, tile, byte)
-            if zero is not None:
-                value = value - zero
-            quarters.append(split(value if scale is None else value * scale, self.parts))
-        return [
-            jnp.concatenate([self.pair(q[0], q[2]), self.pair(q[1], q[3])], 0)
-            for q in zip(*quarters, strict=True)
-        ]
-
-    def pair(self, low: Array, high: Array) -> Array:
-        """Round two arrays [32, columns] to bfloat16; their rows alternate in the result [64, columns]."""
-        if self.interpret:  # the TPU's own instruction is not there
-            return jnp.stack([low, high], 1).reshape(-1, low.shape[1]).astype(BF16)
-        words = pltpu.pack_elementwise([low, high], packed_dtype=BF16)
-        return pltpu.bitcast(lax.bitcast_convert_type(words, jnp.int32), BF16)
+    def decoded(
+        self, x: Array, tile: int, scale: Array | None = None, zero: Array | None = None
+    ) -> list[Array]:
+        """A tile of values from bytes, (value - zero) * scale if those are given, in `parts` arrays."""
+        x = x.astype(jnp.int32)
+        if self.bits == 8:
+            codes = x[TILE * tile : TILE * (tile + 1)]
+        else:
+            codes = self.fields(x, tile, rows=TILE)
+            codes = (codes << (32 - self.bits)) >> (32 - self.bits) if self.signed else codes
+        value = self.format.element.decode(codes)
+        value = value if zero is None else value - zero
+        return [part.astype(BF16) for part in split(value if scale is None else value * scale, self.parts)]
 
     def counted(self, words: Array, tile: int) -> Array:
         """A tile of 2^bits + n, for n the code counted from its lowest one, of formats of 7 bits at most.
@@ -190,7 +181,9 @@ class Tiles:
         up = 7 - self.bits
         lowest = (1 << (self.bits - 1 + up)) if self.signed else 0  # the sign bit counts from the other end
         pattern = _int32((((127 + self.bits) << 7) | lowest) * 0x00010001)
-        halves = [self.fields(words, tile, byte, 2, up) ^ pattern for byte in (0, 1)]
+        halves = [
+            self.fields(words, tile, rows=WORDS, start=start, lanes=2, up=up) ^ pattern for start in (0, 8)
+        ]
         return jnp.concatenate([pltpu.bitcast(half, BF16) for half in halves], 0)
 
     def fp4_e2m1(self, words: Array) -> tuple[Array, Array]:
@@ -208,14 +201,13 @@ class Tiles:
 
     def fourfold(self, low: Array, high: Array, tile: int) -> Array:
         """A tile of four times the values, of what `fp4_e2m1` gives."""
-        halves = [
-            self.fields(low, tile, byte, 2, 6) | self.fields(high, tile, byte, 2, 12) for byte in (0, 1)
-        ]
+        take = functools.partial(self.fields, tile=tile, rows=WORDS, lanes=2)
+        halves = [take(low, start=start, up=6) | take(high, start=start, up=12) for start in (0, 8)]
         return jnp.concatenate([pltpu.bitcast(half, BF16) for half in halves], 0)
 
     def whole(self, words: Array, tile: int) -> Array:
         """A tile of int8 codes with rows in order; unsigned ones of 8 bits less 128."""
-        codes = self.fields(words, tile, 0, 4)
+        codes = self.fields(words, tile, rows=WORDS, lanes=4)
         if self.bits < 8 and self.signed:  # the sign bit is spread over each byte: ((n ^ s) + 128 - s) ^ 128
             sign = 1 << (self.bits - 1)
             codes = (codes ^ _int32((sign | 0x80) * 0x01010101)) - _int32(sign * 0x01010101)
@@ -224,22 +216,19 @@ class Tiles:
         return pltpu.bitcast(codes, jnp.int8)
 
     def spread(self, rows_ref, tile: Any) -> Array:
-        """The groups' rows of a tile, whose number in all of W is `tile`: for each quarter [32, columns]."""
+        """The groups' rows of tile `tile` of all of W, each repeated for its rows of W [128, columns], or one."""
         columns = rows_ref.shape[1]
         if self.group >= TILE:
             row = lax.div(jnp.asarray(tile, jnp.int32), np.int32(self.group // TILE))
-            return jnp.broadcast_to(rows_ref[pl.ds(row, 1), :], (WORDS, columns))
-        n, each = TILE // self.group, self.group // 4
+            return rows_ref[pl.ds(row, 1), :]
+        n = TILE // self.group
         rows = [rows_ref[pl.ds(tile * n + j, 1), :] for j in range(n)]
-        if each >= 8:
-            return jnp.concatenate([jnp.broadcast_to(row, (each, columns)) for row in rows], 0)
-        place, registers, some = iota((8, columns), 0), [], 8 // each
-        for j in range(0, n, some):
-            register = jnp.broadcast_to(rows[j], (8, columns))
-            for i in range(1, some):
-                register = jnp.where(place >= i * each, rows[j + i], register)
-            registers.append(register)
-        return jnp.concatenate(registers, 0)
+        if self.group >= SUBLANES:
+            return jnp.concatenate([jnp.broadcast_to(row, (self.group, columns)) for row in rows], 0)
+        upper = iota((SUBLANES, columns), 0) < self.group  # two groups of four rows share a register
+        return jnp.concatenate(
+            [jnp.where(upper, a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)], 0
+        )
 
 
 def _int32(bits: int) -> np.int32:
