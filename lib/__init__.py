@@ -14,7 +14,18 @@ import importlib
 from types import ModuleType
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "formats", "kernels", "layers", "models", "optim", "parallel", "peft", "quant"]
+__all__ = [
+    "__version__",
+    "formats",
+    "kernels",
+    "layers",
+    "models",
+    "moe",
+    "optim",
+    "parallel",
+    "peft",
+    "quant",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

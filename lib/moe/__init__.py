@@ -1,0 +1,39 @@
+"""Mixture of experts: routers, the way of tokens to experts and back."""
+
+from .losses import activation_locality, chunk_sparsity, load_balance, squared_variation, z_loss
+from .routers import (
+    base,
+    expert_choice,
+    hash_route,
+    noisy_top_k,
+    relu_route,
+    route,
+    sigmoid_top_k,
+    sinkhorn_top_k,
+    softmax_top_k,
+    updated_bias,
+)
+from .routing import Routing, RoutingStatistics
+from .selection import auction, sinkhorn
+
+__all__ = [
+    "Routing",
+    "RoutingStatistics",
+    "activation_locality",
+    "auction",
+    "base",
+    "chunk_sparsity",
+    "expert_choice",
+    "hash_route",
+    "load_balance",
+    "noisy_top_k",
+    "relu_route",
+    "route",
+    "sigmoid_top_k",
+    "sinkhorn",
+    "sinkhorn_top_k",
+    "softmax_top_k",
+    "squared_variation",
+    "updated_bias",
+    "z_loss",
+]

@@ -1,0 +1,114 @@
+"""Auxiliary losses of routers, unscaled."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from .routing import masked_mean
+
+
+def load_balance(
+    probabilities: Float[Array, "t e"],
+    indices: Int[Array, "t k"],
+    mask: Bool[Array, "t"] | None = None,
+) -> Float[Array, ""]:
+    """E sum_e f_e P_e: f_e the share of assignments that expert e has, P_e its mean probability; 1 is even.
+
+    Args:
+      probabilities: of each token's experts.
+      indices: the experts that were chosen.
+      mask: tokens that count; None: all.
+
+    Source: Fedus et al. 2021, Switch Transformers (arXiv 2101.03961), equation 4; for k > 1 as in
+    transformers' Mixtral, over k.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> p = jnp.array([[0.75, 0.25], [0.75, 0.25]])
+        >>> chosen = jnp.array([[[0], [0]], [[0], [1]]])
+        >>> [float(frugax.moe.load_balance(p, indices)) for indices in chosen]
+        [1.5, 1.0]
+    """
+    E = probabilities.shape[-1]
+    chosen = jnp.sum(jax.nn.one_hot(indices, E), 1) / indices.shape[1]
+    share = jax.lax.stop_gradient(masked_mean(chosen, mask))
+    return E * jnp.sum(share * masked_mean(probabilities, mask))
+
+
+def z_loss(logits: Float[Array, "t e"], mask: Bool[Array, "t"] | None = None) -> Float[Array, ""]:
+    """The mean of logsumexp(logits)^2, which keeps logits small.
+
+    Source: Zoph et al. 2022, ST-MoE (arXiv 2202.08906), equation 5.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> round(float(frugax.moe.z_loss(jnp.zeros((3, 2)))), 4)  # log(2)^2
+        0.4805
+    """
+    return masked_mean(jax.nn.logsumexp(logits.astype(jnp.float32), -1) ** 2, mask)
+
+
+def squared_variation(x: Float[Array, "e"]) -> Float[Array, ""]:
+    """The squared coefficient of variation, (std / mean)^2, of importance or load.
+
+    Source: Shazeer et al. 2017, the sparsely-gated mixture of experts (arXiv 1701.06538), equation 7.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> float(frugax.moe.squared_variation(jnp.array([1.0, 3.0])))
+        0.25
+    """
+    return jnp.var(x) / (jnp.mean(x) ** 2 + 1e-10)
+
+
+def activation_locality(
+    logits: Float[Array, "t e"], follows: Bool[Array, "t"], *, steepness: float = 100.0
+) -> Float[Array, ""]:
+    """Cross entropy between the activations of neighbouring tokens: low where they use the same experts.
+
+    Args:
+      logits: before the ReLU.
+      follows: tokens whose predecessor is that of the same document.
+      steepness: sigmoid(steepness * logit) stands for the step at 0.
+
+    Source: Song et al. 2025, BlockFFN (arXiv 2507.08771); a token's predecessor is the prediction, the token
+    the target, as in its code.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> logits = jnp.array([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])
+        >>> same, other = jnp.array([False, True, False]), jnp.array([False, False, True])
+        >>> [round(float(frugax.moe.activation_locality(logits, f)), 3) for f in (same, other)]
+        [0.0, 100.0]
+    """
+    scaled = steepness * logits.astype(jnp.float32)
+    before, target = scaled[:-1], jax.nn.sigmoid(scaled[1:])
+    entropy = jax.nn.softplus(before) - before * target
+    return masked_mean(jnp.mean(entropy, -1), follows[1:])
+
+
+def chunk_sparsity(
+    activations: Float[Array, "t e"], mask: Bool[Array, "t"] | None = None, *, chunk: int = 8
+) -> Float[Array, ""]:
+    """Mean over chunks and experts of 1 - prod_t (1 - p_t): how likely any token of a chunk uses an expert.
+
+    Args:
+      activations: non-negative; p is each over the sum of its token's.
+      mask: tokens that count; None: all.
+      chunk: tokens that are decoded together. The last chunk may have fewer.
+
+    Source: Song et al. 2025, BlockFFN (arXiv 2507.08771).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> half = jnp.full((2, 2), 0.5)
+        >>> round(float(frugax.moe.chunk_sparsity(half, chunk=2)), 3)  # 1 - 1/2 * 1/2
+        0.75
+    """
+    T, E = activations.shape
+    p = activations / (jnp.sum(activations, -1, keepdims=True) + 1e-5)
+    if mask is not None:
+        p = jnp.where(mask[:, None], p, 0.0)
+    p = jnp.pad(p, [(0, -T % chunk), (0, 0)]).reshape(-1, chunk, E)
+    return 1 - jnp.mean(jnp.exp(jnp.sum(jnp.log(1 - p + 1e-5), 1)))

@@ -1,0 +1,98 @@
+"""A router's results as values: assignments of tokens to experts, weights, losses and statistics."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+class RoutingStatistics(NamedTuple):
+    """How evenly a router uses its experts.
+
+    Attributes:
+      load: assignments of each expert over those of all, [E].
+      importance: the mean score of each expert over tokens, [E].
+      entropy: of the load, over log E: 1 where all experts have the same load.
+      unrouted: the share of tokens without an expert.
+    """
+
+    load: Float[Array, "e"]
+    importance: Float[Array, "e"]
+    entropy: Float[Array, ""]
+    unrouted: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Assignments of tokens to experts. One with weight 0 is none: its expert does not see the token.
+
+    Attributes:
+      indices: where tokens choose, the experts [T, k] of each token; where experts choose, the tokens [E, c]
+        of each expert. int32.
+      weights: of each assignment, float32, in indices' shape.
+      losses: auxiliary losses by name, scalars that a trainer scales and adds.
+      statistics: of the load.
+      experts: how many there are.
+      by: who chooses, "token" or "expert".
+    """
+
+    indices: Any
+    weights: Any
+    losses: dict[str, Any]
+    statistics: RoutingStatistics
+    experts: int = dataclasses.field(metadata=dict(static=True))
+    by: str = dataclasses.field(default="token", metadata=dict(static=True))
+
+    def assignments(self) -> tuple[Int[Array, "n"], Int[Array, "n"], Float[Array, "n"]]:
+        """Tokens, experts and weights of all assignments, in the order of the indices."""
+        rows = jnp.broadcast_to(jnp.arange(self.indices.shape[0])[:, None], self.indices.shape).reshape(-1)
+        columns = self.indices.reshape(-1)
+        tokens, experts = (rows, columns) if self.by == "token" else (columns, rows)
+        return tokens.astype(jnp.int32), experts.astype(jnp.int32), self.weights.reshape(-1)
+
+
+def routing(
+    indices: Int[Array, "n k"],
+    weights: Float[Array, "n k"],
+    scores: Float[Array, "t e"],
+    losses: dict[str, Array],
+    *,
+    mask: Array | None,
+    by: str = "token",
+) -> Routing:
+    """Put a `Routing` together, with its statistics; tokens that `mask` leaves out have weight 0."""
+    T, E = scores.shape
+    weights = weights.astype(jnp.float32)
+    if mask is not None:
+        weights = jnp.where(mask[:, None] if by == "token" else mask[indices], weights, 0.0)
+    made = Routing(indices.astype(jnp.int32), weights, losses, _empty(), E, by)
+    tokens, experts, weight = made.assignments()
+    used = (weight != 0).astype(jnp.float32)
+    load = jnp.zeros(E).at[experts].add(used)
+    load = load / jnp.maximum(load.sum(), 1)
+    real = jnp.ones(T) if mask is None else mask.astype(jnp.float32)
+    served = jnp.minimum(jnp.zeros(T).at[tokens].add(used), 1)
+    statistics = RoutingStatistics(
+        load=load,
+        importance=masked_mean(scores, mask),
+        entropy=-jnp.sum(load * jnp.log(jnp.where(load > 0, load, 1.0))) / jnp.log(max(E, 2)),
+        unrouted=1 - jnp.sum(served * real) / jnp.maximum(real.sum(), 1),
+    )
+    return dataclasses.replace(made, statistics=jax.lax.stop_gradient(statistics))
+
+
+def masked_mean(x: Array, mask: Array | None) -> Array:
+    """The mean over tokens, the first axis, of those that `mask` has."""
+    if mask is None:
+        return jnp.mean(x, 0)
+    real = mask.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.sum(jnp.where(real > 0, x, 0.0), 0) / jnp.maximum(jnp.sum(real), 1)
+
+
+def _empty() -> RoutingStatistics:
+    zero = jnp.zeros(())
+    return RoutingStatistics(zero, zero, zero, zero)

@@ -1,0 +1,307 @@
+"""Routers, choices and losses against loops in NumPy, their gradients, and what must hold for any of them."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from frugax import moe
+from frugax.moe.selection import within_groups
+
+T, E, K = 13, 6, 2
+RNG = np.random.default_rng(0)
+LOGITS = RNG.standard_normal((T, E)).astype(np.float32)
+MASK = np.arange(T) < 10
+KEY = jax.random.key(0)
+
+# Name -> (function of logits and a mask, whether each token gets K experts)
+ROUTERS = {
+    "softmax_top_k": lambda x, mask=None: moe.softmax_top_k(x, K, mask=mask),
+    "softmax_top_k, groups": lambda x, mask=None: moe.softmax_top_k(x, K, groups=3, top_groups=2, mask=mask),
+    "sigmoid_top_k": lambda x, mask=None: moe.sigmoid_top_k(x, K, bias=jnp.arange(E) * 0.1, mask=mask),
+    "noisy_top_k": lambda x, mask=None: moe.noisy_top_k(x, K, noise_logits=x * 0.5, key=KEY, mask=mask),
+    "expert_choice": lambda x, mask=None: moe.expert_choice(x, capacity=1.5, mask=mask),
+    "sinkhorn_top_k": lambda x, mask=None: moe.sinkhorn_top_k(x, K, mask=mask),
+    "relu_route": lambda x, mask=None: moe.relu_route(x, mask=mask),
+    "hash_route": lambda x, mask=None: moe.hash_route(jnp.arange(T), jnp.arange(T) % E, E, mask=mask),
+}
+every = pytest.mark.parametrize("name", ROUTERS)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def best(scores, k):
+    return np.argsort(-scores, -1, kind="stable")[..., :k]
+
+
+def dense(routing) -> np.ndarray:
+    """Weights [T, E]."""
+    out = np.zeros((T, E))
+    for token, expert, weight in zip(*map(np.asarray, routing.assignments()), strict=True):
+        out[token, expert] += weight
+    return out
+
+
+@every
+def test_what_holds_for_every_router(name):
+    """Statistics are those of the assignments; masked tokens are nowhere; tokens' order does not matter."""
+    route = jax.jit(ROUTERS[name])
+    routing = route(LOGITS, mask=MASK)
+    weights = dense(routing)
+    assert routing.indices.dtype == jnp.int32
+    assert routing.weights.dtype == jnp.float32
+    assert (weights[~MASK] == 0).all()
+    count = (weights != 0).sum(0)
+    np.testing.assert_allclose(routing.statistics.load, count / count.sum(), rtol=1e-6)
+    load = count[count > 0] / count.sum()
+    np.testing.assert_allclose(
+        routing.statistics.entropy, -(load * np.log(load)).sum() / np.log(E), rtol=1e-5
+    )
+    unrouted = (weights[MASK] == 0).all(-1).mean()
+    np.testing.assert_allclose(routing.statistics.unrouted, unrouted, atol=1e-6)
+    # Masked tokens change nothing for the others.
+    other = LOGITS.copy()
+    other[~MASK] = 7 * RNG.standard_normal(other[~MASK].shape)
+    if name not in ("noisy_top_k", "sinkhorn_top_k"):
+        again = route(other, mask=MASK)
+        np.testing.assert_allclose(dense(again), weights, rtol=1e-6)
+        for loss, value in routing.losses.items():
+            np.testing.assert_allclose(again.losses[loss], value, rtol=1e-5, err_msg=loss)
+    if name not in ("noisy_top_k", "hash_route"):
+        order = RNG.permutation(T)
+        np.testing.assert_allclose(dense(route(LOGITS[order])), dense(route(LOGITS))[order], rtol=1e-4)
+
+
+def test_softmax():
+    p = softmax(LOGITS)
+    chosen = best(p, K)
+    routing = moe.softmax_top_k(jnp.asarray(LOGITS), K)
+    np.testing.assert_array_equal(routing.indices, chosen)
+    picked = np.take_along_axis(p, chosen, 1)
+    np.testing.assert_allclose(routing.weights, picked / picked.sum(1, keepdims=True), rtol=1e-5)
+    plain = moe.softmax_top_k(jnp.asarray(LOGITS), K, normalize=False, scale=2.5)
+    np.testing.assert_allclose(plain.weights, 2.5 * picked, rtol=1e-5)
+    share = np.array([(chosen == e).sum() / (T * K) for e in range(E)])
+    np.testing.assert_allclose(routing.losses["load_balance"], E * (share * p.mean(0)).sum(), rtol=1e-5)
+    z = np.log(np.exp(LOGITS).sum(1)) ** 2
+    np.testing.assert_allclose(routing.losses["z"], z.mean(), rtol=1e-5)
+
+
+def test_sigmoid_with_a_bias_and_groups():
+    """The bias chooses and has no part in weights; a group is worth its two best."""
+    bias = np.linspace(0.5, -0.5, E).astype(np.float32)
+    s = sigmoid(LOGITS)
+    routing = moe.sigmoid_top_k(
+        jnp.asarray(LOGITS), K, bias=jnp.asarray(bias), groups=2, top_groups=1, scale=2.0
+    )
+    for t in range(T):
+        by = s[t] + bias
+        group = max((0, 1), key=lambda g: np.sort(by[3 * g : 3 * g + 3])[-2:].sum())
+        chosen = 3 * group + best(by[3 * group : 3 * group + 3], K)
+        np.testing.assert_array_equal(routing.indices[t], chosen)
+        np.testing.assert_allclose(routing.weights[t], 2 * s[t, chosen] / s[t, chosen].sum(), rtol=1e-5)
+    grad = jax.grad(lambda b: moe.sigmoid_top_k(jnp.asarray(LOGITS), K, bias=b).weights.sum())(
+        jnp.asarray(bias)
+    )
+    assert (grad == 0).all()
+
+
+def test_the_bias_evens_out_loads():
+    """1,000 updates on tokens that all prefer one expert: loads end within a tenth of even."""
+    logits = jnp.asarray(RNG.standard_normal((256, E)) + np.array([2, 0, 0, 0, 0, -1]), jnp.float32)
+
+    def step(bias, _):
+        load = moe.sigmoid_top_k(logits, K, bias=bias).statistics.load
+        return moe.updated_bias(bias, load, 1e-2), load
+
+    _, loads = jax.jit(lambda: jax.lax.scan(step, jnp.zeros(E), None, length=300))()
+    assert np.abs(loads[0] * E - 1).max() > 0.5
+    assert np.abs(loads[-20:].mean(0) * E - 1).max() < 0.1
+
+
+def test_groups_of_softmax_keep_the_best_group():
+    scores = softmax(LOGITS)
+    kept = np.isfinite(within_groups(jnp.asarray(scores), 3, 1, 1))
+    np.testing.assert_array_equal(
+        np.argmax(kept.reshape(T, 3, 2).all(-1), -1), scores.reshape(T, 3, 2).max(-1).argmax(-1)
+    )
+    assert (kept.sum(1) == 2).all()
+
+
+def test_noise():
+    """Without a key no noise; with one, the load is the probability to be chosen again, by many draws."""
+    quiet = moe.noisy_top_k(jnp.asarray(LOGITS), K)
+    np.testing.assert_array_equal(quiet.indices, best(LOGITS, K))
+    picked = np.take_along_axis(LOGITS, best(LOGITS, K), 1)
+    np.testing.assert_allclose(quiet.weights, softmax(picked), rtol=1e-5)
+    size = np.log1p(np.exp(0.5 * LOGITS)) + 1e-2
+    noise = np.asarray(jax.random.normal(KEY, LOGITS.shape))
+    noisy = LOGITS + size * noise
+    routing = moe.noisy_top_k(jnp.asarray(LOGITS), K, noise_logits=jnp.asarray(0.5 * LOGITS), key=KEY)
+    np.testing.assert_array_equal(routing.indices, best(noisy, K))
+    load = np.zeros(E)
+    fresh = RNG.standard_normal((20000, E))
+    for t, e in itertools.product(range(T), range(E)):
+        kth = np.sort(np.delete(noisy[t], e))[-K]
+        load[e] += (LOGITS[t, e] + size[t, e] * fresh[:, e] > kth).mean()
+    np.testing.assert_allclose(routing.losses["load"], np.var(load) / np.mean(load) ** 2, rtol=0.05)
+
+
+def test_expert_choice():
+    scores = softmax(LOGITS)
+    routing = moe.expert_choice(jnp.asarray(LOGITS), capacity=4)
+    assert routing.by == "expert"
+    np.testing.assert_array_equal(routing.indices, best(scores.T, 4))
+    np.testing.assert_allclose(routing.weights, np.take_along_axis(scores.T, best(scores.T, 4), 1), rtol=1e-5)
+    assert moe.expert_choice(jnp.asarray(LOGITS), capacity=1.25).indices.shape == (
+        E,
+        int(np.ceil(1.25 * T / E)),
+    )
+
+
+def test_sinkhorn_evens_out_rows_and_columns():
+    plan = np.asarray(moe.sinkhorn(jnp.asarray(3 * LOGITS), tolerance=1e-7, iterations=2000), np.float64)
+    np.testing.assert_allclose(plan.sum(0), 1 / E, rtol=1e-3)
+    np.testing.assert_allclose(plan.sum(1), 1 / T, rtol=1e-3)
+    ratio = np.log(plan) - 3 * LOGITS  # a row's and a column's number, added
+    left = ratio - ratio.mean(0) - ratio.mean(1, keepdims=True) + ratio.mean()
+    assert np.abs(left).max() < 1e-4
+    routing = moe.sinkhorn_top_k(jnp.asarray(LOGITS))
+    np.testing.assert_allclose(
+        routing.weights[:, 0],
+        np.take_along_axis(sigmoid(LOGITS), np.asarray(routing.indices), 1)[:, 0],
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_auction_is_the_best_even_assignment(seed):
+    """Against SciPy's exact solution; every expert has the same number of tokens."""
+    from scipy.optimize import linear_sum_assignment
+
+    scores = np.random.default_rng(seed).standard_normal((24, 4)).astype(np.float32)
+    scores[:, 0] += 2  # wanted by all
+    experts = np.asarray(jax.jit(moe.auction)(jnp.asarray(scores)))
+    assert (np.bincount(experts, minlength=4) == 6).all()
+    wide = np.repeat(scores, 6, axis=1)
+    exact = wide[linear_sum_assignment(wide, maximize=True)].sum()
+    assert scores[np.arange(24), experts].sum() > exact - 24 * 1e-4 * np.ptp(scores) - 1e-4
+    routing = moe.base(jnp.asarray(scores))
+    np.testing.assert_array_equal(routing.indices[:, 0], experts)
+    np.testing.assert_array_equal(moe.base(jnp.asarray(scores), train=False).indices[:, 0], scores.argmax(1))
+
+
+def test_the_auction_ends_where_all_are_alike_or_not_numbers():
+    for scores in (
+        jnp.zeros((8, 4)),
+        jnp.zeros((8, 1)),
+        jnp.full((8, 4), jnp.nan),
+        jnp.full((8, 2), -jnp.inf),
+    ):
+        counts = np.bincount(np.asarray(moe.auction(scores)), minlength=scores.shape[1])
+        assert (counts == 8 // scores.shape[1]).all()
+
+
+def test_relu():
+    active = np.maximum(LOGITS, 0)
+    gain = np.linspace(0.5, 2, E).astype(np.float32)
+    routing = moe.relu_route(jnp.asarray(LOGITS), gain=jnp.asarray(gain))
+    want = active / np.sqrt((active**2).mean(1, keepdims=True) + 1e-6) * gain
+    np.testing.assert_allclose(routing.weights, want, rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(routing.weights) != 0, LOGITS > 0)
+    assert np.isfinite(moe.relu_route(-jnp.ones((2, 3))).weights).all()  # no expert at all
+
+
+def test_locality_and_chunks():
+    """By hand, over documents and a ragged chunk."""
+    follows = np.ones(T, bool)
+    follows[[0, 5]] = False
+    losses = []
+    for t in range(1, T):
+        if follows[t]:
+            p, y = (
+                sigmoid(5.0 * LOGITS[t - 1].astype(np.float64)),
+                sigmoid(5.0 * LOGITS[t].astype(np.float64)),
+            )
+            losses.append(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
+    got = moe.activation_locality(jnp.asarray(LOGITS), jnp.asarray(follows), steepness=5.0)
+    np.testing.assert_allclose(got, np.mean(losses), rtol=1e-4)
+    active = np.maximum(LOGITS, 0)
+    p = active / (active.sum(1, keepdims=True) + 1e-5)
+    union = [1 - np.prod(1 - p[i : i + 4], 0) for i in range(0, T, 4)]
+    np.testing.assert_allclose(moe.chunk_sparsity(jnp.asarray(active), chunk=4), np.mean(union), atol=1e-4)
+    assert np.isfinite(moe.activation_locality(jnp.full((3, 2), 1e4), jnp.ones(3, bool)))
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax_top_k", "sigmoid_top_k", "noisy_top_k", "expert_choice", "relu_route"]
+)
+def test_gradients_of_weights_and_losses(name):
+    """By finite differences in a direction that changes no choice."""
+    direction = RNG.standard_normal(LOGITS.shape).astype(np.float32)
+
+    def total(logits):
+        routing = ROUTERS[name](logits)
+        smooth = sum(routing.losses.values(), jnp.zeros(()))
+        return (
+            jnp.sum(
+                routing.weights * jnp.cos(jnp.arange(routing.weights.size).reshape(routing.weights.shape))
+            )
+            + smooth
+        )
+
+    step = 2e-3
+    total = jax.jit(total)
+    slope = (total(LOGITS + step * direction) - total(LOGITS - step * direction)) / (2 * step)
+    grad = jax.grad(total)(jnp.asarray(LOGITS))
+    np.testing.assert_allclose(jnp.vdot(grad, direction), slope, rtol=1e-2, atol=2e-3)
+    assert float(jnp.abs(grad).max()) > 1e-3
+
+
+@every
+def test_a_token_that_is_not_a_number_is_seen(name):
+    """Its weights are not numbers either: nothing is routed as if it were right."""
+    if name == "hash_route":
+        return
+    bad = LOGITS.copy()
+    bad[3] = np.nan
+    assert np.isnan(ROUTERS[name](jnp.asarray(bad)).weights).any()
+
+
+def test_by_name():
+    routing = moe.route(jnp.asarray(LOGITS), "softmax_top_k", k=3)
+    np.testing.assert_array_equal(routing.indices, best(LOGITS, 3))
+    mine = moe.route(jnp.asarray(LOGITS), lambda logits, k: moe.softmax_top_k(-logits, k), k=1)
+    np.testing.assert_array_equal(mine.indices[:, 0], LOGITS.argmin(1))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda x: moe.softmax_top_k(x, 7), "k: got 7; expected 1 to 6"),
+        (lambda x: moe.softmax_top_k(x, 0), "k: got 0"),
+        (lambda x: moe.softmax_top_k(x, 1, groups=4), "groups: got 4; expected a divisor of 6"),
+        (lambda x: moe.softmax_top_k(x, 1, groups=3, top_groups=4), "top_groups: got 4"),
+        (lambda x: moe.softmax_top_k(x[0], 1), "logits: got float32"),
+        (lambda x: moe.softmax_top_k(x.astype(int), 1), "logits: got int32"),
+        (lambda x: moe.sigmoid_top_k(x, 1, bias=jnp.zeros(3)), r"bias: got \[3\]; expected \[6\]"),
+        (lambda x: moe.noisy_top_k(x, 1, key=KEY), "noise_logits: got None"),
+        (lambda x: moe.expert_choice(x, capacity=0), "capacity: got 0"),
+        (lambda x: moe.expert_choice(x, capacity=14), "capacity: got 14"),
+        (lambda x: moe.base(x), "scores: got 13 tokens for 6 experts"),
+        (lambda x: moe.route(x, "switch"), "router: got 'switch'; expected one of softmax_top_k"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_bad_input(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(jnp.asarray(LOGITS))
