@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import frugax
-from tests.errors import assert_close
+from tests.errors import assert_close, error
 
 safetensors = pytest.importorskip("safetensors.numpy")
 
@@ -173,3 +173,17 @@ def test_pickled_weights_are_named(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds pytorch_model.bin, which pickles code; expected model.safe"):
         frugax.layers.pretrained.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", [CONFIG, pytest.param(CONFIG2, marks=pytest.mark.full)], ids=["1", "2"])
+def test_a_loaded_model_runs_packed(config, tmp_path):
+    """Scanned layers and the tied embedding in 8 bits: the logits of the dequantized weights."""
+    module, variables = load(tmp_path, config, tensors(config))
+    rules = {"kernel$": ("int8", 6), "embedding": "int8"}
+    packed, table = frugax.quant.quantize_params(variables["params"], rules)
+    assert {row.path for row in table.arrays} >= {"embedding", "layers/block_0/mixer/out/kernel"}
+    is_packed = lambda x: isinstance(x, frugax.formats.QuantizedTensor)  # noqa: E731
+    arrays = jax.tree.map(lambda x: x.dequantize() if is_packed(x) else x, packed, is_leaf=is_packed)
+    got, want = (logits(module, {"params": params}) for params in (packed, arrays))
+    assert_close(got, want, "float32", times=4)
+    assert 1e-4 < error(got, logits(module, variables)) < 0.2
