@@ -15,6 +15,13 @@ class Codebook(Element):
 
     Attributes:
       values: strictly increasing, 2 to 256 of them.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from frugax.formats import Codebook
+        >>> powers = Codebook.of("powers", [-4, -2, -1, 0, 1, 2, 4, 8])
+        >>> powers.bits, powers.encode(jnp.array([3.5, -9.0])).tolist()
+        (3, [6, 0])
     """
 
     values: tuple[float, ...] = ()
@@ -25,13 +32,6 @@ class Codebook(Element):
 
         Raises:
           ValueError: values are fewer than 2, more than 256, or not strictly increasing.
-
-        Example:
-            >>> import jax.numpy as jnp
-            >>> from frugax.formats import Codebook
-            >>> powers = Codebook.of("powers", [-4, -2, -1, 0, 1, 2, 4, 8])
-            >>> powers.bits, powers.encode(jnp.array([3.5, -9.0])).tolist()
-            (3, [6, 0])
         """
         values = tuple(float(v) for v in values)
         if not 2 <= len(values) <= 256 or any(b <= a for a, b in itertools.pairwise(values)):

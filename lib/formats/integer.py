@@ -7,7 +7,13 @@ from .element import Element, floor, round_half_away
 
 
 class Integer(Element):
-    """n-bit integers. Signed: -h..h with h = 2^(n-1) - 1; unsigned: 0..h with h = 2^n - 1."""
+    """n-bit integers. Signed: -h..h with h = 2^(n-1) - 1; unsigned: 0..h with h = 2^n - 1.
+
+    Example:
+        >>> from frugax.formats import Integer
+        >>> [(f.lowest, f.highest) for f in (Integer("int3", 3, True), Integer("uint3", 3, False))]
+        [(-3, 3), (0, 7)]
+    """
 
     @property
     def lowest(self) -> int:
@@ -30,7 +36,14 @@ class Integer(Element):
 
 
 class Ternary(Integer):
-    """-1, 0 and 1, in two bits."""
+    """-1, 0 and 1, in two bits.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from frugax.formats import Ternary
+        >>> Ternary("ternary", 2, True).encode(jnp.array([-3.0, 0.4, 0.6])).tolist()
+        [-1, 0, 1]
+    """
 
     @property
     def highest(self) -> int:
@@ -44,6 +57,12 @@ class Bipolar(Element):
 
     Source: Ma et al. 2024, Efficient Arbitrary Precision Acceleration for Large Language Models on GPU Tensor
     Cores (arXiv 2409.17870).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from frugax.formats import Bipolar
+        >>> Bipolar("bipolar2", 2, True).decode(jnp.arange(4)).tolist()
+        [-3.0, -1.0, 1.0, 3.0]
     """
 
     @property

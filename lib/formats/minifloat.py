@@ -23,6 +23,11 @@ class Minifloat(Element):
         infinity and NaNs as in IEEE 754 (e5m2).
 
     Source: OCP Microscaling Formats (MX) Specification 1.0, section 5.3.
+
+    Example:
+        >>> from frugax.formats import Minifloat
+        >>> Minifloat.of(3, 2).name, Minifloat.of(3, 2).largest
+        ('fp6_e3m2', 28.0)
     """
 
     exponent: int = 0
@@ -38,11 +43,6 @@ class Minifloat(Element):
 
         Raises:
           ValueError: no exponent, or more than 8 bits in all.
-
-        Example:
-            >>> from frugax.formats import Minifloat
-            >>> Minifloat.of(3, 2).name, Minifloat.of(3, 2).largest
-            ('fp6_e3m2', 28.0)
         """
         bits = signed + exponent + mantissa
         if exponent < 1 or mantissa < 0 or not 2 <= bits <= 8:

@@ -36,7 +36,7 @@ class Scaling(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CodedScales:
-    """Scales that are themselves codes: value(code) * outer + offset.
+    """Scales that are themselves codes: value(code) * outer + offset. Example: see `TwoLevel`.
 
     Attributes:
       codes: uint8, one for each group.
@@ -62,6 +62,12 @@ class AbsMax:
       dtype: of the stored scales.
       beyond: how far above the element's largest value the largest magnitude comes to lie. Half a step of an
         integer lowers the squared error of normally distributed values.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> int4 = frugax.formats.format_named("int4").element  # -7 .. 7
+        >>> frugax.formats.AbsMax().fit(jnp.array([[7.0, -14.0]]), int4).scales.tolist()
+        [2.0]
     """
 
     dtype: str = "float32"
@@ -85,6 +91,12 @@ class AbsMean(AbsMax):
     """The mean magnitude becomes 1, one scale for each matrix: ternary weights.
 
     Source: Ma et al. 2024, The Era of 1-bit LLMs (arXiv 2402.17764).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> ternary = frugax.formats.format_named("ternary").element
+        >>> frugax.formats.AbsMean().fit(jnp.array([[7.0, -1.0]]), ternary).scales.tolist()
+        [4.0]
     """
 
     by_group = False
@@ -100,6 +112,11 @@ class MeanMagnitude(AbsMax):
     """The mean magnitude of a group becomes 1, which gives signs the least squared error; zeros don't count.
 
     Source: Rastegari et al. 2016, XNOR-Net (arXiv 1603.05279).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> frugax.formats.quantize(jnp.array([7.0, -1.0, -4.0]), "int1").dequantize().tolist()
+        [4.0, -4.0, -4.0]
     """
 
     def fit(self, x: Array, element: Element) -> Scaling:
@@ -116,6 +133,13 @@ class Asymmetric(AbsMax):
 
     Attributes:
       spare: steps left over: with one, no end of the range is cut off where zero is rounded to a code.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> uint4 = frugax.formats.format_named("uint4").element  # 0 .. 15
+        >>> scaling = frugax.formats.Asymmetric().fit(jnp.array([[-5.0, 10.0]]), uint4)
+        >>> scaling.scales.tolist(), scaling.zeros.tolist()
+        ([1.0], [5])
     """
 
     spare: int = 0
@@ -144,6 +168,13 @@ class PowerOfTwo:
         where any would saturate.
 
     Source: OCP Microscaling Formats (MX) Specification 1.0, sections 5.4.1 and 6.3.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> scheme, fp4 = frugax.formats.PowerOfTwo(), frugax.formats.format_named("fp4_e2m1").element
+        >>> scaling = scheme.fit(jnp.array([[0.9, -6.0], [0.1, 12.0]]), fp4)
+        >>> scaling.scales.tolist(), scheme.scale(scaling).tolist()
+        ([127, 128], [1.0, 2.0])
     """
 
     rounding: str = "nearest"
@@ -184,6 +215,13 @@ class TwoLevel:
 
     Source: NVIDIA's NVFP4 (block None); Dettmers et al. 2023, QLoRA (arXiv 2305.14314): double quantization;
     Dai et al. 2021, VS-Quant (arXiv 2102.04503): by columns.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> nvfp4 = frugax.formats.format_named("nvfp4")
+        >>> scaling = nvfp4.fit(jnp.array([[6.0, 1.0], [1.0, 3.0]]))
+        >>> nvfp4.scale(scaling).tolist(), scaling.scales.codes.dtype.name
+        ([1.0, 0.5], 'uint8')
     """
 
     element: Element
@@ -228,7 +266,17 @@ class TwoLevel:
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares(AbsMax):
-    """The scale with the least squared error, of `steps` from `least` times that of `AbsMax` up to it."""
+    """The scale with the least squared error, of `steps` from `least` times that of `AbsMax` up to it.
+
+    Example:
+        >>> import frugax, jax
+        >>> from frugax.formats import Format, LeastSquares
+        >>> x, plain = jax.random.normal(jax.random.key(0), (256,)), frugax.formats.format_named("int3")
+        >>> searched = Format("searched", plain.element, LeastSquares())
+        >>> error = lambda f: ((frugax.formats.quantize(x, f).dequantize() - x) ** 2).sum()
+        >>> bool(error(searched) < error(plain))
+        True
+    """
 
     steps: int = 32
     least: float = 0.5
