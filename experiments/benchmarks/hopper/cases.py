@@ -220,12 +220,50 @@ def quantized_update(
         yield Case(f"{shape} groups of {group_size} {dtype}", call, arrays, times, gradients=False)
 
 
+def quantized_matmul(tiny: bool, formats: tuple[str, ...], activations: str | None = None) -> Iterator[Case]:
+    """Yield products with weights in few bits, and the gradients of tokens and bias."""
+    for name in formats[:1] if tiny else formats:
+        groups = {"int8": None, "ternary": None, "mxfp4": None, "nvfp4": None}
+        for M, K, N, dtype in (
+            [(3, 256, 128, BF16)]
+            if tiny
+            else [
+                (1, 1024, 256, BF16),
+                (16, 4096, 512, BF16),
+                (130, 768, 384, np.dtype(np.float16)),
+                (300, 2048, 512, BF16),
+            ]
+        ):
+            draw = Draw(M)
+            w = frugax.formats.quantize(
+                jnp.asarray(draw.normal(K, N, dtype=F32)), name, group_size=groups.get(name, 128)
+            )
+
+            def call(x, bias, backend, w=w):
+                return frugax.kernels.quantized_matmul(
+                    x, w, bias=bias, activations=activations, backend=backend
+                )
+
+            arrays = {"x": draw.normal(M, K, dtype=dtype), "bias": draw.normal(N, dtype=dtype)}
+            yield Case(f"{name} M={M} K={K} N={N} {dtype}", call, arrays)
+
+
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "linear_attention, a decay a head and token": partial(linear_attention, decay="bth"),
     "linear_attention, a decay a channel": partial(linear_attention, decay="bthk"),
     "ssd": ssd,
     "selective_scan, bfloat16": partial(selective_scan, dtype=BF16),
     "rnn, lstm": partial(rnn, cell="lstm", gates=4, states=2),
+    "quantized_matmul, four bits": partial(
+        quantized_matmul, formats=("int4", "uint4", "nf4", "nf4_dq", "mxfp4", "nvfp4")
+    ),
+    "quantized_matmul, other widths": partial(
+        quantized_matmul, formats=("int3", "int8", "ternary", "uint5", "bipolar6", "fp6_e3m2", "mxfp8")
+    ),
+    "quantized_matmul, int8 tokens": partial(
+        quantized_matmul, formats=("int8", "int4", "ternary"), activations="int8"
+    ),
+    "quantized_matmul, fp8 tokens": partial(quantized_matmul, formats=("fp8_e4m3",), activations="fp8_e4m3"),
     "quantized_update, adam": partial(
         quantized_update, rule="adam", formats=("dynamic8", "udynamic8"), hyper=ADAM
     ),

@@ -20,8 +20,8 @@ from .cases import CASES, Case
 from .jobs import first_lines, write_json
 
 # How many units in the last place the arithmetic explains: float32 sums have many terms; a bfloat16 kernel
-# adds up in float32, so that the rounding of a few operands remains.
-UNITS = {"float32": 64, "bfloat16": 1}
+# adds up in float32, so that the rounding of a few operands remains, and a float16 one likewise.
+UNITS = {"float32": 64, "bfloat16": 1, "float16": 1}
 
 
 def bound(case: Case) -> float:

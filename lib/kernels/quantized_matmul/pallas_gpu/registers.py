@@ -15,11 +15,34 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ...common.hopper import ROWS, TILE
+from .threads import array, constant, first_code, i32, index, lane_and_warp, load_matrices, permute
 
 COLUMNS = 128  # of W, that a warpgroup works on
 HALF = COLUMNS // 2
 BYTES = plgpu.TilingTransform((8, COLUMNS)), plgpu.SwizzleTransform(COLUMNS)  # of tiles of packed codes
 QUARTERS = plgpu.Layout.WGMMA_8BIT  # of operands of one byte
+
+
+def word_place(lane, warp, tile_row: int, fours: bool):
+    """The byte at which `load_words` lets a lane's row of 16 bytes begin, for the first 16 rows.
+
+    Lane 8 i + j says where row j of matrix i lies. Matrices 0 and 1 are words beside each other, 2 and 3 the
+    same of later rows. Thread t of four gets rows 2t and 2t + 1 of each; `fours`: 4t to 4t + 3 of both.
+    """
+    matrix, j = lane // 8, lane % 8
+    row = j // 2 * 4 + j % 2 + matrix // 2 * 2 if fours else j + matrix // 2 * 8
+    chunk = (warp * 2 + matrix % 2) ^ (row % 8)  # the swizzle, of 16 bytes
+    return row // 8 * tile_row + row % 8 * COLUMNS + chunk * 16
+
+
+def row_place(lane, first, k: int, tile_row: int):
+    """The byte at which `load_rows` lets a lane's row of 16 bytes begin, for 32 columns from 32 k on.
+
+    Matrices 0 and 1 are rows that follow each other, from `first` on; 2 and 3 the words after theirs.
+    """
+    matrix, j = lane // 8, lane % 8
+    chunk = (matrix // 2 + 2 * k) ^ j
+    return (first // 8 + matrix % 2) * tile_row + j * COLUMNS + chunk * 16
 
 
 def load_words(ref: Any, rows: int, *, fours: bool, interpret: bool) -> Array:
@@ -36,35 +59,21 @@ def load_words(ref: Any, rows: int, *, fours: bool, interpret: bool) -> Array:
         return pairs[:, 0] | (pairs[:, 1] << 8)
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
+    from jaxlib.mlir.dialects import llvm
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(BYTES),),
         return_type=plgpu.ShapeDtypeStruct((HALF, rows), jnp.uint16, layout=TILE),
     )
     def load(_, ref):
-        c = _constant
         tile_row = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]  # bytes from 8 rows to the next 8
-        lane, warp = _lane_and_warp()
-        # Lane 8 i + j says where row j of matrix i lies; matrices 0 and 1: words beside each other, 2 and 3:
-        # the same of later rows.
-        matrix, j = arith.divui(lane, c(8)), arith.remui(lane, c(8))
-        later, beside = arith.divui(matrix, c(2)), arith.remui(matrix, c(2))
-        if fours:  # thread t, which gets the rows 2t and 2t + 1 of a matrix, gets 4t, ..., 4t + 3 of both
-            pair, odd = arith.divui(j, c(2)), arith.remui(j, c(2))
-            row = arith.addi(arith.addi(arith.muli(pair, c(4)), odd), arith.muli(later, c(2)))
-        else:
-            row = arith.addi(j, arith.muli(later, c(8)))
-        in_tile = arith.remui(row, c(8))
-        chunk = arith.xori(arith.addi(arith.muli(warp, c(2)), beside), in_tile)  # the swizzle, of 16 bytes
-        place = arith.addi(arith.muli(in_tile, c(COLUMNS)), arith.muli(chunk, c(16)))
-        place = arith.addi(place, arith.muli(arith.divui(row, c(8)), c(tile_row)))
+        place = word_place(*lane_and_warp(), tile_row, fours)
         base = mgpu.utils.memref_ptr(ref)
         word = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
         shape = TILE.to_mgpu().registers_shape((HALF, rows))
         registers = np.empty((rows // 16, 2, 2), object)
         for k in range(rows // 16):
-            four = _load_matrices(base, arith.addi(place, c(2 * k * tile_row)), transposed=True)
+            four = load_matrices(base, place + 2 * k * tile_row, transposed=True)
             for i in range(4):
                 registers[k, i // 2, i % 2] = llvm.bitcast(word, four[i])
         return mgpu.FragmentedArray(
@@ -88,10 +97,10 @@ def shifted(words: Array, right: int, *, interpret: bool) -> Array:
     )
     def shift(_, x):  # two words of a register at once, for which LLVM has no instruction
         move = arith.shrui if right > 0 else arith.shli
-        by = _constant(abs(right))
-        new = [llvm.bitcast(r.type, move(llvm.bitcast(_i32(), r), by)) for r in x.registers.flat]
+        by = constant(abs(right))
+        new = [llvm.bitcast(r.type, move(llvm.bitcast(i32(), r), by)) for r in x.registers.flat]
         return mgpu.FragmentedArray(
-            _registers=_array(new, x.registers.shape), _layout=x.layout, _is_signed=x.is_signed
+            _registers=array(new, x.registers.shape), _layout=x.layout, _is_signed=x.is_signed
         )
 
     return shift(words)
@@ -118,7 +127,7 @@ def look_up(words: Array, table: np.ndarray, *, interpret: bool) -> list[Array]:
 
     @plgpu.inline_mgpu(arg_types=(TILE,), return_type=(out,) * 4)
     def look(_, x):
-        c = lambda x: _constant(int(np.uint32(x).view(np.int32)))  # noqa: E731
+        c = lambda x: constant(int(np.uint32(x).view(np.int32)))  # noqa: E731
         tables = [[c(x) for x in part] for part in (low, high)]
         pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(np.dtype(table.dtype)))
 
@@ -127,19 +136,19 @@ def look_up(words: Array, table: np.ndarray, *, interpret: bool) -> list[Array]:
             among = arith.andi(nibbles, c(0x7777))
             which = arith.ori(arith.andi(arith.shrui(nibbles, c(1)), c(0x4444)), c(0x3210))
             low, high = (
-                _permute(_permute(t[0], t[1], among), _permute(t[2], t[3], among), which) for t in tables
+                permute(permute(t[0], t[1], among), permute(t[2], t[3], among), which) for t in tables
             )
-            return _permute(low, high, c(0x5140)), _permute(low, high, c(0x7362))
+            return permute(low, high, c(0x5140)), permute(low, high, c(0x7362))
 
         found = [[], [], [], []]  # type: ignore
         for register in x.registers.flat:
-            word = llvm.bitcast(_i32(), register)
+            word = llvm.bitcast(i32(), register)
             rows = zip(four(word), four(arith.shrui(word, c(16))), strict=True)  # of row k and of row k + 1
             for half, (a, b) in enumerate(rows):
-                found[2 * half].append(llvm.bitcast(pair, _permute(a, b, c(0x5410))))
-                found[2 * half + 1].append(llvm.bitcast(pair, _permute(a, b, c(0x7632))))
+                found[2 * half].append(llvm.bitcast(pair, permute(a, b, c(0x5410))))
+                found[2 * half + 1].append(llvm.bitcast(pair, permute(a, b, c(0x7632))))
         return tuple(
-            mgpu.FragmentedArray(_registers=_array(new, x.registers.shape), _layout=x.layout, _is_signed=None)
+            mgpu.FragmentedArray(_registers=array(new, x.registers.shape), _layout=x.layout, _is_signed=None)
             for new in found
         )
 
@@ -164,17 +173,17 @@ def as_bytes(words: Array, dtype: Any, *, interpret: bool) -> tuple[Array, Array
         shape = QUARTERS.to_mgpu().registers_shape(words.shape)
         registers = x.registers.reshape(-1, 2, 2)  # 16 rows, which half of them, words beside each other
         results = []
-        one = ir.VectorType.get((1,), _i32())
+        one = ir.VectorType.get((1,), i32())
         for selector in (0x6420, 0x7531):
             permuted = (
-                _permute(*(llvm.bitcast(_i32(), x) for x in pair), _constant(selector))
+                permute(*(llvm.bitcast(i32(), x) for x in pair), constant(selector))
                 for sixteen in registers
                 for pair in zip(*sixteen, strict=True)
             )
             new = [vector.bitcast(byte, vector.broadcast(one, x)) for x in permuted]
             results.append(
                 mgpu.FragmentedArray(
-                    _registers=_array(new, shape),
+                    _registers=array(new, shape),
                     _layout=QUARTERS.to_mgpu(),
                     _is_signed=mgpu.utils.is_signed(jnp.dtype(dtype)),
                 )
@@ -191,7 +200,7 @@ def load_columns(ref: Any, *, interpret: bool) -> tuple[Array, Array]:
         return both[:, 0], both[:, 1]
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, vector
+    from jaxlib.mlir.dialects import vector
 
     out = plgpu.ShapeDtypeStruct((HALF,), ref.dtype, layout=ROWS)
 
@@ -199,17 +208,14 @@ def load_columns(ref: Any, *, interpret: bool) -> tuple[Array, Array]:
     def load(_, ref):
         element = ir.MemRefType(ref.type).element_type
         two, one = (ir.VectorType.get((n,), element) for n in (2, 1))
-        lane, warp = _lane_and_warp()
-        first = arith.addi(arith.muli(warp, _constant(16)), arith.divui(lane, _constant(4)))
-        found = []
-        for half in (0, 8):
-            place = arith.muli(arith.addi(first, _constant(half)), _constant(2))
-            found.append(vector.load(two, ref, [arith.index_cast(ir.IndexType.get(), place)]))
+        lane, warp = lane_and_warp()
+        first = warp * 16 + lane // 4
+        found = [vector.load(two, ref, [index((first + half) * 2)]) for half in (0, 8)]
         shape = ROWS.to_mgpu().registers_shape((HALF,))
         signed = mgpu.utils.is_signed(jnp.dtype(out.dtype))
         return tuple(
             mgpu.FragmentedArray(
-                _registers=_array(
+                _registers=array(
                     [vector.extract_strided_slice(one, x, [parity], [1], [1]) for x in found], shape
                 ),
                 _layout=ROWS.to_mgpu(),
@@ -226,22 +232,19 @@ def store_product(even: Array, odd: Array, ref: Any, *, interpret: bool) -> None
     if interpret:
         ref[...] = jnp.stack([even, odd], axis=1).reshape(COLUMNS, even.shape[1]).T
         return
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, vector
+    from jaxlib.mlir.dialects import vector
 
     @plgpu.inline_mgpu(arg_types=(TILE, TILE, plgpu.RefType()))
     def store(_, even, odd, ref):
-        c, index = _constant, lambda x: arith.index_cast(ir.IndexType.get(), x)
-        lane, warp = _lane_and_warp()
-        word = arith.addi(arith.muli(warp, c(16)), arith.divui(lane, c(4)))
-        token = arith.muli(arith.remui(lane, c(4)), c(2))
+        lane, warp = lane_and_warp()
+        word, token = warp * 16 + lane // 4, lane % 4 * 2
         pairs = zip(even.registers.reshape(-1, 2), odd.registers.reshape(-1, 2), strict=True)
         for eight, registers in enumerate(pairs):
             for half, (a, b) in enumerate(zip(*registers, strict=True)):
-                column = index(arith.muli(arith.addi(word, c(8 * half)), c(2)))
+                column = index((word + 8 * half) * 2)
                 for i in (0, 1):
                     both = vector.shuffle(a, b, [i, 2 + i])
-                    vector.store(both, ref, [index(arith.addi(token, c(8 * eight + i))), column])
+                    vector.store(both, ref, [index(token + (8 * eight + i)), column])
 
     store(even, odd, ref)
 
@@ -267,23 +270,15 @@ def load_rows(ref: Any, rows: int, width: int, place: tuple[Any, int, int], *, i
         return_type=plgpu.ShapeDtypeStruct((HALF, HALF), jnp.uint16, layout=TILE),
     )
     def load(_, ref):
-        c = _constant
         tile_row = ir.MemRefType(ref.type).get_strides_and_offset()[0][0]
-        lane, _ = _lane_and_warp()
-        first = _first_code(place)
-        shift = arith.muli(arith.divui(first, c(rows)), c(width))
-        # Matrices 0 and 1: rows that follow each other, 2 and 3: the words after theirs.
-        matrix, j = arith.divui(lane, c(8)), arith.remui(lane, c(8))
-        tile = arith.addi(arith.divui(arith.remui(first, c(rows)), c(8)), arith.remui(matrix, c(2)))
-        row = arith.addi(arith.muli(tile, c(tile_row)), arith.muli(j, c(COLUMNS)))
-        later, base = arith.divui(matrix, c(2)), mgpu.utils.memref_ptr(ref)
+        first, (lane, _) = first_code(place, HALF), lane_and_warp()
+        shift, base = first // rows * width, mgpu.utils.memref_ptr(ref)
         word = ir.VectorType.get((2,), ir.IntegerType.get_signless(16))
         registers = np.empty((HALF // 16, 2, 2), object)
         for k in range(HALF // 16):
-            chunk = arith.xori(arith.addi(later, c(2 * k)), j)  # the swizzle, of 16 bytes
-            four = _load_matrices(base, arith.addi(row, arith.muli(chunk, c(16))), transposed=False)
+            four = load_matrices(base, row_place(lane, first % rows, k, tile_row), transposed=False)
             for i in range(4):
-                registers[k, i // 2, i % 2] = llvm.bitcast(word, arith.shrui(four[i], shift))
+                registers[k, i // 2, i % 2] = llvm.bitcast(word, arith.shrui(four[i], shift.value))
         shape = TILE.to_mgpu().registers_shape((HALF, HALF))
         return mgpu.FragmentedArray(
             _registers=registers.reshape(shape), _layout=TILE.to_mgpu(), _is_signed=False
@@ -306,26 +301,24 @@ def load_rows_columns(
         return taken[:, :, 0], taken[:, :, 1]
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, vector
+    from jaxlib.mlir.dialects import vector
 
     out = plgpu.ShapeDtypeStruct((HALF, HALF), ref.dtype, layout=TILE)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=(out, out))
     def load(_, ref):
-        index = lambda x: arith.index_cast(ir.IndexType.get(), x)  # noqa: E731
         four = ir.VectorType.get((4,), ir.MemRefType(ref.type).element_type)
-        lane, _ = _lane_and_warp()
-        row = arith.divui(_first_code(place), _constant(group)) if group else _constant(0)
-        column = arith.muli(arith.remui(lane, _constant(4)), _constant(4))
+        lane, _ = lane_and_warp()
+        row = first_code(place, HALF) // group if group else lane * 0
         parts: list[list] = [[], []]
         for j in range(HALF // 8):
-            x = vector.load(four, ref, [index(row), index(arith.addi(column, _constant(16 * j)))])
+            x = vector.load(four, ref, [index(row), index(lane % 4 * 4 + 16 * j)])
             for parity in (0, 1):  # the same in the rows r and r + 8
                 parts[parity] += [vector.shuffle(x, x, [parity, parity + 2])] * 2
         layout, signed = TILE.to_mgpu(), mgpu.utils.is_signed(jnp.dtype(out.dtype))
         return tuple(
             mgpu.FragmentedArray(
-                _registers=_array(x, layout.registers_shape((HALF, HALF))),
+                _registers=array(x, layout.registers_shape((HALF, HALF))),
                 _layout=layout,
                 _is_signed=signed,
             )
@@ -340,21 +333,18 @@ def store_rows(tile: Array, ref: Any, *, interpret: bool) -> None:
     if interpret:
         ref[...] = tile.T
         return
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, memref, vector
+    from jaxlib.mlir.dialects import memref, vector
 
     @plgpu.inline_mgpu(arg_types=(TILE, plgpu.RefType()))
     def store(_, tile, ref):
-        c, index = _constant, lambda x: arith.index_cast(ir.IndexType.get(), x)
-        lane, warp = _lane_and_warp()
-        row = arith.addi(arith.muli(warp, c(16)), arith.divui(lane, c(4)))
-        token = arith.muli(arith.remui(lane, c(4)), c(2))
+        lane, warp = lane_and_warp()
+        row, token = warp * 16 + lane // 4, lane % 4 * 2
         for eight, pair in enumerate(tile.registers.reshape(-1, 2)):
             for half, register in enumerate(pair):
-                column = index(arith.addi(row, c(8 * half)))
+                column = index(row + 8 * half)
                 for i in (0, 1):
                     value = vector.extract(register, [], [i])
-                    memref.store(value, ref, [index(arith.addi(token, c(8 * eight + i))), column])
+                    memref.store(value, ref, [index(token + (8 * eight + i)), column])
 
     store(tile, ref)
 
@@ -365,74 +355,3 @@ def _chosen(x: Array, table: np.ndarray) -> Array:
     for i, entry in enumerate(table):
         value = jnp.where(x == i, entry, value)
     return value
-
-
-def _i32():
-    from jaxlib.mlir import ir
-
-    return ir.IntegerType.get_signless(32)
-
-
-def _constant(x: int):
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith
-
-    return arith.constant(_i32(), ir.IntegerAttr.get(_i32(), x))  # type: ignore[call-arg]
-
-
-def _thread():
-    from jaxlib.mlir.dialects import gpu
-
-    return gpu.thread_id(gpu.Dimension.x)
-
-
-def _lane_and_warp():
-    """This thread's place in its warp, and the warp's in the warpgroup."""
-    from jaxlib.mlir.dialects import arith
-
-    thread = arith.index_cast(_i32(), _thread())
-    warp = arith.remui(arith.divui(thread, _constant(32)), _constant(4))
-    return arith.remui(thread, _constant(32)), warp
-
-
-def _first_code(place: tuple[Any, int, int]):
-    """The first of the 16 codes of this warp."""
-    from jaxlib.mlir.dialects import arith
-
-    _, many, t = place
-    c, (_, warp) = _constant, _lane_and_warp()
-    thread = arith.index_cast(_i32(), _thread())
-    tile = arith.addi(arith.muli(arith.divui(thread, c(128)), c(many)), c(t))
-    return arith.addi(arith.muli(tile, c(HALF)), arith.muli(warp, c(16)))
-
-
-def _load_matrices(base, place, *, transposed: bool) -> list:
-    """Four matrices of 8 x 8 words, one register of each; lane 8 i + j says where row j of matrix i lies."""
-    from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import llvm
-
-    i8 = ir.IntegerType.get_signless(8)
-    pointer = llvm.getelementptr(base.type, base, [place], [-(2**31)], i8, llvm.GEPNoWrapFlags.none)
-    four = llvm.inline_asm(
-        llvm.StructType.get_literal([_i32()] * 4),
-        [pointer],
-        f"ldmatrix.sync.aligned.m8n8.x4{'.trans' * transposed}.shared.b16 {{$0, $1, $2, $3}}, [$4];",
-        "=r,=r,=r,=r,r",
-        has_side_effects=True,
-    )
-    return [llvm.extractvalue(_i32(), four, [i]) for i in range(4)]
-
-
-def _permute(a, b, selector):
-    """Four of the eight bytes of two words, by the lower four nibbles of another."""
-    from jaxlib.mlir.dialects import llvm
-
-    return llvm.inline_asm(
-        _i32(), [a, b, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", has_side_effects=False
-    )
-
-
-def _array(items: list, shape: tuple[int, ...]) -> np.ndarray:
-    found = np.empty(len(items), object)
-    found[:] = items
-    return found.reshape(shape)

@@ -12,7 +12,7 @@ from .registers import COLUMNS, HALF
 
 PROCESSORS = GPUS["H100 SXM"].processors
 TOKENS = 128  # the most that a program takes: accumulators then fill half of the registers
-AT_ONCE = 16  # tokens that leave together
+AT_ONCE = 8  # tokens that leave together
 STAGES = 6
 
 
@@ -72,25 +72,28 @@ def tiling(call: Inputs, spec: Spec, backward: bool = False) -> tuple[Tiling | N
             None,
             f"the GPU kernel multiplies rounded activations by 64 codes of a group at once, not {got}",
         )
-    warpgroups = 2 if N % (2 * COLUMNS) == 0 else 1
+    many = block // HALF if backward else N // COLUMNS  # what warpgroups share
+    warpgroups = 2 if many % 2 == 0 else 1
     whole_sums = rounded and group == K and isinstance(spec.format.element, Integer)
     # Sums of a group have registers of their own.
     most = TOKENS // 2 if rounded and not whole_sums else TOKENS
+    groups = max(1, block // group)
+    columns, channels = (COLUMNS, COLUMNS) if backward else (warpgroups * COLUMNS, block)
+
+    def step_bytes(tokens: int) -> int:
+        per_group = columns * (4 + (call.zeros is not None))
+        return tokens * channels * itemsize + block * bits // 8 * columns + groups * per_group
+
+    # One step travels, at least, while another is at work.
+    room = (SHARED_MEMORY - 2 * warpgroups * AT_ONCE * COLUMNS * 4 - 4096) // 1024 * 1024
     tokens = min(most, max(8, 1 << (M - 1).bit_length()))
-    if backward:
-        found = Tiling(tokens, min(2, block // HALF), block, HALF, group, 1, 1)
-        programs, steps = K // block, N // COLUMNS
-    else:
-        found = Tiling(tokens, warpgroups, block, chunk, group, 1, 1, whole_sums)
-        programs, steps = N // found.columns, K // block
+    while tokens > 8 and 2 * round_up(step_bytes(tokens), 1024) > room:
+        tokens //= 2
+    found = Tiling(tokens, warpgroups, block, HALF if backward else chunk, group, 1, 1, whole_sums)
+    programs, steps = (K // block, N // COLUMNS) if backward else (N // columns, K // block)
     splits = _splits(-(-M // tokens) * programs, steps)
-    room = SHARED_MEMORY - 2 * found.warpgroups * AT_ONCE * COLUMNS * 4 - 4096  # results, bias and barriers
-    columns, channels = (COLUMNS, COLUMNS) if backward else (found.columns, block)
-    step = tokens * channels * itemsize + block * bits // 8 * columns
-    step += found.groups * columns * (4 + (call.zeros is not None))
-    return found._replace(
-        splits=splits, stages=min(STAGES, steps // splits, room // round_up(step, 1024))
-    ), None
+    stages = min(STAGES, steps // splits, room // round_up(step_bytes(tokens), 1024))
+    return found._replace(splits=splits, stages=stages), None
 
 
 def _splits(programs: int, steps: int) -> int:
