@@ -1,7 +1,9 @@
 """Mixture of experts: routers, the way of tokens to experts and back."""
 
+from .dispatch import DispatchPlan, combine, dispatch
 from .losses import activation_locality, chunk_sparsity, load_balance, squared_variation, z_loss
 from .routers import (
+    SoftRouting,
     base,
     expert_choice,
     hash_route,
@@ -10,6 +12,7 @@ from .routers import (
     route,
     sigmoid_top_k,
     sinkhorn_top_k,
+    soft_route,
     softmax_top_k,
     updated_bias,
 )
@@ -17,12 +20,16 @@ from .routing import Routing, RoutingStatistics
 from .selection import auction, sinkhorn
 
 __all__ = [
+    "DispatchPlan",
     "Routing",
     "RoutingStatistics",
+    "SoftRouting",
     "activation_locality",
     "auction",
     "base",
     "chunk_sparsity",
+    "combine",
+    "dispatch",
     "expert_choice",
     "hash_route",
     "load_balance",
@@ -32,6 +39,7 @@ __all__ = [
     "sigmoid_top_k",
     "sinkhorn",
     "sinkhorn_top_k",
+    "soft_route",
     "softmax_top_k",
     "squared_variation",
     "updated_bias",
