@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,8 @@ def fold_awq(params, statistics: Mapping[str, quant.Statistics], format: str, gr
     Returns:
       Params, and the statistics that their matrices now have.
     """
-    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    flat, tree_structure = jax.tree_util.tree_flatten_with_path(params)
+    tree: Any = tree_structure
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
     arrays = dict(zip(paths, (x for _, x in flat), strict=True))
     statistics = dict(statistics)
@@ -161,7 +163,7 @@ def decoding_speed(module, models: Mapping[str, Any], tokens: int, repeats: int)
     calls: dict[str, Callable[[], Any]] = {}
     for name, params in models.items():
         _, state = module.apply({"params": params}, jnp.zeros((1, 1), jnp.int32))
-        calls[name] = lambda params=params, state=state: decode(params, state, jnp.ones((1, 1), jnp.int32))
+        calls[name] = partial(decode, params, state, jnp.ones((1, 1), jnp.int32))
         jax.block_until_ready(calls[name]())
     return {name: round(1e3 * tokens / min(ms), 1) for name, ms in milliseconds(calls, repeats).items()}
 

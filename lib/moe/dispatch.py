@@ -51,8 +51,8 @@ def dispatch(
     Args:
       x: tokens.
       routing: from a router. Assignments with weight 0 take no place.
-      method: "sort" drops nothing: rows [n, D] in the order of experts, n = T * k, for `jax.lax.ragged_dot` with
-        the plan's `group_sizes`; rows past their sum are zero. "gather" and "einsum": [E, C, D], where
+      method: "sort" drops nothing: rows [n, D] in the order of experts, n = T * k, for
+        `jax.lax.ragged_dot` with the plan's `group_sizes`; rows past their sum are zero. "gather" and "einsum": [E, C, D], where
         assignments over an expert's capacity C are dropped and free places are zero. "einsum" is the
         definition by one-hot arrays [T, E, C]. A `SoftRouting` has a method of its own.
       capacity: C as a number, or as a float a factor of the mean number of assignments, rounded up. None with
