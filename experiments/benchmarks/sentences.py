@@ -118,7 +118,7 @@ def where_it_loses() -> str:
     )
     slow = {
         operation: max(r["ratio"] for r in read(f"tpu_schedule_{operation}")["rows"] if "ratio" in r)
-        for operation in ("linear_attention", "selective_scan", "rnn", "quantized_update")
+        for operation in ("linear_attention", "selective_scan", "rnn", "quantized_update", "quantized_matmul")
     }
     quick = read("train_quickstart")
     gzip = f"{quick['gzip_bits_per_byte']:.2f}"

@@ -320,6 +320,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "tpu_selective_scan": partial(tpu_schedule, "selective_scan"),
         "tpu_rnn": partial(tpu_schedule, "rnn"),
         "tpu_quantized_update": partial(tpu_schedule, "quantized_update"),
+        "tpu_quantized_matmul": partial(tpu_schedule, "quantized_matmul"),
         "hopper_linear_attention": partial(hopper, "linear_attention"),
         "hopper_selective_scan": partial(hopper, "selective_scan"),
         "hopper_rnn": partial(hopper, "rnn"),

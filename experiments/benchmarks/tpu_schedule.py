@@ -170,9 +170,41 @@ def quantized_update() -> list[Kernel]:
     return kernels
 
 
+def quantized_matmul() -> list[Kernel]:
+    """K=N=4096, bfloat16 tokens: format, group size and tokens; W4A8's floor counts int8 products as half."""
+    import jax
+    import jax.numpy as jnp
+
+    import frugax
+
+    def product(x, w, activations=None):
+        return frugax.kernels.quantized_matmul(x, w, activations=activations, backend="pallas_tpu")
+
+    def backward(x, w, dy):
+        return jax.vjp(lambda x: product(x, w), x)[1](dy)
+
+    K = N = 4096
+    kernels = []
+    for format, group, M, activations in (
+        *(("int4", 128, 8, None), ("int4", 128, 256, None), ("int4", 32, 8, None), ("int2", 128, 8, None)),
+        *(("int3", 128, 8, None), ("int8", 128, 8, None), ("mxfp4", 32, 8, None), ("nvfp4", 16, 8, None)),
+        *(("nf4", 64, 8, None), ("fp8_e4m3", 128, 8, None), ("int4", 128, 256, "int8")),
+    ):
+        W = jax.ShapeDtypeStruct((K, N), jnp.float32)
+        w = jax.eval_shape(partial(frugax.formats.quantize, format=format, group_size=group), W)
+        x, y = (jax.ShapeDtypeStruct((M, size), jnp.bfloat16) for size in (K, N))
+        flops = 2 * M * K * N / (1 if activations is None else 2)
+        label = f"{format} g{group} M={M}" + (f" {activations}" if activations else "")
+        kernels.append(Kernel(label, partial(product, activations=activations), (x, w), flops))
+        if M == 256 and activations is None:
+            kernels.append(Kernel(f"backward {label}", backward, (x, w, y), flops))
+    return kernels
+
+
 # name -> what to compile. Another operation adds a function here.
 OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {
     "linear_attention": linear_attention,
+    "quantized_matmul": quantized_matmul,
     "quantized_update": quantized_update,
     "rnn": rnn,
     "selective_scan": selective_scan,

@@ -1,11 +1,11 @@
 """Tiles of W in fast memory, from packed codes to what the matrix unit multiplies: shifts and masks alone.
 
-Codes of any format are taken out of bytes, one in each 32 bits, and decoded; rows keep their order. That takes
+Codes of any format are taken out of bytes, one in each 32 bits, and decoded; rows keep their order. That is
 long beside the product of a few tokens, for which some formats' codes become bfloat16 numbers without ever
-filling 32 bits. Bytes are read as words of four rows. Byte r of every word of a packing block then holds the
-codes 4 t + r for all t: a shift and a mask give a quarter of a tile's codes, in order. Two quarters in the halves
-of words are a bfloat16 array, which holds the even codes or the odd ones. So such a tile of 128 rows has 64 even
-rows of W before 64 odd ones, and `even_first` puts the channels of x in that order.
+filling 32 bits. Bytes are read as words of four rows. Byte r of every word of a packing block then holds
+the codes 4 t + r for all t: a shift and a mask give a quarter of a tile's codes, in order. Two quarters in
+the halves of words are a bfloat16 array, which holds the even codes or the odd ones. So such a tile of 128
+rows has 64 even rows of W before 64 odd ones, and `even_first` puts the channels of x in that order.
 """
 
 import functools
@@ -216,7 +216,7 @@ class Tiles:
         return pltpu.bitcast(codes, jnp.int8)
 
     def spread(self, rows_ref, tile: Any) -> Array:
-        """The groups' rows of tile `tile` of all of W, each repeated for its rows of W [128, columns], or one."""
+        """The groups' rows of tile `tile` of all of W, each for its rows of W [128, columns]; or one."""
         columns = rows_ref.shape[1]
         if self.group >= TILE:
             row = lax.div(jnp.asarray(tile, jnp.int32), np.int32(self.group // TILE))
