@@ -223,7 +223,11 @@ class _Branch:
         # What interprets a GPU's kernel on CPU has effects, which custom partitioning can't hold.
         partitioner = self.backend == "pallas_gpu" and not self.interpret
         run = partial(run, **options)
-        return per_shard(run, self.axes, op.independent, opaque=kernel, partitioner=partitioner)(*args)
+        run = per_shard(run, self.axes, op.independent, opaque=kernel, partitioner=partitioner)
+        if not kernel:
+            return run(*args)
+        with jax.enable_x64(False):  # a kernel takes no 64 bits, and Pallas' own indices have 32
+            return run(*args)
 
     def where_served(self, backend: str, *args: Any) -> Any:
         """The phase on a Pallas backend; on this one, which the log says once, where that can't serve it."""

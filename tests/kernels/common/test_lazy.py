@@ -8,6 +8,7 @@ import frugax
 from tests.devices import QUICK, run_alone
 
 X = jax.ShapeDtypeStruct((2, 64, 2, 64), jnp.bfloat16)
+CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}
 
 
 @pytest.mark.parametrize("backend", ["none", pytest.param("xla", marks=pytest.mark.full)])
@@ -41,7 +42,19 @@ def test_a_mapped_call_is_lowered_to_the_kernel_as_well(platform):
 
     x = jax.ShapeDtypeStruct((3, 4, *X.shape), X.dtype)
     text = jax.jit(twice).trace(x, x, X).lower(lowering_platforms=(platform,)).as_text()
-    assert {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}[platform] in text
+    assert CALLS[platform] in text
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_kernels_are_lowered_beside_64_bits(platform):
+    """Ids may have 64 bits; what has floats of 64 goes to xla."""
+    with jax.enable_x64(True):
+        ids = jax.ShapeDtypeStruct((2, 64), jnp.int64)
+        for dtype, kernel in ((jnp.float32, True), (jnp.float64, False)):
+            x = jax.ShapeDtypeStruct((2, 64, 128), dtype)
+            f = jax.jit(lambda a, b, ids: frugax.kernels.linear_recurrence(a, b, segment_ids=ids))
+            text = f.trace(x, x, ids).lower(lowering_platforms=(platform,)).as_text()
+            assert (CALLS[platform] in text) == kernel
 
 
 def test_what_a_kernel_cannot_serve_is_lowered_to_xla():
