@@ -28,6 +28,13 @@ class DispatchPlan:
       method: "sort", "gather", "einsum" or "soft".
       to: what the method needs to send tokens, and
       back: to bring them back.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> routing = frugax.moe.softmax_top_k(jnp.zeros((4, 2)), 1)  # all choose the first
+        >>> _, plan = frugax.moe.dispatch(jnp.ones((4, 3)), routing, method="gather", capacity=3)
+        >>> plan.group_sizes.tolist(), float(plan.dropped)
+        ([3, 0], 0.25)
     """
 
     group_sizes: Any
@@ -52,9 +59,9 @@ def dispatch(
       x: tokens.
       routing: from a router. Assignments with weight 0 take no place.
       method: "sort" drops nothing: rows [n, D] in the order of experts, n = T * k, for
-        `jax.lax.ragged_dot` with the plan's `group_sizes`; rows past their sum are zero. "gather" and "einsum": [E, C, D], where
-        assignments over an expert's capacity C are dropped and free places are zero. "einsum" is the
-        definition by one-hot arrays [T, E, C]. A `SoftRouting` has a method of its own.
+        `jax.lax.ragged_dot` with the plan's `group_sizes`; rows past their sum are zero. "gather" and
+        "einsum": [E, C, D], where assignments over an expert's capacity C are dropped and free places are
+        zero. "einsum" is the definition by one-hot arrays [T, E, C]. A `SoftRouting` has its own method.
       capacity: C as a number, or as a float a factor of the mean number of assignments, rounded up. None with
         "gather" and "einsum": all tokens.
       key: None drops the last tokens, the second choices before the first. A key drops any, so that a

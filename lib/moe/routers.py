@@ -343,6 +343,12 @@ class SoftRouting:
     Attributes:
       into: [T, E, S], the share of each token in a slot's input; over tokens they sum to 1.
       out: [T, E, S], the share of each slot in a token's output; over slots they sum to 1.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> routing = frugax.moe.soft_route(jnp.array([[[0.0]], [[0.0]]]))
+        >>> routing.into.shape, routing.out.sum(axis=(1, 2)).tolist()
+        ((2, 1, 1), [1.0, 1.0])
     """
 
     into: Any

@@ -17,6 +17,12 @@ class RoutingStatistics(NamedTuple):
       importance: the mean score of each expert over tokens, [E].
       entropy: of the load, over log E: 1 where all experts have the same load.
       unrouted: the share of tokens without an expert.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> statistics = frugax.moe.softmax_top_k(jnp.eye(2), 1).statistics
+        >>> statistics.load.tolist(), float(statistics.entropy), float(statistics.unrouted)
+        ([0.5, 0.5], 1.0, 0.0)
     """
 
     load: Float[Array, "e"]
@@ -38,6 +44,13 @@ class Routing:
       statistics: of the load.
       experts: how many there are.
       by: who chooses, "token" or "expert".
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> routing = frugax.moe.expert_choice(jnp.array([[2.0, 0.0], [1.0, 0.0]]), capacity=1)
+        >>> tokens, experts, weights = routing.assignments()
+        >>> tokens.tolist(), experts.tolist()
+        ([0, 1], [0, 1])
     """
 
     indices: Any
