@@ -45,6 +45,8 @@ class PackedTable:
     Attributes:
       arrays: those that were packed.
       bytes_kept: of those that were not.
+
+    Example: see `quantize_params`.
     """
 
     arrays: tuple[PackedArray, ...]
