@@ -225,6 +225,22 @@ def bipolar() -> str:
     return table(head, rows)
 
 
+def qlora() -> str:
+    """Tabulate what LoRA reaches beside bases in fewer and fewer bits."""
+    result = read("qlora")
+    rows = [
+        [
+            f"`{r['base']}`",
+            f"{r['bytes_of_matrices']:,}",
+            *(f"{r[f'bits_per_byte_{when}']:.3f}" for when in ("before", "after")),
+        ]
+        for r in result["rows"]
+    ]
+    about = f"Rank {result['rank']}, {result['steps']} steps, {result['held_out_bytes']:,} bytes held out"
+    head = ["base", "bytes of matrices", "bits per byte before", "after"]
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def mamba_lyapunov() -> str:
     """Tabulate what bfloat16 and LoRA change in a Mamba and in a Transformer, and the Mamba's exponents."""
     result = read("mamba_lyapunov")
@@ -304,6 +320,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results/training.md": {
         "training": training,
         "classification": classification,
+        "qlora": qlora,
         "mamba_lyapunov": mamba_lyapunov,
     },
     "docs/results/formats.md": {"formats": formats, "minifloats": minifloats, "bipolar": bipolar},
