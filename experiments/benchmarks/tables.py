@@ -241,6 +241,19 @@ def qlora() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def minilm() -> str:
+    result, rows = read("minilm"), []
+    methods = list(dict.fromkeys(method for row in result["rows"].values() for method in row))
+    for format, found in result["rows"].items():
+        cells = [
+            f"{100 * found[m]['output_error']:.2f} / {found[m]['one_minus_cosine']:.4f}" if m in found else ""
+            for m in methods
+        ]
+        rows.append([f"`{format}`", *cells])
+    about = f"Statistics of {result['tokens']:,} tokens, errors on {result['held_out_tokens']:,} others"
+    return f"{about}. {plain_caption(result)}\n\n{table(['', *(m.replace('_', ' ') for m in methods)], rows)}"
+
+
 def mamba_lyapunov() -> str:
     """Tabulate what bfloat16 and LoRA change in a Mamba and in a Transformer, and the Mamba's exponents."""
     result = read("mamba_lyapunov")
@@ -323,7 +336,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "qlora": qlora,
         "mamba_lyapunov": mamba_lyapunov,
     },
-    "docs/results/formats.md": {"formats": formats, "minifloats": minifloats, "bipolar": bipolar},
+    "docs/results/formats.md": {
+        "formats": formats,
+        "minifloats": minifloats,
+        "bipolar": bipolar,
+        "minilm": minilm,
+    },
     "docs/results/optimizers.md": {
         "optimizers_quality": optimizers_quality,
         "optimizer_steps": optimizer_steps,
