@@ -1,6 +1,7 @@
 """Codes of W back to values, rows of W along the first axis as they are stored."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,19 +34,15 @@ def unpack_rows(packed: Array, format: Format, block: int) -> Array:
     """Codes int32 [n, N] of packed rows [n * bits / 8, N] that are whole blocks of `block` codes."""
     if format.bits == 8:
         return packed.astype(jnp.int32)
-    rows, N = packed.shape
-    n = rows * 8 // format.bits
-    packed = packed.reshape(n // block, block * format.bits // 8, N)
-    codes, byte = jnp.zeros((), jnp.int32), 0
+    N = packed.shape[1]
+    packed, parts, byte = packed.reshape(-1, block * format.bits // 8, N), [], 0
     for width, low in planes(format.bits):
         count = block * width // 8
-        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[
-            None, :, None, None
-        ]  # no array of its own in kernels
+        shifts = np.arange(0, 8, width, dtype=np.uint8)[None, :, None, None]
         part = (packed[:, None, byte : byte + count] >> shifts) & np.uint8((1 << width) - 1)
-        codes = codes | (part.astype(jnp.int32).reshape(-1, block, N) << low)
+        parts.append(part.reshape(-1, N) << low)
         byte += count
-    codes = codes.reshape(n, N)
+    codes = functools.reduce(jnp.bitwise_or, parts).astype(jnp.int32)
     sign = 1 << (format.bits - 1)
     return (codes ^ sign) - sign if format.element.lowest < 0 else codes
 

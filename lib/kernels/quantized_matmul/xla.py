@@ -67,12 +67,13 @@ def _tangent(spec, primals, tangents):
 
 
 class _Block(NamedTuple):
-    """Rows of W from `start` on, in segments of rows that share all their scales."""
+    """Rows of W, in segments of rows that share all their scales."""
 
     codes: Array  # packed
     groups: Groups  # those that the rows belong to
-    start: Array | int
-    rows: int  # the last may be padding
+    at: Array | int  # how many blocks are before
+    size: int  # rows of each of those
+    rows: int  # of this one; the last may be padding
     real: int  # of those that are not padding
     packing: int  # codes that are packed together
 
@@ -85,21 +86,21 @@ def _by_blocks(call: Inputs, spec: Spec, x: Activations) -> Array:
     channels = pad_to(x.values, (x.values.shape[0], call.codes.shape[0] * 8 // spec.format.bits))
 
     def add(y: Array, block: _Block) -> Array:
-        mine = lax.dynamic_slice_in_dim(channels, block.start, block.rows, 1)[:, : block.real]
+        mine = lax.dynamic_slice_in_dim(channels, block.at * rows, block.rows, 1)[:, : block.real]
         return y + _block_product(mine, block, spec, x)
 
     def step(y, i):
-        return add(y, _block(call, spec, stored, i * rows, rows)), None
+        return add(y, _block(call, spec, stored, i, rows)), None
 
     y = jnp.zeros((x.values.shape[0], N), x.values.dtype)
     whole = K // rows
     if whole > 1:
         # What is decoded is decoded again for the gradient.
-        y, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), y, jnp.arange(whole, dtype=jnp.int32))
+        y, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), y, jnp.arange(whole, dtype=jnp.uint32))
     else:
         whole = 0
     if whole * rows < K:
-        rest = jax.checkpoint(lambda y: add(y, _block(call, spec, stored, whole * rows, None)))
+        rest = jax.checkpoint(lambda y: add(y, _block(call, spec, stored, whole, rows, last=True)))
         y = rest(y)
     return y
 
@@ -115,16 +116,22 @@ def _rows(spec: Spec, packed: int, N: int, channels: int) -> int:
     return max((n for n in fitting if n * N <= DECODED), default=min(fitting, default=spec.K))
 
 
-def _block(call: Inputs, spec: Spec, stored: Groups, start, rows: int | None) -> _Block:
-    """Slice a block of `rows`, or all that is left after `start`."""
+def _block(call: Inputs, spec: Spec, stored: Groups, i, rows: int, *, last: bool = False) -> _Block:
+    """Slice the i-th block of `rows`; the last has all that is left."""
     bits, g = spec.format.bits, spec.group_size
     total = call.codes.shape[0] * 8 // bits
-    padded = total - start if rows is None else rows
-    count = spec.K - start if rows is None else rows
-    codes = lax.dynamic_slice_in_dim(call.codes, start * bits // 8, padded * bits // 8, 0)
-    n = -(-count // g)
-    own = (a if a is None else lax.dynamic_slice_in_dim(a, start // g, n, 0) for a in stored)
-    return _Block(codes, Groups(*own), start, padded, count, block_of(spec, call.codes.shape[0]))
+    padded = total - i * rows if last else rows
+    count = spec.K - i * rows if last else rows
+    # Starts without a division: XLA would compute them anew for each number that it decodes.
+    codes = lax.dynamic_slice_in_dim(call.codes, i * (rows * bits // 8), padded * bits // 8, 0)
+    first, n = _index(i, rows, g), -(-count // g)
+    own = (a if a is None else lax.dynamic_slice_in_dim(a, first, n, 0) for a in stored)
+    return _Block(codes, Groups(*own), i, rows, padded, count, block_of(spec, call.codes.shape[0]))
+
+
+def _index(i, rows: int, size: int):
+    """Which group of `size` rows the i-th block of `rows` begins in."""
+    return i * (rows // size) if rows % size == 0 else i // -(-size // rows)
 
 
 def _block_product(x: Array, block: _Block, spec: Spec, activations: Activations) -> Array:
@@ -141,7 +148,7 @@ def _block_product(x: Array, block: _Block, spec: Spec, activations: Activations
     x = pad_to(x, (M, n * segment))
     if activations.scales is None:
         return jnp.matmul(x, (w * scales[:, None]).reshape(-1, N), precision="highest")
-    first = block.start // activations.block
+    first = _index(block.at, block.size, activations.block)
     token_scales = lax.dynamic_slice_in_dim(activations.scales, first, -(-block.real // b), 1)
     token_scales = each_segment(token_scales.T, b, segment, n)
     largest = largest_whole(spec.format) if activations.whole else None
@@ -177,8 +184,8 @@ def _transposed(call: Inputs, spec: Spec, dy: Array) -> Array:
     rows = _rows(spec, call.codes.shape[0], N, K)
     stored = groups(call, spec)
 
-    def part(start, rows: int | None) -> Array:
-        block = _block(call, spec, stored, start, rows)
+    def part(i, *, last: bool = False) -> Array:
+        block = _block(call, spec, stored, i, rows, last=last)
         codes = unpack_rows(block.codes, spec.format, block.packing)[: block.real]
         g = min(spec.group_size, block.real)
         n = -(-block.real // g)
@@ -188,7 +195,7 @@ def _transposed(call: Inputs, spec: Spec, dy: Array) -> Array:
 
     whole = K // rows
     if whole <= 1:
-        return part(0, None)
-    parts = lax.map(lambda i: part(i * rows, rows), jnp.arange(whole, dtype=jnp.int32))
+        return part(0, last=True)
+    parts = lax.map(part, jnp.arange(whole, dtype=jnp.uint32))
     dx = jnp.moveaxis(parts, 0, 1).reshape(M, whole * rows)
-    return dx if whole * rows == K else jnp.concatenate([dx, part(whole * rows, None)], axis=1)
+    return dx if whole * rows == K else jnp.concatenate([dx, part(whole, last=True)], axis=1)
