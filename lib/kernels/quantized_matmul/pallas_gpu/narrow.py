@@ -1,7 +1,8 @@
 """Activations in 8 bits on Hopper: codes of both sides are operands of one byte, W's from registers.
 
 A signed code of b bits is moved to the top of its byte, where two's complement needs no sign to be spread:
-the byte is the code times 2^(8 - b), which the scale takes back.
+the byte is the code times 2^(8 - b), which the scale takes back. Products of e4m3 are summed in some 14 bits
+by the tensor cores (DeepSeek-V3, arXiv 2412.19437), so sums of a group or block are added up in float32.
 """
 
 import functools
