@@ -224,7 +224,7 @@ def _apart(x: Array, groups: int, run: int) -> Array:
     parts, M, K = x.shape
     group = (np.arange(K) % run) // (run // groups)  # of each channel
     keep = group == np.arange(groups)[:, None]
-    return jnp.where(keep[:, None], x[:, None], 0).reshape(parts * groups, M, K)
+    return jnp.where(keep[None, :, None], x[:, None], 0).reshape(parts * groups, M, K)
 
 
 def _read(

@@ -139,12 +139,12 @@ class Product:
         """Visit the blocks of a grid step, some in a row: one is unpacked while another is multiplied."""
         some = 1 if self.tiles.interpret else AT_ONCE
 
-        def step(i: Any, _: Any) -> Any:
+        def step(i: Any, carry: Any) -> Any:
             for j in range(some):
                 visit(i * some + j)
-            return 0
+            return carry
 
-        lax.fori_loop(0, self.blocks // some, step, 0)
+        lax.fori_loop(np.int32(0), np.int32(self.blocks // some), step, np.int32(0))
         for i in range(self.blocks // some * some, self.blocks):
             visit(i)
 
