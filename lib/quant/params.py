@@ -114,7 +114,13 @@ def quantize_params(
         >>> rules = {"channel/out/kernel$": None, "kernel$": ("int4", 32), "embedding": "int8"}
         >>> packed, table = frugax.quant.quantize_params(params, rules)
         >>> print(table)
-        array  shape  format  bytes before  bytes  relative error
+        array                                  shape         format  bytes before   bytes  relative error
+        embedding                              [16, 64]      int8           4,096   1,088          0.0060
+        layers/block_0/channel/gate_in/kernel  [1, 64, 352]  int4          90,112  14,080          0.0809
+        layers/block_0/mixer/fcg/kernel        [1, 64, 192]  int4          49,152   7,680          0.0824
+        layers/block_0/mixer/out/kernel        [1, 64, 64]   int4          16,384   2,560          0.0818
+        the rest                                                           46,336  46,336
+        all                                                               206,080  71,744
         >>> logits, state = model.apply({"params": packed}, tokens)
     """
     if not rules:
