@@ -139,6 +139,7 @@ def test_with_64_bits(name):
 WRAPPED = ("galore", "lion", "lisa", "q_galore")  # one of each kind of state
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in WRAPPED else [pytest.mark.full]) for n in NAMES]
 )

@@ -49,6 +49,7 @@ def test_packed_rows_that_go_on_are_token_by_token(name):
         assert_close(mine.packed(mine.now, state), want, "float64", name="packed")
 
 
+@pytest.mark.nan
 @together()
 def test_outputs_do_not_see_what_comes_later(name):
     """The same bits, whatever stands at token 4 and after: other values, or NaN."""
@@ -61,6 +62,7 @@ def test_outputs_do_not_see_what_comes_later(name):
                 assert (other[:, :4] == y[:, :4]).all()
 
 
+@pytest.mark.nan
 @together()
 def test_documents_do_not_see_each_other(name):
     """Another value or a NaN in one: the others' outputs, gradients and the last state are the same bits."""

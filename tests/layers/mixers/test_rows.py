@@ -48,6 +48,7 @@ def stack(trees):
     return jax.tree.map(lambda *x: np.stack(x), *trees)
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("name", EACH)
 def test_rows_are_read_token_by_token(name):
     """Both rows are padded with NaN past their ends; documents 0 and 1 of each are told apart."""
