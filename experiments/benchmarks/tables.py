@@ -225,6 +225,34 @@ def bipolar() -> str:
     return table(head, rows)
 
 
+def minilm() -> str:
+    result, rows = read("minilm"), []
+    methods = list(dict.fromkeys(method for row in result["rows"].values() for method in row))
+    for format, found in result["rows"].items():
+        cells = [
+            f"{100 * found[m]['output_error']:.2f} / {found[m]['one_minus_cosine']:.4f}" if m in found else ""
+            for m in methods
+        ]
+        rows.append([f"`{format}`", *cells])
+    about = f"Statistics of {result['tokens']:,} tokens, errors on {result['held_out_tokens']:,} others"
+    return f"{about}. {plain_caption(result)}\n\n{table(['', *(m.replace('_', ' ') for m in methods)], rows)}"
+
+
+def low_bit_training() -> str:
+    """Tabulate what each option of low-bit training costs, beside float32."""
+    result, rows = read("low_bit_training"), []
+    for name, r in result["rows"].items():
+        bits = sum(r["held_out_bits_per_byte"]) / len(r["held_out_bits_per_byte"])
+        gap = "" if name == "float32" else f"{r['gap']:+.3f} +- {r['standard_error']:.3f}"
+        rows.append([name, f"{bits:.3f}", gap])
+    about = (
+        f"{result['model']}, {result['steps']} steps of {result['batch'][0]} x {result['batch'][1]} bytes, "
+    )
+    about += f"the mean of {result['seeds']} seeds"
+    head = ["", "held-out bits per byte", "beyond float32"]
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def qlora() -> str:
     """Tabulate what LoRA reaches beside bases in fewer and fewer bits."""
     result = read("qlora")
@@ -239,19 +267,6 @@ def qlora() -> str:
     about = f"Rank {result['rank']}, {result['steps']} steps, {result['held_out_bytes']:,} bytes held out"
     head = ["base", "bytes of matrices", "bits per byte before", "after"]
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
-
-
-def minilm() -> str:
-    result, rows = read("minilm"), []
-    methods = list(dict.fromkeys(method for row in result["rows"].values() for method in row))
-    for format, found in result["rows"].items():
-        cells = [
-            f"{100 * found[m]['output_error']:.2f} / {found[m]['one_minus_cosine']:.4f}" if m in found else ""
-            for m in methods
-        ]
-        rows.append([f"`{format}`", *cells])
-    about = f"Statistics of {result['tokens']:,} tokens, errors on {result['held_out_tokens']:,} others"
-    return f"{about}. {plain_caption(result)}\n\n{table(['', *(m.replace('_', ' ') for m in methods)], rows)}"
 
 
 def mamba_lyapunov() -> str:
@@ -335,6 +350,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "classification": classification,
         "qlora": qlora,
         "mamba_lyapunov": mamba_lyapunov,
+        "low_bit_training": low_bit_training,
     },
     "docs/results/formats.md": {
         "formats": formats,

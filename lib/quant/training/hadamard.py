@@ -11,8 +11,8 @@ def hadamard_matrix(n: int) -> np.ndarray:
     """Build the orthogonal n x n matrix of +-1 / sqrt(n), for n a power of two (Sylvester's).
 
     Example:
-        >>> hadamard_matrix(2).round(3).tolist()
-        [[0.707, 0.707], [0.707, -0.707]]
+        >>> (2 * hadamard_matrix(4)).astype(int).tolist()
+        [[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]
     """
     h = np.ones((1, 1), np.float32)
     while len(h) < n:

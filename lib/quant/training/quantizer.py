@@ -109,7 +109,7 @@ def quantizer_vjp(
     axes = None if recipe.block_size is None else -1
     of_scale = jnp.sum(upstream * (q.elements - unit * slope), axis=axes, keepdims=True)
     magnitude = jnp.abs(x)
-    is_largest = magnitude == jnp.max(magnitude, axis=axes, keepdims=True)
+    is_largest = (magnitude == jnp.max(magnitude, axis=axes, keepdims=True)).astype(jnp.float32)
     share = is_largest / jnp.sum(is_largest, axis=axes, keepdims=True)
     return gradient + of_scale * share * jnp.sign(x) / element.largest
 
@@ -134,7 +134,7 @@ def _block_scales(amax: Array, element: Element, name: str, *, up: bool) -> Arra
     elif of_scales is None:
         if up:
             has_fraction = (lax.bitcast_convert_type(wanted, jnp.int32) & 0x7FFFFF) != 0
-            exponent = _exponent(wanted) + has_fraction
+            exponent = _exponent(wanted) + has_fraction.astype(jnp.int32)
         else:
             exponent = _exponent(amax) - math.floor(math.log2(element.largest))
         scales = _power_of_two(jnp.clip(exponent, -126, 127))
