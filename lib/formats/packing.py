@@ -52,7 +52,7 @@ def pack(codes: Array, bits: int) -> Array:
     for width, low in planes(bits):
         part = (codes >> low) & ((1 << width) - 1)
         part = part.reshape(*codes.shape[:-1], 8 // width, -1)
-        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None]
+        shifts = _shifts(width, part.ndim)
         packed.append(jnp.sum(part << shifts, axis=-2, dtype=jnp.uint8))
     return jnp.concatenate(packed, axis=-1).reshape(*codes.shape[:-2], n * bits // 8)
 
@@ -65,9 +65,14 @@ def unpack(packed: Array, bits: int, *, signed: bool) -> Array:
     codes, byte = jnp.zeros((*packed.shape[:-1], block), jnp.int32), 0
     for width, low in planes(bits):
         count = block * width // 8
-        shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None]
+        shifts = _shifts(width, packed.ndim + 1)
         part = (packed[..., None, byte : byte + count] >> shifts) & ((1 << width) - 1)
         codes = codes | (part.astype(jnp.int32).reshape(codes.shape) << low)
         byte += count
     codes = codes.reshape(*packed.shape[:-2], n)
     return jnp.where(codes >= 1 << (bits - 1), codes - (1 << bits), codes) if signed else codes
+
+
+def _shifts(width: int, ndim: int) -> Array:
+    """Where the codes of a byte begin, along the last axis but one of `ndim`."""
+    return jnp.arange(0, 8, width, dtype=jnp.uint8).reshape(*(1,) * (ndim - 2), -1, 1)

@@ -114,4 +114,4 @@ def clip_matrix(
     before, after = (column_errors(nearest(m, format, g) - w, gram) for m in (w, clipped))
     if not format.scheme.by_group:  # a column's scales depend on the others: all, or none
         before, after = jnp.sum(before, keepdims=True), jnp.sum(after, keepdims=True)
-    return jnp.where(after < before, clipped, w)
+    return jnp.where((after < before)[None], clipped, w)

@@ -123,7 +123,7 @@ def _matrix(
         mine = take_group(scaling, group_of[k])
         code = format.encode(here[i][:, None, None], mine)
         error = (here[i] - format.decode(code, mine)[:, 0, 0]) / U[k, k]
-        here = here - lax.dynamic_slice(U, (k, start), (1, B)).T * error
+        here = here - lax.dynamic_slice(U, (k, start), (1, B)).T * error[None]
         return here, errors.at[i].set(error), codes.at[k].set(code[:, 0, 0])
 
     def one_block(b, carry):

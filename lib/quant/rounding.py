@@ -115,7 +115,7 @@ def _matrix(w, gram, learning_rate, weight, format: Format, g: int, steps: int) 
     v, _ = lax.fori_loop(0, steps, step, (start, adam.init(start)))
     moved = h(v) > 0.5
     learned = column_errors(near_value + moved * gap - w, gram)
-    moved = moved & (learned < plain)
+    moved = moved & (learned < plain)[None]
     codes = jnp.where(moved, matrix(other), matrix(near)).T
     return from_codes(codes, scaling, format, axis=-2, group_size=g)
 
@@ -145,7 +145,7 @@ def bias_correction(
         Array([0.05], dtype=float32)
     """
     check(w, statistics)
-    q = q.dequantize(jnp.float32) if isinstance(q, QuantizedTensor) else q
+    q = q.dequantize(jnp.float32) if isinstance(q, QuantizedTensor) else q.astype(jnp.float32)
     if q.shape != w.shape:
         raise ValueError(f"q: got {list(q.shape)}; expected {list(w.shape)}, as w")
     lost = w.astype(jnp.float32) - q

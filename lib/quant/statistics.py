@@ -96,7 +96,7 @@ def output_error(
         >>> bool(frugax.quant.output_error(w, q, frugax.quant.Statistics.of(x)) < 0.01)
         True
     """
-    q = q.dequantize(jnp.float32) if isinstance(q, QuantizedTensor) else q
+    q = q.dequantize(jnp.float32) if isinstance(q, QuantizedTensor) else q.astype(jnp.float32)
     check(w, statistics)
     if q.shape != w.shape:
         raise ValueError(f"q: got {list(q.shape)}; expected {list(w.shape)}, as w")
