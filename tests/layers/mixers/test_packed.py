@@ -13,7 +13,7 @@ from .mixers import MIXERS, VARIANTS, calls, make, together
 # Of more than one axis, and no matrices that multiply the input: gains by head, mixes, rates, convolutions.
 NO_MATRICES = {"weight", "mu", "bonus", "bias", "A_log", "theta"}
 # A mixer of dense layers and of matrices of its own, and one of ternary codes; by default others are traced.
-RUN = {"RWKV6", "MLGRU-ternary"}
+RUN = {"LinearAttention-learned", "MLGRU-ternary"}
 # Those with the same matrices as another.
 SAME = VARIANTS | {"LightningAttention-lrpe", "GatedLinearAttention", "LinearAttention-elu+1"}
 
