@@ -62,7 +62,7 @@ def _tangent(spec, primals, tangents):
     x, rest = primals
     linear = spec._replace(activations=None, method="dot")  # rounding passes gradients straight
     dx = tangents[0]
-    dy = _by_blocks(rest._replace(x=dx), linear, quantize_activations(dx, linear))
+    dy = _by_blocks(rest._replace(x=dx), linear, quantize_activations(dx, linear), differentiable=True)
     return _product(spec, x, rest), dy
 
 
@@ -78,7 +78,7 @@ class _Block(NamedTuple):
     packing: int  # codes that are packed together
 
 
-def _by_blocks(call: Inputs, spec: Spec, x: Activations) -> Array:
+def _by_blocks(call: Inputs, spec: Spec, x: Activations, *, differentiable: bool = False) -> Array:
     """x W, by a loop over blocks of rows."""
     K, N = spec.K, call.codes.shape[1]
     rows = _rows(spec, call.codes.shape[0], N, x.block)
@@ -92,11 +92,18 @@ def _by_blocks(call: Inputs, spec: Spec, x: Activations) -> Array:
     def step(y, i):
         return add(y, _block(call, spec, stored, i, rows)), None
 
+    def copied(carry, i):
+        y, codes = carry
+        y = add(y, _block(call, spec, stored, i, rows)._replace(codes=codes))
+        return (y, _codes(call, spec, i + 1, rows)), None
+
     y = jnp.zeros((x.values.shape[0], N), x.values.dtype)
     whole = K // rows
-    if whole > 1:
-        # What is decoded is decoded again for the gradient.
-        y, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), y, jnp.arange(whole, dtype=jnp.uint32))
+    numbers = jnp.arange(whole, dtype=jnp.uint32)
+    if whole > 1 and differentiable:  # what is decoded is decoded again for the gradient
+        y, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), y, numbers)
+    elif whole > 1:
+        (y, _), _ = lax.scan(copied, (y, _codes(call, spec, 0, rows)), numbers)
     else:
         whole = 0
     if whole * rows < K:
@@ -122,11 +129,20 @@ def _block(call: Inputs, spec: Spec, stored: Groups, i, rows: int, *, last: bool
     total = call.codes.shape[0] * 8 // bits
     padded = total - i * rows if last else rows
     count = spec.K - i * rows if last else rows
-    # Starts without a division: XLA would compute them anew for each number that it decodes.
-    codes = lax.dynamic_slice_in_dim(call.codes, i * (rows * bits // 8), padded * bits // 8, 0)
+    codes = _codes(call, spec, i, rows, padded)
     first, n = _index(i, rows, g), -(-count // g)
     own = (a if a is None else lax.dynamic_slice_in_dim(a, first, n, 0) for a in stored)
     return _Block(codes, Groups(*own), i, rows, padded, count, block_of(spec, call.codes.shape[0]))
+
+
+def _codes(call: Inputs, spec: Spec, i, rows: int, count: int | None = None) -> Array:
+    """The packed codes of the i-th block of `rows`.
+
+    A loop had better carry the next block's: XLA on CPU fuses a slice into what reads it, and then reads two
+    planes of one a number at a time.
+    """
+    bits = spec.format.bits
+    return lax.dynamic_slice_in_dim(call.codes, i * (rows * bits // 8), (count or rows) * bits // 8, 0)
 
 
 def _index(i, rows: int, size: int):
@@ -184,8 +200,9 @@ def _transposed(call: Inputs, spec: Spec, dy: Array) -> Array:
     rows = _rows(spec, call.codes.shape[0], N, K)
     stored = groups(call, spec)
 
-    def part(i, *, last: bool = False) -> Array:
+    def part(i, codes: Array | None = None, *, last: bool = False) -> Array:
         block = _block(call, spec, stored, i, rows, last=last)
+        block = block if codes is None else block._replace(codes=codes)
         codes = unpack_rows(block.codes, spec.format, block.packing)[: block.real]
         g = min(spec.group_size, block.real)
         n = -(-block.real // g)
@@ -196,6 +213,10 @@ def _transposed(call: Inputs, spec: Spec, dy: Array) -> Array:
     whole = K // rows
     if whole <= 1:
         return part(0, last=True)
-    parts = lax.map(part, jnp.arange(whole, dtype=jnp.uint32))
+
+    def copied(codes, i):
+        return _codes(call, spec, i + 1, rows), part(i, codes)
+
+    _, parts = lax.scan(copied, _codes(call, spec, 0, rows), jnp.arange(whole, dtype=jnp.uint32))
     dx = jnp.moveaxis(parts, 0, 1).reshape(M, whole * rows)
     return dx if whole * rows == K else jnp.concatenate([dx, part(whole, last=True)], axis=1)
