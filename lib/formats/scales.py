@@ -120,7 +120,7 @@ class MeanMagnitude(AbsMax):
     """
 
     def fit(self, x: Array, element: Element) -> Scaling:
-        count = jnp.maximum(jnp.sum(x != 0, -1), 1)  # a group may be filled up with zeros
+        count = jnp.maximum(jnp.sum(x != 0, -1), 1).astype(jnp.float32)  # a group may be filled up with zeros
         return Scaling((jnp.sum(jnp.abs(x), -1) / count).astype(self.dtype))
 
     def covering(self) -> AbsMax:
@@ -188,7 +188,7 @@ class PowerOfTwo:
         mantissa = lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
         limit = {"floor": 2.0, "nearest": (last + 2) / 2, "up": last}[self.rounding]
         above = mantissa > limit if self.rounding == "up" else mantissa >= limit
-        code = (bits >> 23) - of_element + above
+        code = (bits >> 23) - of_element + above.astype(jnp.int32)
         code = jnp.where(jnp.isfinite(largest), jnp.clip(code, 1, 254), 255)
         return Scaling(code.astype(jnp.uint8))
 

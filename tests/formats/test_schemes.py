@@ -275,3 +275,15 @@ def test_inside_params_under_scan_and_grad():
     step = 1e-3 * rng.standard_normal(scales.shape).astype(np.float32)
     slope = (loss_and_grad(scales + step, x)[0] - loss_and_grad(scales - step, x)[0]) / 2
     np.testing.assert_allclose(np.vdot(loss_and_grad(scales, x)[1], step), slope, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_formats_promote_no_rank_and_no_dtype(name):
+    """As traced with JAX's strict settings, which users turn on to find their own mistakes."""
+
+    def there_and_back(x):
+        return quantize(x, name, axis=-2, group_size=None if name == "ternary" else 16).dequantize()
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        shape = jax.eval_shape(there_and_back, jax.ShapeDtypeStruct((2, 64, 8), jnp.float32)).shape
+    assert shape == (2, 64, 8)
