@@ -69,9 +69,15 @@ def _compiled(call: _Call, out: tuple[Any, ...]) -> Any:
     return jax.jit(lambda *leaves: _KERNEL.bind(*leaves, call=call, out=out))
 
 
+def _run_alone(*leaves: Any, call: _Call, out: tuple[Any, ...]) -> Any:
+    if jax.config.jax_disable_jit:  # `_compiled` would end here again: the portable branch, step by step
+        return jax.tree.leaves(call.run(None, *leaves))
+    return _compiled(call, out)(*leaves)
+
+
 _KERNEL = Primitive("frugax_kernel")
 _KERNEL.multiple_results = True
-_KERNEL.def_impl(lambda *leaves, call, out: _compiled(call, out)(*leaves))
+_KERNEL.def_impl(_run_alone)
 _KERNEL.def_abstract_eval(lambda *leaves, call, out: list(out))
 compat.needs_devices_to_lower(_KERNEL)  # the partitioner's callbacks may be among what a kernel lowers to
 
