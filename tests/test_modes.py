@@ -1,12 +1,17 @@
 """Strict settings of JAX, which users turn on to find their own mistakes, find none of the library's."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import frugax
+from tests.errors import assert_close
 from tests.kernels.harness import OPERATIONS, parts
 from tests.layers.mixers.mixers import MIXERS, VARIANTS, make
 from tests.optim.optimizers import CASES as OPTIMIZERS
@@ -78,3 +83,79 @@ def test_optimizers_promote_no_rank(name):
     with jax.numpy_rank_promotion("raise"):
         state = jax.eval_shape(optimizer.init, params)
         jax.eval_shape(optimizer.update, params, state, params)
+
+
+# Of the default tier: values, gradients and states of all that a CPU runs.
+EVERYWHERE = ["tests/kernels/test_operations.py", "tests/layers", "tests/optim/test_conformance.py"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("mode", "files"),
+    [
+        ("JAX_ENABLE_X64", [*EVERYWHERE, "tests/kernels/test_export.py"]),
+        ("JAX_DEBUG_NANS", [*EVERYWHERE, "tests/models"]),
+    ],
+)
+def test_the_default_tier_passes_in_a_mode(mode, files):
+    """In a process of its own. Kernels are lowered there, but not interpreted."""
+    marks = "not full" + " and not nan" * (mode == "JAX_DEBUG_NANS")
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", marks, "-k", "not pallas", *files]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=os.environ | {mode: "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def first(name: str) -> list:
+    """Return the operations as parameters, all but one for the full tier: each step is a program."""
+    return [pytest.param(n, marks=[] if n == name else pytest.mark.full) for n in OPERATIONS]
+
+
+@pytest.mark.parametrize("operation", first("linear_recurrence"))
+def test_operations_run_without_jit(operation):
+    row = OPERATIONS[operation]
+    floats, arrays, static = parts(row.arguments(row.small))
+    floats, arrays = jax.tree.map(jnp.asarray, (floats, arrays))
+
+    def run(floats):
+        def results(floats):
+            return row.call(None, **floats, **arrays, **static)
+
+        if row.check is not None:
+            return results(floats)
+        out, pull = jax.vjp(results, floats)
+        return out, pull(out)
+
+    want = jax.jit(run)(floats)
+    with jax.disable_jit():
+        got = run(floats)
+    if row.check is None:
+        assert_close(got, want, "float32")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in VARIANTS])
+def test_mixers_run_without_jit(name):
+    module, variables, x = make(name, time=3, dtype=jnp.float32)
+    ids = jnp.broadcast_to(jnp.array([0, 0, 1]), x.shape[:2])
+
+    def both(variables, x):
+        y, pull = jax.vjp(lambda *args: module.apply(*args, segment_ids=ids)[0], variables, x)
+        return y, pull(y)
+
+    want = jax.jit(both)(variables, x)
+    with jax.disable_jit():
+        assert_close(both(variables, x)[0], want[0], "float32")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_run_without_jit(name):
+    optimizer = OPTIMIZERS[name].make(1e-2)
+    kernel = jax.random.normal(jax.random.key(0), (3, 8, 12))
+    params = {"layers": {"kernel": kernel}, "bias": jnp.ones(12)}
+    want, _ = jax.jit(lambda p: optimizer.update(p, optimizer.init(p), p))(params)
+    with jax.disable_jit():
+        got, _ = optimizer.update(params, optimizer.init(params), params)
+    flat = [jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (got, want)]
+    assert_close(*flat, "float32", times=4)  # COSMOS' bases are the inputs' rounding, made larger

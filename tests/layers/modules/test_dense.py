@@ -57,6 +57,7 @@ def test_a_kernel_of_another_format_is_refused():
             layer.apply({"params": {"kernel": kernel, "bias": jnp.ones(7)}}, X)
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(
     "format", ["nvfp4", *(pytest.param(f, marks=pytest.mark.full) for f in ("int4", "uint3"))]
 )
