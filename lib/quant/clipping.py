@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from ..formats import Format, format_named
-from ..formats.scales import split
+from ..formats.scales import AbsMean, split
 from .statistics import Statistics, check, column_errors
 
 
@@ -78,6 +78,8 @@ def group_of(format: Format, group_size: int | None, K: int) -> int:
     """The group size that is meant, checked."""
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
+    if group_size is not None and isinstance(format.scheme, AbsMean):
+        raise ValueError(f"group_size: got {group_size}; expected None: {format.name} has one scale a matrix")
     return min(group_size or format.group_size or K, K)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from ..formats import Format, QuantizedTensor, format_named, from_codes
 from ..formats.scales import Scaling, split
 from ..kernels.common.arguments import pad_to
+from .clipping import group_of
 from .statistics import Statistics, check
 
 
@@ -69,13 +70,11 @@ def gptq(
     check(w, statistics)
     check_matrix_format(format)
     K = w.shape[-2]
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
+    group_size = group_of(format, group_size, K)
     if block < 1:
         raise ValueError(f"block: got {block}; expected at least 1")
     if not isinstance(damping, Array) and not damping >= 0:
         raise ValueError(f"damping: got {damping}; expected a number >= 0")
-    group_size = min(group_size or format.group_size or K, K)
     moving = not (static_groups or act_order or group_size == K or not format.scheme.by_group)
     return _gptq(w, statistics.gram, damping, format, group_size, act_order, moving, block)
 

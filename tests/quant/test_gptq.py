@@ -128,6 +128,7 @@ def test_the_program_does_not_grow_with_the_matrix():
         (jnp.ones((K + 1, N)), {}, "statistics.gram: got"),
         (jnp.ones((2, K, N)), {}, "statistics.gram: got"),
         (W, {"group_size": 0}, "group_size: got 0"),
+        (W, {"format": "ternary", "group_size": 4}, "group_size: got 4; expected None"),
         (W, {"block": 0}, "block: got 0"),
         (W, {"damping": -1.0}, "damping: got -1.0"),
         (W, {"format": "int9"}, "format: got 'int9'"),
