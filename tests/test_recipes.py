@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 import frugax
+from frugax.formats.named import BY_NAME
 from frugax.papers import papers
 from tests.experiments.test_classify import CONFIGS as CLASSIFIERS
-from tests.formats.test_formats import EVERY as FORMATS
+from tests.formats.test_formats import EVERY as MOMENTS
+from tests.formats.test_schemes import WEIGHTS
 from tests.kernels.harness import OPERATIONS as TESTED
 from tests.layers.mixers.mixers import MIXERS
 from tests.optim.optimizers import CASES
@@ -100,12 +102,10 @@ def test_an_optimizer(name):
 
 
 def test_every_number_format():
-    public = {
-        name for name, thing in vars(frugax.formats).items() if isinstance(thing, frugax.formats.Format)
-    }
-    assert public == set(FORMATS)
-    for name in public:
+    assert set(BY_NAME) == set(MOMENTS) | set(WEIGHTS)
+    for name in BY_NAME:
         assert frugax.formats.format_named(name).name == name
+        assert getattr(frugax.formats, name) is BY_NAME[name]
 
 
 @pytest.mark.parametrize("folder", CONFIGS)

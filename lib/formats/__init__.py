@@ -58,6 +58,13 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Format:
+    """Give the format of a name: `frugax.formats.int4`."""
+    if name in BY_NAME:
+        return BY_NAME[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def format_named(format: Format | str) -> Format:
     """Look up a format by its name; a format is returned as it is.
 

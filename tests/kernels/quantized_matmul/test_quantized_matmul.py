@@ -97,7 +97,7 @@ def test_blocks_and_the_rest_are_the_product(given, monkeypatch):
 
 @pytest.mark.parametrize("backend", [None, "xla"])
 def test_nothing_dequantized_is_kept_for_the_gradient(backend):
-    """What is saved is packed; temporaries are a block's, less than a tenth of W."""
+    """What is saved is packed; temporaries are a few blocks', less than half of W."""
     K, N = 4096, 1024
     w = jax.eval_shape(
         lambda x: quantize(x, "int4", group_size=128), jax.ShapeDtypeStruct((K, N), jnp.float32)
