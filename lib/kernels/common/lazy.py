@@ -70,7 +70,8 @@ def _compiled(call: _Call, out: tuple[Any, ...]) -> Any:
 
 
 def _run_alone(*leaves: Any, call: _Call, out: tuple[Any, ...]) -> Any:
-    if jax.config.jax_disable_jit:  # `_compiled` would end here again: the portable branch, step by step
+    # Without jit `_compiled` would end here again: the portable branch, step by step.
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]  # defined as JAX is imported
         return jax.tree.leaves(call.run(None, *leaves))
     return _compiled(call, out)(*leaves)
 
