@@ -51,7 +51,7 @@ def test_a_kernel_of_another_format_is_refused():
     layer = QuantizedDense(7, "int4")
     for kernel, message in [
         (quantize(jnp.ones((20, 7)), "int8"), "kernel: got int8; expected int4"),
-        (jnp.ones((20, 7)), "kernel: got float32.*; expected int4"),
+        (jnp.ones((20, 7), jnp.float32), "kernel: got float32.*; expected int4"),
     ]:
         with pytest.raises(ValueError, match=message):
             layer.apply({"params": {"kernel": kernel, "bias": jnp.ones(7)}}, X)
