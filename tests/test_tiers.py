@@ -1,4 +1,4 @@
-"""What chooses the tests that run: covers of cases, what a change reaches, and budgets of CPU seconds."""
+"""The choice of the tests that run: covers of cases, what a change reaches, and budgets of CPU seconds."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What the cases of operations have in common: random arguments, and what kernels tell apart."""
+"""Random arguments that all operations draw, and the traits by which kernels tell cases apart."""
 
 import numpy as np
 

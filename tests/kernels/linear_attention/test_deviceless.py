@@ -1,4 +1,4 @@
-"""What only linear attention promises on TPU and Hopper: no copies; which kernels, and two at once."""
+"""Linear attention compiled for TPU and Hopper: no copies; the kernels' names, and two at once."""
 
 import importlib.util
 from functools import partial

@@ -1,4 +1,4 @@
-"""What is particular to the Mosaic GPU kernels: levels of token pairs, channel blocks, padding, limits."""
+"""Linear attention's Mosaic GPU kernels: levels of token pairs, channel blocks, padding, limits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What is particular to linear attention's TPU kernels, interpreted: blocks, layouts, groups, gates."""
+"""Linear attention's TPU kernels, interpreted: blocks, layouts, groups, gates."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What the equation implies, whatever computes it."""
+"""Properties of linear attention's equation, on any backend."""
 
 import jax
 import jax.numpy as jnp

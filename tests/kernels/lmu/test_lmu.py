@@ -1,4 +1,4 @@
-"""What only the Legendre delay system has: it is linear, and a delay; platforms take different forms."""
+"""Properties of the Legendre delay system: it is linear, and a delay; platforms take different forms."""
 
 import jax
 import jax.numpy as jnp

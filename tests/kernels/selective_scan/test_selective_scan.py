@@ -1,4 +1,4 @@
-"""What only selective_scan has: rates of every strength over many tokens, and states that are never whole."""
+"""Properties of selective_scan alone: rates of every strength over many tokens; states never held whole."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What only selective_scan_2d has: its paths over an image, and how many tokens they hold."""
+"""Properties of selective_scan_2d alone: its paths over an image, and how many tokens they hold."""
 
 import jax
 import jax.numpy as jnp
