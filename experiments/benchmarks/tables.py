@@ -17,6 +17,7 @@ from .markdown import RESULTS, caption, plain_caption, read, table
 from .sentences import five_numbers, what_runs_where, what_steps_take, where_it_loses
 
 ROOT = Path(__file__).parents[2]
+METHODS = ("nearest", "gptq", "awq")
 BY_TURNS = "Contenders run by turns; a ratio is the median over turns, not the ratio of the medians."
 
 
@@ -238,6 +239,31 @@ def minilm() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(['', *(m.replace('_', ' ') for m in methods)], rows)}"
 
 
+def low_bit() -> str:
+    """Tabulate a trained decoder in every format, by every method."""
+    result = read("low_bit")
+    by_format: dict[str, dict[str, dict]] = {}
+    for row in result["rows"]:
+        by_format.setdefault(row["format"], {})[row["method"]] = row
+    exact = by_format["bfloat16"]["none"]["held_out_bits_per_byte"]
+    speed = result["decoded_tokens_per_second"]
+    rows = []
+    for format, found in by_format.items():
+        cells = [f"{found[m]['held_out_bits_per_byte']:.3f}" if m in found else "" for m in METHODS]
+        only = next((f"{r['held_out_bits_per_byte']:.3f}" for m, r in found.items() if m not in METHODS), "")
+        best = min(r["held_out_bits_per_byte"] for r in found.values()) / exact - 1
+        name = f"`{format}`, trained" if "trained" in found else f"`{format}`"
+        ratio = f"{speed[format] / speed['float32']:.2f}x" if format in speed else ""
+        rows.append([name, f"{next(iter(found.values()))['bytes']:,}"])
+        rows[-1] += [only, "", ""] if only else cells
+        rows[-1] += ["" if format == "bfloat16" else f"{100 * best:+.1f} %", ratio]
+    model = result["model"]
+    about = f"`{model['config']}`, {model['parameters']:,} parameters, "
+    about += f"{result['held_out_bytes']:,} held-out bytes"
+    head = ["", "bytes", *METHODS, "best against bfloat16", "tokens a second against float32"]
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def low_bit_training() -> str:
     """Tabulate what each option of low-bit training costs, beside float32."""
     result, rows = read("low_bit_training"), []
@@ -357,6 +383,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "minifloats": minifloats,
         "bipolar": bipolar,
         "minilm": minilm,
+        "low_bit": low_bit,
     },
     "docs/results/optimizers.md": {
         "optimizers_quality": optimizers_quality,

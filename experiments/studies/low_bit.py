@@ -151,14 +151,17 @@ def mean_output_error(params, packed, statistics) -> float:
 def decoding_speed(module, models: Mapping[str, Any], tokens: int, repeats: int) -> dict[str, float]:
     """Tokens a second of one sequence, decoded one by one, for each of several params; by turns."""
 
-    @jax.jit
-    def decode(params, state, token):
-        def step(carry, _):
-            token, state = carry
-            logits, state = module.apply({"params": params}, token, state=state)
-            return (logits[:, -1:].argmax(-1).astype(token.dtype), state), None
+    # A loop inside the program would decode the weights once for all tokens, and hold them whole.
+    @partial(jax.jit, donate_argnums=1)
+    def step(params, state, token):
+        logits, state = module.apply({"params": params}, token, state=state)
+        return logits[:, -1:].argmax(-1).astype(token.dtype), state
 
-        return jax.lax.scan(step, (token, state), None, length=tokens)[0][0]
+    def decode(params, state, token):
+        state = jax.tree.map(jnp.copy, state)
+        for _ in range(tokens):
+            token, state = step(params, state, token)
+        return token
 
     calls: dict[str, Callable[[], Any]] = {}
     for name, params in models.items():
