@@ -149,6 +149,17 @@ def mamba_cpu() -> str:
     return f"{about}\n\n{table(['', '', 'median ms', ''], [[*row, ''][:4] for row in rows])}"
 
 
+def quantized_matmul_cpu() -> str:
+    """Tabulate products with a packed matrix, beside float32's."""
+    result, rows = read("quantized_matmul_cpu"), []
+    for tokens, found in result["results"].items():
+        for name, r in found.items():
+            ratio = f"{r['times_as_fast_as_float32']}x"
+            rows.append([tokens, name, r["weights_MB"], r["median_ms"], r["min_ms"], ratio])
+    head = ["", "", "weights MB", "median ms", "least ms", "times as fast as float32"]
+    return f"{plain_caption(result)} {BY_TURNS}\n\n{table(head, rows)}"
+
+
 def rnn_cpu() -> str:
     result = read("rnn_cpu")
     rows = [
@@ -369,6 +380,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "linear_attention_cpu": linear_attention_cpu,
         "recurrences_cpu": recurrences_cpu,
         "rnn_cpu": rnn_cpu,
+        "quantized_matmul_cpu": quantized_matmul_cpu,
         "mamba_cpu": mamba_cpu,
     },
     "docs/results/training.md": {
