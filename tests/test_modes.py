@@ -158,4 +158,5 @@ def test_optimizers_run_without_jit(name):
     with jax.disable_jit():
         got, _ = optimizer.update(params, optimizer.init(params), params)
     flat = [jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (got, want)]
-    assert_close(*flat, "float32", times=4)  # COSMOS' bases are the inputs' rounding, made larger
+    # COSMOS' first basis is that of the first gradient, whose digits its QR step makes into larger ones.
+    assert_close(*flat, "float32", times=4 if "cosmos" in name else 1)

@@ -51,7 +51,7 @@ def plane_products(x: Array, w: Array, x_bits: int, w_bits: int, segment: int) -
     def add(ij, total):
         i, j = ij // w_bits, ij % w_bits
         differ = lax.population_count(x_planes[i][:, :, None] ^ w_planes[j][:, None])  # [n, M, N, words]
-        signs = lengths[:, None, None] - 2 * jnp.sum(differ.astype(jnp.int32), -1)
+        signs = lengths[:, None, None] - 2 * jnp.sum(differ.astype(jnp.int32), -1, dtype=jnp.int32)
         return total + (signs << (i + j))
 
     zeros = jnp.zeros((lengths.shape[0], x.shape[0], w.shape[0]), jnp.int32)

@@ -191,7 +191,7 @@ def _segment_sums(x: Array, w: Array, largest: int | None) -> Array:
     x = pad_to(x, (M, parts * size)).reshape(M, parts, size)
     w = pad_to(w, (parts * size, N)).reshape(parts, size, N)
     sums = jnp.einsum("mps,psn->pmn", x, w, precision="highest")
-    return sums.astype(jnp.int32).sum(0).astype(x.dtype)
+    return sums.astype(jnp.int32).sum(0, dtype=jnp.int32).astype(x.dtype)
 
 
 def _transposed(call: Inputs, spec: Spec, dy: Array) -> Array:
