@@ -171,7 +171,9 @@ def _sorted(x: Array, routing: Routing) -> tuple[Array, DispatchPlan]:
     tokens, experts, weights = routing.assignments()
     sent = weights != 0
     order = jnp.argsort(jnp.where(sent, experts, routing.experts), stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)), unique_indices=True)
+    inverse = (
+        jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+    )
     sizes = jnp.zeros(routing.experts, jnp.int32).at[experts].add(sent.astype(jnp.int32))
     if routing.by == "token":
         k = routing.indices.shape[1]
@@ -220,7 +222,7 @@ def _places(routing: Routing, capacity: int, key: Any) -> tuple[Int[Array, "n"],
     order = jnp.lexsort((within, rank))
     sent = (weights != 0)[order]
     mine = jax.nn.one_hot(experts[order], routing.experts, dtype=jnp.int32) * sent[:, None]
-    place = jnp.sum((jnp.cumsum(mine, 0) - mine) * mine, -1)
+    place = jnp.sum((jnp.cumsum(mine, 0, dtype=jnp.int32) - mine) * mine, -1, dtype=jnp.int32)
     place = jnp.zeros(n, jnp.int32).at[order].set(place, unique_indices=True)
     return place, (weights != 0) & (place < capacity)
 
