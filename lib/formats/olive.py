@@ -55,7 +55,7 @@ class OutlierVictim(Dependent):
 
     def decode_outlier(self, codes: Array) -> Array:
         """The float32 value of each abfloat."""
-        bits = ((codes & self.highest) << self._dropped) + self._first
+        bits = ((codes.astype(jnp.int32) & self.highest) << self._dropped) + self._first
         value = lax.bitcast_convert_type(bits, jnp.float32)
         return jnp.where(codes < 0, -value, value)
 
