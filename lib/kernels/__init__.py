@@ -5,7 +5,7 @@ from .common.explain import explain
 from .linear_attention import linear_attention
 from .linear_recurrence import linear_recurrence
 from .lmu import lmu
-from .quantized_matmul import MixedActivations, outlier_permutation, quantized_matmul
+from .quantized_matmul import MixedActivations, quantized_matmul
 from .quantized_update import quantized_update
 from .rnn import rnn
 from .selective_scan import selective_scan
@@ -22,7 +22,6 @@ __all__ = [
     "linear_recurrence",
     "lmu",
     "merge_paths_2d",
-    "outlier_permutation",
     "paths_2d",
     "quantized_matmul",
     "quantized_update",

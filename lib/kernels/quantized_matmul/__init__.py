@@ -5,7 +5,6 @@ from jaxtyping import Array, Float
 from ...formats import Format, QuantizedTensor
 from ..common.arguments import as_shaped
 from ..common.operation import Backend, Operation
-from .activations import outlier_permutation as outlier_permutation
 from .inputs import INDEPENDENT, Method, MixedActivations, argument_axes, check, result_axes
 
 OPERATION = Operation(

@@ -1,4 +1,4 @@
-"""Activations in few bits: tokens rounded to a format, blocks of channels in two, and where outliers go."""
+"""Activations in few bits: tokens rounded to a format, blocks of channels to two."""
 
 from typing import NamedTuple
 
@@ -61,26 +61,3 @@ def each_segment(a: Array, size: int, segment: int, n: int) -> Array:
     if size <= segment:
         return a
     return jnp.repeat(a, size // segment, 0, total_repeat_length=a.shape[0] * (size // segment))[:n]
-
-
-def outlier_permutation(amax: Array) -> Array:
-    """Find the order of channels in which those with the largest magnitudes come first.
-
-    Then few blocks hold all outliers, and all others can have fewer bits. The product stays the same if both
-    sides are permuted: x[:, order] and W[order].
-
-    Args:
-      amax: the largest magnitude of each channel over calibration tokens [K].
-
-    Returns:
-      int32 [K].
-
-    Source: Liu et al. 2024, COMET (arXiv 2410.12168).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from frugax.kernels import outlier_permutation
-        >>> outlier_permutation(jnp.array([1.0, 50.0, 2.0, 70.0])).tolist()
-        [3, 1, 2, 0]
-    """
-    return jnp.argsort(-amax, stable=True).astype(jnp.int32)

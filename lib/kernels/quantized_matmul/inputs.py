@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 class MixedActivations:
     """Activations in blocks of channels: the first few blocks in more bits, all others in fewer.
 
-    A token has a scale for each block. Channels with outliers come first (`outlier_permutation`).
+    A token has a scale for each block. `frugax.quant.outlier_permutation` puts channels with outliers first.
 
     Attributes:
       high_blocks: how many blocks, from the first channel on, are stored in `high`.
