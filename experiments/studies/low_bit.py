@@ -130,6 +130,19 @@ def _rule(format: str, group_size: int | None):
     return format if group_size is None else (format, group_size)
 
 
+def texts(config, tokenizer, max_bytes: int):
+    """The corpus that a run's config names, and batches of at most `max_bytes` (0: all) that it held out."""
+    corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
+    held_out = heldout_batches(
+        corpus,
+        tokenizer,
+        batch_size=config.evaluation.batch_size,
+        seq_len=config.evaluation.sequence_length,
+        limit_bytes=max_bytes or None,
+    )
+    return corpus, held_out
+
+
 def measure(module, params, held_out) -> float:
     """Bits per byte of held-out batches."""
     bits = bits_per_byte(module, params, held_out)
@@ -199,14 +212,7 @@ def run(args, say: Callable[[str], None] = print) -> dict[str, Any]:
     """The whole table, ready for JSON."""
     config, module, variables, tokenizer_path, step = load_run(args.run)
     tokenizer = load_tokenizer(tokenizer_path)
-    corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
-    held_out = heldout_batches(
-        corpus,
-        tokenizer,
-        batch_size=config.evaluation.batch_size,
-        seq_len=config.evaluation.sequence_length,
-        limit_bytes=args.max_bytes or None,
-    )
+    corpus, held_out = texts(config, tokenizer, args.max_bytes)
     loader = make_loader(corpus, tokenizer, batch_size=8, seq_len=config.data.sequence_length, seed=1)
     batches = [jnp.asarray(next(loader)["tokens"]) for _ in range(args.batches)]
     params = variables["params"]
@@ -253,14 +259,7 @@ def run(args, say: Callable[[str], None] = print) -> dict[str, Any]:
 def ternary_row(run_dir: str, max_bytes: int) -> Row:
     """A model that was trained in ternary, packed: its `BitLinear`s hold two bits a weight."""
     config, module, variables, tokenizer_path, _ = load_run(run_dir)
-    corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
-    held_out = heldout_batches(
-        corpus,
-        load_tokenizer(tokenizer_path),
-        batch_size=config.evaluation.batch_size,
-        seq_len=config.evaluation.sequence_length,
-        limit_bytes=max_bytes or None,
-    )
+    _, held_out = texts(config, load_tokenizer(tokenizer_path), max_bytes)
     packed = quant.quantize_params(variables["params"], {"kernel$": "ternary", ROWS: "int8"})[0]
     bits = measure(module, packed, held_out)
     return Row("ternary", "trained", round(bits, 4), sum(x.nbytes for x in jax.tree.leaves(packed)))
