@@ -62,10 +62,7 @@ class Routing:
 
     def assignments(self) -> tuple[Int[Array, "n"], Int[Array, "n"], Float[Array, "n"]]:
         """Tokens, experts and weights of all assignments, in the order of the indices."""
-        rows = jnp.broadcast_to(jnp.arange(self.indices.shape[0])[:, None], self.indices.shape).reshape(-1)
-        columns = self.indices.reshape(-1)
-        tokens, experts = (rows, columns) if self.by == "token" else (columns, rows)
-        return tokens.astype(jnp.int32), experts.astype(jnp.int32), self.weights.reshape(-1)
+        return _assignments(self.indices, self.weights, self.by)
 
 
 def routing(
@@ -79,11 +76,10 @@ def routing(
 ) -> Routing:
     """Put a `Routing` together, with its statistics; tokens that `mask` leaves out have weight 0."""
     T, E = scores.shape
-    weights = weights.astype(jnp.float32)
+    indices, weights = indices.astype(jnp.int32), weights.astype(jnp.float32)
     if mask is not None:
         weights = jnp.where(mask[:, None] if by == "token" else mask[indices], weights, 0.0)
-    made = Routing(indices.astype(jnp.int32), weights, losses, _empty(), E, by)
-    tokens, experts, weight = made.assignments()
+    tokens, experts, weight = _assignments(indices, weights, by)
     used = (weight != 0).astype(jnp.float32)
     load = jnp.zeros(E).at[experts].add(used)
     load = load / jnp.maximum(load.sum(), 1)
@@ -95,7 +91,7 @@ def routing(
         entropy=-jnp.sum(load * jnp.log(jnp.where(load > 0, load, 1.0))) / jnp.log(max(E, 2)),
         unrouted=1 - jnp.sum(served * real) / jnp.maximum(real.sum(), 1),
     )
-    return dataclasses.replace(made, statistics=jax.lax.stop_gradient(statistics))
+    return Routing(indices, weights, losses, jax.lax.stop_gradient(statistics), E, by)
 
 
 def masked_mean(x: Array, mask: Array | None) -> Array:
@@ -106,6 +102,8 @@ def masked_mean(x: Array, mask: Array | None) -> Array:
     return jnp.sum(jnp.where(real > 0, x, 0.0), 0) / jnp.maximum(jnp.sum(real), 1)
 
 
-def _empty() -> RoutingStatistics:
-    zero = jnp.zeros(())
-    return RoutingStatistics(zero, zero, zero, zero)
+def _assignments(indices: Array, weights: Array, by: str) -> tuple[Array, Array, Array]:
+    rows = jnp.broadcast_to(jnp.arange(indices.shape[0])[:, None], indices.shape).reshape(-1)
+    columns = indices.reshape(-1)
+    tokens, experts = (rows, columns) if by == "token" else (columns, rows)
+    return tokens.astype(jnp.int32), experts.astype(jnp.int32), weights.reshape(-1)
