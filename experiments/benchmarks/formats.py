@@ -1,4 +1,4 @@
-"""What each number format stores and how far it is off, on numbers with and without heavy tails.
+"""Bits and errors of every number format, on numbers with and without heavy tails.
 
   python -m experiments.benchmarks.formats              two minutes on a core; writes the JSON
 
@@ -92,7 +92,7 @@ def scales(format: Format) -> str:
 
 
 def named() -> dict[str, dict]:
-    """What each format stores, and its error."""
+    """Measure the bits that each format stores, and its error."""
     rows = {}
     for name in NAMES:
         format = format_named(name)

@@ -71,7 +71,7 @@ class Encoder(nn.Module):
 
 
 def folder() -> Path:
-    """Where the package keeps the model.
+    """Find the folder of the model in the package.
 
     Raises:
       ImportError: the package is not installed.

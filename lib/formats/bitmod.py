@@ -135,7 +135,7 @@ class Mixture(Format):
         return self._chosen(choices, [element.next(codes, up) for element in self.elements])
 
     def _chosen(self, choice: Array, of_elements: list) -> Array:
-        """Of what each element gives, that of the chosen one."""
+        """Pick the chosen element's result."""
         found = jnp.asarray(of_elements[0])
         for i, other in enumerate(of_elements[1:], 1):
             found = jnp.where(choice == i, other, found)

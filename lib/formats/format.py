@@ -14,7 +14,7 @@ ABS_MAX = AbsMax()
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a tensor is stored in. Values are fixed, so that a format may be a static argument.
+    """A way to store a tensor. Values are fixed, so that a format may be a static argument.
 
     Attributes:
       name: the name that `frugax.formats.quantize` takes.
@@ -50,7 +50,7 @@ class Format:
 
     @property
     def signed(self) -> bool:
-        """Whether negative values have codes."""
+        """True if negative values have codes."""
         return self.element.signed
 
     def fit(self, x: Array) -> Scaling:
@@ -89,7 +89,7 @@ class Format:
         return self.element.encode_stochastic(jnp.clip(unit, least, largest), uniform)
 
     def values(self, codes: Array, scaling: Scaling) -> Array:
-        """What codes [..., G, g] stand for before zeros are subtracted and scales multiplied."""
+        """The values of codes [..., G, g], before zeros are subtracted and scales multiplied."""
         return self.element.decode(codes)
 
     def next(self, codes: Array, up: Array, scaling: Scaling) -> Array:

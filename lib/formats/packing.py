@@ -74,5 +74,5 @@ def unpack(packed: Array, bits: int, *, signed: bool) -> Array:
 
 
 def _shifts(width: int, ndim: int) -> Array:
-    """Where the codes of a byte begin, along the last axis but one of `ndim`."""
+    """The first bit of each of a byte's codes, along the last axis but one of `ndim`."""
     return jnp.arange(0, 8, width, dtype=jnp.uint8).reshape(*(1,) * (ndim - 2), -1, 1)

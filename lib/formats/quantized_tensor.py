@@ -90,7 +90,7 @@ class QuantizedTensor:
         return codes[..., : codes.shape[-1] - self.padding]
 
     def scaling(self) -> Scaling:
-        """What is stored for each group, with `axis` moved to the end."""
+        """The stored scales, zeros and choices of each group, with `axis` moved to the end."""
         stored = Scaling(self.scales, self.zeros, self.choices)
         stored = jax.tree.map(lambda x: jnp.moveaxis(x, self.axis, -1), stored)
         if stored.choices is None:

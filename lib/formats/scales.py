@@ -20,7 +20,7 @@ SMALLEST = 2.0**-126  # float32's smallest normal number: XLA on CPU takes small
 
 
 class Scaling(NamedTuple):
-    """What is stored for groups, [..., G] each.
+    """The stored parameters of groups, [..., G] each.
 
     Attributes:
       scales: in the scheme's own storage: floats, exponents (uint8) or `CodedScales`.

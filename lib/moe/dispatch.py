@@ -19,7 +19,7 @@ Method = Literal["sort", "gather", "einsum"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DispatchPlan:
-    """Where tokens went, for `combine`, and what became of them.
+    """The places that tokens went to, for `combine`, and how many were dropped.
 
     Attributes:
       group_sizes: rows of each expert, int32 [E].

@@ -16,7 +16,7 @@ from .statistics import Statistics, column_errors
 
 
 class Awq(NamedTuple):
-    """What `awq` finds.
+    """The result of `awq`.
 
     Attributes:
       weights: s W, quantized: one tensor, or a tuple where several matrices were given.

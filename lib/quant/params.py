@@ -20,7 +20,7 @@ ROWS_ARE_CONTRACTED = ("embedding", "head")  # [V, D]: their groups lie along th
 
 
 class PackedArray(NamedTuple):
-    """What became of one array.
+    """One array of a packed tree: bytes and error.
 
     Attributes:
       path: in the tree, such as "layers/block_0/mixer/out/kernel".

@@ -15,7 +15,7 @@ from .inputs import Inputs, Spec, weights
 
 
 class Groups(NamedTuple):
-    """What is stored for each group, decoded: [G, N] each, None where the format has none."""
+    """The decoded parameters of each group: [G, N] each, None where the format has none."""
 
     scales: Array  # float32
     zeros: Array | None  # float32
@@ -48,7 +48,7 @@ def unpack_rows(packed: Array, format: Format, block: int) -> Array:
 
 
 def values(codes: Array, groups: Groups, format: Format) -> tuple[Array, Array]:
-    """What codes [G, g, N] stand for, less zeros, and the scales [G, N] that still multiply it."""
+    """The values of codes [G, g, N], less zeros, and the scales [G, N] that still multiply it."""
     if format.elementwise:
         value = format.element.decode(codes)
         return value if groups.zeros is None else value - groups.zeros[:, None], groups.scales

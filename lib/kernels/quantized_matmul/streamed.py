@@ -75,7 +75,7 @@ def product(call: Inputs, spec: Spec) -> Array:
 
 
 def _plane_product(x: Array, codes: Array, spec: Spec, p: _Plane, stored: Groups) -> Array:
-    """What a plane of W adds to the product with one token x [K]: [1, N]."""
+    """The share of a plane of W in the product with one token x [K]: [1, N]."""
     N, dtype, top = codes.shape[1], x.dtype, p.low + p.width == spec.format.bits
     inner = min(spec.group_size, p.bytes)  # bytes that share a scale
     shape = spec.K // p.block, p.bytes // inner, inner // p.rows  # blocks, groups, parts of a group

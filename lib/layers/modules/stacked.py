@@ -1,4 +1,4 @@
-"""What scans over depth stack and split for each layer."""
+"""The collections that scans over depth stack and split for each layer."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ from .recipe import Recipe
 
 
 class How(NamedTuple):
-    """What the three products of a call share.
+    """The settings that the three products of a call share.
 
     Attributes:
       recipe: the options.

@@ -1,4 +1,4 @@
-"""What low-bit training rounds, and how: a point of the design space, as a value."""
+"""A recipe of low-bit training: what is rounded, and how, a point of the design space, as a value."""
 
 import dataclasses
 
