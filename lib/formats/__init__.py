@@ -167,10 +167,7 @@ def quantize(
         raise ValueError(f"x: got {x.dtype}{list(x.shape)}; expected at least one axis and no empty one")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis: got {axis} for x {list(x.shape)}; expected {-x.ndim}..{x.ndim - 1}")
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
-    if group_size is not None and isinstance(format.scheme, AbsMean):
-        raise ValueError(f"group_size: got {group_size}; expected None: {format.name} has one scale a matrix")
+    elements = format.group_of(group_size, x.shape[axis])
     size = group_size or format.group_size or 1
     if not partial_group and x.shape[axis] % size:
         raise ValueError(
@@ -184,7 +181,7 @@ def quantize(
         raise ValueError(f"{odd}; expected an even number along axis {axis}: {format.name} stores pairs")
     if (key is None) != (rounding == "nearest"):
         raise ValueError(f"key: got {key} with rounding={rounding!r}; expected a key for 'stochastic' alone")
-    return quantize_array(x, format, axis, group_size, key)
+    return quantize_array(x, format, axis, elements, key)
 
 
 def fake_quantize(

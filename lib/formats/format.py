@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .element import Element
-from .scales import AbsMax, Scaling, never_zero, spread
+from .scales import AbsMax, AbsMean, Scaling, never_zero, spread
 
 ABS_MAX = AbsMax()
 
@@ -60,6 +60,20 @@ class Format:
     def covering(self) -> "Format":
         """The format with a scheme that leaves no value out of range, which unbiased rounding needs."""
         return dataclasses.replace(self, scheme=self.scheme.covering())
+
+    def group_of(self, group_size: int | None, n: int) -> int:
+        """The elements of a group on an axis of n: `group_size`, or the format's own, or all.
+
+        Raises:
+          ValueError: group_size is below 1, or given where a matrix has one scale.
+        """
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
+        if group_size is not None and isinstance(self.scheme, AbsMean):
+            raise ValueError(
+                f"group_size: got {group_size}; expected None: {self.name} has one scale a matrix"
+            )
+        return min(group_size or self.group_size or n, n)
 
     def scale(self, scaling: Scaling) -> Array:
         """The float32 scale of each group."""

@@ -159,14 +159,12 @@ def from_codes(
 
 
 def quantize_array(
-    x: Array, format: Format, axis: int, group_size: int | None, key: Key[Array, ""] | None
+    x: Array, format: Format, axis: int, group_size: int, key: Key[Array, ""] | None
 ) -> QuantizedTensor:
-    """Do as `quantize` does, without its checks."""
+    """Do as `quantize` does, without its checks; group_size is that of `format.group_of`."""
     axis = axis % x.ndim - x.ndim
     x = jnp.moveaxis(x.astype(jnp.float32), axis, -1)
     n = x.shape[-1]
-    group_size = group_size or format.group_size or n
-    group_size = min(group_size, n)
     groups = split(x, group_size)
     fitted = format if key is None else format.covering()
     scaling = fitted.fit(groups)

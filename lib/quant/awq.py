@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from ..formats import Format, QuantizedTensor, format_named, quantize
-from .clipping import clip_weights, group_of, nearest
+from .clipping import clip_weights, nearest
 from .scaling import as_matrices, multiply_inputs
 from .statistics import Statistics, column_errors
 
@@ -111,7 +111,7 @@ def awq_scale(
     matrices = as_matrices(w, statistics)
     if grid < 1:
         raise ValueError(f"grid: got {grid}; expected at least 1")
-    group_size = group_of(format, group_size, matrices[0].shape[-2])
+    group_size = format.group_of(group_size, matrices[0].shape[-2])
     mean_abs, gram = statistics.mean_abs, jnp.asarray(statistics.gram)
     return _search(matrices, mean_abs, gram, format, group_size, grid)
 

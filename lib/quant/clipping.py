@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from ..formats import Format, format_named
-from ..formats.scales import AbsMean, split
+from ..formats.scales import split
 from .statistics import Statistics, check, column_errors
 
 
@@ -60,7 +60,7 @@ def clip_weights(
         gram = jnp.asarray(statistics.gram)
     if steps < 1 or not 0 < least <= 1:
         raise ValueError(f"steps, least: got {steps}, {least}; expected steps >= 1 and 0 < least <= 1")
-    group_size = group_of(format, group_size, K)
+    group_size = format.group_of(group_size, K)
     return _clip(w, gram, format, group_size, steps, least)
 
 
@@ -72,15 +72,6 @@ def _clip(w, gram, format, group_size, steps, least) -> Array:
     for _ in w.shape[:-2]:
         one = jax.vmap(one)
     return one(w, gram)
-
-
-def group_of(format: Format, group_size: int | None, K: int) -> int:
-    """The group size that is meant, checked."""
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
-    if group_size is not None and isinstance(format.scheme, AbsMean):
-        raise ValueError(f"group_size: got {group_size}; expected None: {format.name} has one scale a matrix")
-    return min(group_size or format.group_size or K, K)
 
 
 def nearest(w: Float[Array, "K N"], format: Format, g: int) -> Float[Array, "K N"]:

@@ -10,7 +10,6 @@ from jaxtyping import Float
 from ..formats import Format, QuantizedTensor, format_named, from_codes
 from ..formats.scales import Scaling, split
 from ..kernels.common.arguments import pad_to
-from .clipping import group_of
 from .statistics import Statistics, check
 
 
@@ -70,7 +69,7 @@ def gptq(
     check(w, statistics)
     check_matrix_format(format)
     K = w.shape[-2]
-    group_size = group_of(format, group_size, K)
+    group_size = format.group_of(group_size, K)
     if block < 1:
         raise ValueError(f"block: got {block}; expected at least 1")
     if not isinstance(damping, Array) and not damping >= 0:

@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from ..formats import Format, QuantizedTensor, format_named, from_codes
 from ..formats.scales import split
-from .clipping import group_of
 from .gptq import check_matrix_format
 from .statistics import Statistics, check, column_errors
 
@@ -63,7 +62,7 @@ def learned_rounding(
     check_matrix_format(format)
     if steps < 1:
         raise ValueError(f"steps: got {steps}; expected at least 1")
-    group_size = group_of(format, group_size, w.shape[-2])
+    group_size = format.group_of(group_size, w.shape[-2])
     return _learn(w, jnp.asarray(statistics.gram), learning_rate, weight, format, group_size, steps)
 
 
