@@ -37,7 +37,9 @@ def test_activations_in_few_bits_give_the_gradient_to_their_precision(small, kee
     params, loss, _, exact = small
     _, got = jax.jit(lambda p: optim.active_value_and_grad(loss, p, jnp.array([1, 3]), keep=keep))(params)
     errors = jax.tree.leaves(jax.tree.map(error, got, chosen(exact, [1, 3])))
-    assert max(errors) < {"int8": 0.03, "int4": 0.35}[keep]
+    # The first layer's gradient passes four layers with four stored activations in a row each, which add up
+    # as independent errors do: sqrt(16) times the error of one, that of the format on normal numbers.
+    assert max(errors) < 4 * {"int8": 0.0065, "int4": 0.10}[keep]
     assert max(errors) > 1e-4  # they are in few bits
 
 

@@ -185,7 +185,7 @@ def test_qzo_estimates_the_gradient_of_the_scales():
 def test_qzo_tunes_scales_and_nothing_else():
     params, loss = quantized_model()
     after, info = run(
-        lambda p, k: zo.qzo_step(loss, p, k, learning_rate=0.04, epsilon=1e-3, clip=100.0), params, 500
+        lambda p, k: zo.qzo_step(loss, p, k, learning_rate=1e-3, epsilon=1e-4, clip=100.0), params, 500
     )
     np.testing.assert_array_equal(after["q"].codes, params["q"].codes)
     np.testing.assert_array_equal(after["bias"], params["bias"])
@@ -198,14 +198,14 @@ def test_qzo_clipping_prevents_a_divergence():
 
     def train(clip):
         def step(p, key):
-            return zo.qzo_step(loss, p, key, learning_rate=0.2, epsilon=1e-3, clip=clip)
+            return zo.qzo_step(loss, p, key, learning_rate=3.6e-3, epsilon=1e-4, clip=clip)
 
         return run(step, params, 200)[1]
 
-    free, clipped = train(None), train(0.3)
+    free, clipped = train(None), train(2.0)
     assert not free.loss[-1] < 1e3 * free.loss[0]
     assert clipped.loss[-1] < 0.5 * clipped.loss[0]
-    assert (jnp.abs(clipped.slope) <= 0.3).all()
+    assert (jnp.abs(clipped.slope) <= 2.0).all()
 
 
 def test_a_conservative_step_never_raises_the_loss():
