@@ -1,4 +1,4 @@
-"""How XLA compiles in tests; and modules in a process of their own, as users run them or on eight devices."""
+"""XLA's options in tests; and modules in a process of their own, as users run them or on eight devices."""
 
 import json
 import os

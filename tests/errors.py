@@ -1,4 +1,4 @@
-"""How tests measure an error: rmse over the rms of the reference, bounded by what the dtype explains."""
+"""The error of tests: rmse over the rms of the reference, bounded by what the dtype explains."""
 
 import jax
 import jax.numpy as jnp

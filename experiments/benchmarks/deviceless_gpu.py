@@ -39,7 +39,7 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What one compiled kernel takes of a chip. `None`: the compiler did not say."""
+    """The resources of a chip that one compiled kernel takes. `None`: the compiler did not say."""
 
     name: str
     registers: int | None  # a thread

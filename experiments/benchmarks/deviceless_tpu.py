@@ -28,7 +28,7 @@ CHIPS = tuple(TOPOLOGIES)
 
 
 def has_libtpu() -> bool:
-    """Whether the TPU compiler is installed (the `deviceless` extra)."""
+    """Say if the TPU compiler is installed (the `deviceless` extra)."""
     return importlib.util.find_spec("libtpu") is not None
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def in_a_process(module: str, *job: str, before: Path | None) -> dict[str, Any]:
-    """What `python -m module --job JOB...` prints as JSON, with the frugax in the folder `before` if given.
+    """Read the JSON of `python -m module --job JOB...`, with the frugax in the folder `before` if given.
 
     Raises:
       AssertionError: the process ran another frugax; its JSON names the file in "frugax".

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: contenders on the same inputs, timed by turns once their numbers agree.
+"""The frame of GPU benchmarks: contenders on the same inputs, timed by turns once their numbers agree.
 
 A shape is a frozen dataclass with `arrays()`: the inputs in their dtypes (float32 or bfloat16) and the
 output's cotangent, the same at every call. A contender makes a `Runner` of a shape.
@@ -41,7 +41,7 @@ PACKAGES = (
 
 
 class Effort(NamedTuple):
-    """How much is measured: timings of each contender, and whom to leave out (by text in their names)."""
+    """The extent of a measurement: timings of each contender, and those left out (by text in names)."""
 
     repeats: int
     without: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ def without_init(name: str) -> Any:
 
 
 def gate(make: Callable[[Any], Runner], small: Any, wanted: Any) -> float | str:
-    """How far a contender's output and gradients are from what they should be; or why it can't run."""
+    """Measure how far a contender's output and gradients are from the right ones; or say why it can't run."""
     try:
         return worst_error(make(small).both(), wanted)
     except Exception as problem:  # not installed, or refuses the call
@@ -272,7 +272,7 @@ def compiled(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what takes part."""
+    """The versions of Python and of what takes part."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:
@@ -301,13 +301,13 @@ def rows_so_far(path: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def is_of(row: dict[str, Any], shape: Any) -> bool:
-    """Whether the row is this shape's."""
+    """Say if the row is this shape's."""
     fields = json.loads(json.dumps(dataclasses.asdict(shape)))
     return {name: row.get(name) for name in fields} == fields
 
 
 def kernel_was_timed(row: dict[str, Any]) -> bool:
-    """Whether the Mosaic GPU kernel of this library has its time in a row that was measured."""
+    """Say if the Mosaic GPU kernel of this library has its time in a row that was measured."""
     return any("pallas_gpu" in name for name in row["median_ms"])
 
 

@@ -190,7 +190,7 @@ def ssd_least_bytes(shape: SSD, passes: str) -> int:
 
 
 def kernel_bytes(shape: Shape) -> dict[str, int]:
-    """What each kernel moves to and from device memory, if what programs share comes from the L2 cache."""
+    """Count the bytes that each kernel moves to and from device memory; shared ones come from the L2."""
     wide = shape.wide
     per_channel = shape.decay == "bthk"
     decay, states = 4 * wide if per_channel else 0, 2 * wide * shape.D // 64

@@ -61,7 +61,7 @@ def frugax_rnn(backend: str, shape: Shape) -> Callable[..., Any]:
 
 
 def plain_scan(shape: Shape) -> Callable[..., Any]:
-    """What one writes by hand: JAX's own gradient of a scan."""
+    """The form that one writes by hand: JAX's own gradient of a scan."""
     cell = CELLS[shape.cell]
 
     def run(gates, recurrent):

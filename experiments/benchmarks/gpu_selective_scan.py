@@ -130,7 +130,7 @@ def least_bytes(shape: Shape, passes: str) -> int:
 
 
 def kernel_bytes(shape: Shape) -> dict[str, int]:
-    """What each kernel moves to and from device memory, if what programs share comes from the L2 cache."""
+    """Count the bytes that each kernel moves to and from device memory; shared ones come from the L2."""
     from frugax.kernels.selective_scan.pallas_gpu_blocks import CHANNELS
     from frugax.kernels.selective_scan.tiling import GPU_BACKWARD
 

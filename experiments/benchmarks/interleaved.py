@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: contenders timed by turns in one run, once their numbers agree."""
+"""The frame of CPU benchmarks: contenders timed by turns in one run, once their numbers agree."""
 
 import datetime
 import json
@@ -112,7 +112,7 @@ def worst_error(actual, expected) -> float:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -39,7 +39,7 @@ T = 200  # steps from refresh to refresh
 
 
 def contenders(rank: int) -> dict[str, optax.GradientTransformation]:
-    """What is measured, each with the interval that it would train with."""
+    """The optimizers that are measured, each with the interval that it would train with."""
     of, rate = frugax.optim, 1e-3
     return {
         "apollo": of.apollo(rate, rank=rank),
@@ -106,7 +106,7 @@ class Run:
         self.first = self.milliseconds()  # a refresh, where there are any: step 0
 
     def milliseconds(self) -> float:
-        """Of one more step."""
+        """Time one more step."""
         start = time.perf_counter()
         self.params, self.state = jax.block_until_ready(self.step(self.params, self.state, self.gradient))
         return 1e3 * (time.perf_counter() - start)

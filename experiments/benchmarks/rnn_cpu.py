@@ -31,7 +31,7 @@ def ours(x_BTD, W_DGD, R_DGD, bias_GD):
 
 
 def plain_scan(x_BTD, W_DGD, R_DGD, bias_GD):
-    """What one writes by hand: the gradient of R is added up step by step."""
+    """The form that one writes by hand: the gradient of R is added up step by step."""
 
     def step(carry, x_BGD):
         h, c = carry

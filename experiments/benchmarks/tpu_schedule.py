@@ -215,7 +215,7 @@ VECTOR = {"v5e": 4096, "v5p": 8192, "v6e": 4096, "tpu7x": 4096}
 
 
 def count_bundles(text: str) -> list[int]:
-    """How often each bundle of a `final_bundles` dump runs.
+    """Count how often each bundle of a `final_bundles` dump runs.
 
     A loop's trips are in its exit test, which may stand in a loop inside it. The outermost loop is the grid,
     software-pipelined: its first and its last turn skip the largest region that a branch can skip, and only

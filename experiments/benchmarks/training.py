@@ -1,4 +1,4 @@
-"""What benchmarks of training share: a config's corpus, model and compiled step, without checkpoints."""
+"""The frame of training benchmarks: a config's corpus, model and compiled step, without checkpoints."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Training(NamedTuple):
 
 
 def prepare(config: ConfigDict) -> Training:
-    """What `config` says, compiled for its first batch, which is taken from the batches."""
+    """Build what `config` says, compiled for its first batch, which is taken from the batches."""
     tokenizer = load_tokenizer(config.data.tokenizer or None)
     config.model.vocab_size = tokenizer.vocab_size
     corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 
 class RoutingStatistics(NamedTuple):
-    """How evenly a router uses its experts.
+    """The evenness of a router's use of its experts.
 
     Attributes:
       load: assignments of each expert over those of all, [E].

@@ -1,4 +1,4 @@
-"""Where packed tensors lie: over devices, in checkpoints, and how many bytes the compiler counts."""
+"""Packed tensors over devices and in checkpoints, and how many bytes the compiler counts."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def test_packed_params_keep_their_sharding():
 
 @pytest.mark.parametrize("name", ["int3", "bitmod4"])
 def test_bytes_are_those_that_the_compiler_counts(name):
-    """Of a program that packs, the result is `nbytes` large; of one that unpacks, its argument."""
+    """The result of a program that packs is `nbytes` large; so is the argument of one that unpacks."""
     w = jax.ShapeDtypeStruct((384, 40), jnp.float32)
     pack = lambda w: quantize(w, name, group_size=64)  # noqa: E731
     q = jax.eval_shape(pack, w)

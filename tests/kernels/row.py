@@ -85,7 +85,7 @@ class Row:
 
     @property
     def composed(self) -> bool:
-        """Whether it is made of other operations, and has no backends of its own."""
+        """True if it is made of other operations, and has no backends of its own."""
         return "xla" not in self.cases
 
     @property

@@ -1,4 +1,4 @@
-"""What isn't finite stays in its document: others have the outputs, states and gradients that they had."""
+"""NaN and infinity stay in their document: others have the outputs, states and gradients that they had."""
 
 import jax
 import numpy as np

@@ -56,7 +56,7 @@ def check_dtypes(row, arguments, results, gradients):
 
 
 def no_gradient_leaves_the_last_document(row, arguments, backend):
-    """What the last document's outputs and the state say about other documents is nothing, or rounding's."""
+    """The last document's outputs and state say nothing about other documents, but for rounding."""
     ids = arguments["segment_ids"]
     backwards = arguments.get("reverse", False)
     read = ids[:, ::-1] if backwards else ids

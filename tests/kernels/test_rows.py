@@ -178,7 +178,7 @@ def test_an_empty_row_returns_its_initial_state():
 
 @pytest.mark.parametrize("name", ["selective_scan", "linear_attention", "lstm"])
 def test_gradients_of_the_states_are_slopes(name):
-    """Of the states of packed documents, by finite differences in float64."""
+    """Gradients of the states of packed documents, by finite differences in float64."""
     operation, tokens, rest = OPERATIONS[name]
     with jax.enable_x64(True):
 

@@ -68,7 +68,7 @@ class Calls:
         return self.token_by_token(x, self.nothing_read, jnp.zeros(x.shape[:2], bool))[1]
 
     def starts(self):
-        """Where a document starts [B, T], but at the first token."""
+        """True where a document starts [B, T], but at the first token."""
         return jnp.pad(self.ids[:, 1:] != self.ids[:, :-1], ((0, 0), (1, 0)))
 
     def token_by_token(self, x, state, starts, cotangents=None):
@@ -100,7 +100,7 @@ class Calls:
         return self._packed(self.variables, x, state, self.ids, cotangents or self.cotangents())
 
     def cotangents(self):
-        """What multiplies y and the state's floats in the loss that gradients are of."""
+        """The factors of y and of the state's floats in the loss that gradients are of."""
         rng = np.random.default_rng(2)
         shapes = (self.y, floats(self.nothing_read))
         return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), shapes)

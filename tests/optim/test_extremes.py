@@ -98,7 +98,7 @@ def test_others_refuse_complex_numbers(make):
 
 @pytest.mark.parametrize("name", ["lion", "lion_8bit", "adamw_8bit"])
 def test_decay_of_bfloat16_params(name):
-    """Of float32 gradients, 1e-3 of 0.3 arrives on average; bfloat16 ones would lose it, and are refused."""
+    """A part of 1e-3 of float32 gradients arrives on average; bfloat16 would lose it, and is refused."""
     w = jnp.full((64, 64), 0.3, jnp.bfloat16)
     opt = getattr(optim, name)(1.0, weight_decay=1e-3)
     signs = jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, w.shape), 1.0, -1.0)

@@ -41,7 +41,7 @@ def test_ranks_are_one_thresholds(reduction):
 
 
 def test_a_matrix_without_a_tail_keeps_its_rank():
-    """Of equal singular values none is less than another; of others the smallest goes first."""
+    """Equal singular values go together; of others the smallest goes first."""
     tree = {
         "w": jnp.stack([2 * jnp.eye(3, 5), jnp.zeros((3, 5)), jnp.diag(jnp.array([3.0, 2.0, 1.0]), 2)[:3]])
     }

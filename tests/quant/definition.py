@@ -8,7 +8,7 @@ from frugax.formats.scales import split
 
 
 def fit(w, format, g):
-    """What a format stores for the groups of g rows of w [K, N]."""
+    """Compute what a format stores for the groups of g rows of w [K, N]."""
     return format_named(format).fit(split(jnp.asarray(w.T, jnp.float32), g))
 
 

@@ -30,7 +30,7 @@ def encoder():
 
 
 def scale_of(group):
-    """Of int4 in a group of rows [g, N]: the largest magnitude lies half a step beyond 7."""
+    """Round a group of rows [g, N] to int4: the largest magnitude lies half a step beyond 7."""
     return np.abs(group).max(0) / 7.5
 
 

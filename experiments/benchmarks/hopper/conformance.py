@@ -31,7 +31,7 @@ def bound(case: Case) -> float:
 
 
 def is_float(x: Any) -> bool:
-    """Whether x has a floating dtype; bfloat16 is one."""
+    """Say if x has a floating dtype; bfloat16 is one."""
     return jnp.issubdtype(x.dtype, jnp.floating)
 
 

@@ -12,7 +12,7 @@ UNDECIDED = (OUT_OF_TIME, LEFT_OUT)
 
 
 class Record:
-    """What became of every job, in `DIR/hopper.json` and `DIR/summary.txt`: two files, however many jobs."""
+    """Write the end of every job to `DIR/hopper.json` and `DIR/summary.txt`: two files for any number."""
 
     def __init__(self, folder: Path, title: str, whole: bool = False):
         self.folder, self.title, self.whole = folder, title, whole
@@ -66,7 +66,7 @@ class Record:
 
 
 def is_conformance(outcome: Outcome) -> bool:
-    """Whether the job decides if a kernel is right."""
+    """Say if the job decides whether a kernel is right."""
     return not outcome.job.output.startswith("gpu_")
 
 

@@ -114,7 +114,7 @@ def _is_sum(spec: Spec) -> bool:
 
 
 def _affine(element: Element, p: _Plane, top: bool) -> tuple[float, float]:
-    """What multiplies a plane's `_value`, and what is taken off then."""
+    """The factor of a plane's `_value`, and what is taken off then."""
     if isinstance(element, Bipolar):
         return 2.0 * 2**p.low, element.largest if top else 0.0
     if not isinstance(element, Integer):
@@ -136,7 +136,7 @@ def _value(byte: Array, run: int, element: Element, p: _Plane, top: bool) -> Arr
 
 
 def _of_run(a: Array, spec: Spec, p: _Plane, run: int) -> Array:
-    """Of what is stored for groups [G, N] a run's, as [blocks, groups, 1, N]."""
+    """Cut a run's share from what is stored for groups [G, N], as [blocks, groups, 1, N]."""
     blocks, (G, N) = spec.K // p.block, a.shape
     if blocks > G:
         return jnp.broadcast_to(a[:, None], (G, blocks // G, N)).reshape(blocks, 1, 1, N)

@@ -190,7 +190,7 @@ class _Blocks:
         return pad_to(self.call.starts.T[..., None].astype(F32), (self.grid.padded, self.rows, 1))
 
     def columns_of(self, n: int, d):
-        """Where channels `d` of row n lie in a `wide_block`."""
+        """The place of channels `d` of row n in a `wide_block`."""
         return pl.ds(pl.multiple_of(n * self.D + d.start, LANES), d.size)
 
     def each_token(self, visit) -> None:

@@ -72,7 +72,7 @@ class Program:
         return types
 
     def place(self, name: str, step):
-        """Where a tile lies in global memory."""
+        """The place of a tile in global memory."""
         tokens, ref = self.spec.tokens, self.refs[name]
         if name in TILED:
             return ref.at[self.batch, pl.ds(step * tokens, tokens), self.channels]

@@ -70,7 +70,7 @@ def load(folder: str | PathLike) -> tuple[Decoder, dict]:
 
 
 class Place(NamedTuple):
-    """Where a tensor goes, and how it is turned: "as is", "transposed", or "taps" ([E, 1, W] -> [W, E])."""
+    """The place of a tensor, and how it is turned: "as is", "transposed", or "taps" ([E, 1, W] -> [W, E])."""
 
     path: str
     turn: str = "as is"

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share, run on CPU: a contender that is wrong or missing is never timed."""
+"""The frame of GPU benchmarks, run on CPU: a contender that is wrong or missing is never timed."""
 
 import dataclasses
 from functools import partial

@@ -293,7 +293,7 @@ def test_a_rehearsal_where_the_package_is_not_installed(tmp_path):
 
 
 def test_what_needs_no_gpu_machines_packages():
-    """What the jobs import at their heads is jax, numpy, frugax, each other and Python's own."""
+    """The jobs import jax, numpy, frugax, each other and Python's own at their heads, nothing else."""
     folder = ROOT / "experiments" / "benchmarks"
     for path in [*folder.glob("gpu*.py"), folder / "interleaved.py", *(folder / "hopper").glob("*.py")]:
         for node in ast.parse(path.read_text()).body:

@@ -206,7 +206,7 @@ def partitioned():
 
 
 def quiet():
-    """What XLA partitions by itself moves no tokens: only gradients of parameters are summed."""
+    """XLA's own partitioning moves no tokens: only gradients of parameters are summed."""
     args = arguments("bthk")
     for mesh in meshes(2, 4):
         text = both("xla").lower(place(mesh, args, "data", "model")).compile().as_text()

@@ -27,7 +27,7 @@ def unpacked(w) -> np.ndarray:
 
 
 def values(element, codes: np.ndarray) -> np.ndarray:
-    """What codes without a sign stand for."""
+    """The values of codes without a sign."""
     if isinstance(element, Minifloat):
         return values_of(element)[codes]
     if isinstance(element, Codebook):

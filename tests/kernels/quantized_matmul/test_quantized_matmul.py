@@ -98,7 +98,7 @@ def test_blocks_and_the_rest_are_the_product(given, monkeypatch):
 
 @pytest.mark.parametrize("backend", [None, "xla"])
 def test_nothing_dequantized_is_kept_for_the_gradient(backend):
-    """What is saved is packed; temporaries are a few blocks', less than half of W."""
+    """Saved arrays are packed; temporaries are a few blocks', less than half of W."""
     K, N = 4096, 1024
     w = jax.eval_shape(
         lambda x: quantize(x, "int4", group_size=128), jax.ShapeDtypeStruct((K, N), jnp.float32)

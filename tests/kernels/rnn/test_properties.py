@@ -1,4 +1,4 @@
-"""What must hold for any recurrent network with heads, whatever the backend."""
+"""Properties of any recurrent network with heads, whatever the backend."""
 
 import jax
 import jax.numpy as jnp

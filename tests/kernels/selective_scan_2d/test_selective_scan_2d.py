@@ -33,7 +33,7 @@ def test_atrous_scans_a_quarter_of_the_tokens():
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("step", "tokens"), [(2, 2), (4, 1)])
 def test_an_image_that_the_step_does_not_divide_has_more_tokens(step, tokens):
-    """Of 5 x 3 pixels a grid has ceil(5 / step) * ceil(3 / step), not the quotient rounded down."""
+    """A grid has ceil(5 / step) * ceil(3 / step) of 5 x 3 pixels, not the quotient rounded down."""
     arguments = OPERATIONS["selective_scan_2d"].arguments({"size": (5, 3), "scan": "atrous", "step": step})
     P, B, T = arguments["dt"].shape[:3]
     assert T > tokens == (5 // step) * max(3 // step, 1)

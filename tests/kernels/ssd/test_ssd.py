@@ -1,4 +1,4 @@
-"""What only ssd has: a backend by name; and trapezoidal_ssd: a share of one is ssd."""
+"""Properties of ssd alone: a backend by name; and of trapezoidal_ssd: a share of one is ssd."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""What holds for every sequence mixer: one call serves training, prefill, decoding and packed rows."""
+"""Properties of every sequence mixer: one call serves training, prefill, decoding and packed rows."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def test_whole_is_token_by_token(name):
 
 @together()
 def test_packed_rows_that_go_on_are_token_by_token(name):
-    """Of a state and several documents: (3 +) 2, 1 and 4 tokens in row 0, (3 +) 5 and 2 in row 1."""
+    """A state and several documents: (3 +) 2, 1 and 4 tokens in row 0, (3 +) 5 and 2 in row 1."""
     with jax.enable_x64(True):
         mine = calls(name)
         state = mine.before()

@@ -69,7 +69,7 @@ def values(codes: Array, element: Element, dtype) -> Array:
 
 
 def _is_quick(element: Element, dtype) -> bool:
-    """Whether a code fits into the mantissa: 2^7 + 255 has no bfloat16."""
+    """Say if a code fits into the mantissa: 2^7 + 255 has no bfloat16."""
     mantissa = _BIASED[jnp.dtype(dtype)][1]
     return isinstance(element, Integer) and element.bits - element.signed <= mantissa
 

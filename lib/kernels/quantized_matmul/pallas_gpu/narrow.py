@@ -62,7 +62,7 @@ def tokens(call: Inputs, spec: Spec) -> tuple[Array, Array | None]:
 
 
 def unit(element: Element) -> float:
-    """What a byte's value is to be multiplied by for the code's."""
+    """The factor that turns a byte's value into the code's."""
     return 2.0 ** (element.bits - 8)
 
 

@@ -290,7 +290,7 @@ def load_rows(ref: Any, rows: int, width: int, place: tuple[Any, int, int], *, i
 def load_rows_columns(
     ref: Any, group: int | None, place: tuple[Any, int, int], *, interpret: bool
 ) -> tuple[Array, Array]:
-    """What is stored [groups, COLUMNS] for groups of rows, at `load_rows`' codes: even columns, odd ones.
+    """Load what is stored [groups, COLUMNS] for groups of rows, at `load_rows`' codes: even, odd columns.
 
     Both are [HALF, HALF] in layout TILE. group: codes of one, a multiple of 16; None: all have the same.
     """

@@ -17,7 +17,7 @@ STAGES = 6
 
 
 class Tiling(NamedTuple):
-    """How the product is cut.
+    """The cut of a product into tiles.
 
     Attributes:
       tokens: of a program.
@@ -97,7 +97,7 @@ def tiling(call: Inputs, spec: Spec, backward: bool = False) -> tuple[Tiling | N
 
 
 def _splits(programs: int, steps: int) -> int:
-    """How often to cut the sum over K: as little as fills the chip, since partial sums are to be added up."""
+    """The number of pieces of the sum over K: the fewest that fill the chip, as partial sums are added."""
 
     def cost(splits: int) -> float:
         waves = -(-programs * splits // PROCESSORS)

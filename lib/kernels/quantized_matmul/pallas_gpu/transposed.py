@@ -65,7 +65,7 @@ def gradient(call: Inputs, dy: Array, spec: Spec, sizes: Tiling, *, interpret: b
 
             @functools.cache
             def values(t: int) -> list[Array]:
-                """Of tile t: what the codes of the even and of the odd columns stand for."""
+                """The values of tile t's codes, of its even and its odd columns."""
                 place = (warpgroup, mine, t)
                 codes, byte = [None, None], 0
                 for width, low in planes(bits):

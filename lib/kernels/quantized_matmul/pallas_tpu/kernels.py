@@ -20,7 +20,7 @@ AT_ONCE = 4  # blocks of a turn of the loop: v5e takes 10.5 thousand cycles wher
 
 
 class Kind(enum.Enum):
-    """What the matrix unit multiplies x by; and when the scale follows."""
+    """The values that the matrix unit multiplies x by; and when the scale follows."""
 
     VALUES = "decoded values, scaled after the product of each group"
     SCALED = "decoded values times their scale"

@@ -90,7 +90,7 @@ def is_fp4_e2m1(element: Element) -> bool:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How W's packed codes become tiles [128, columns]."""
+    """The way of W's packed codes to tiles [128, columns]."""
 
     format: Format
     block: int  # codes that are packed together: 128 or 256
