@@ -69,7 +69,7 @@ def test_the_layers_that_moved_least_rest(together):
 
 
 def test_distances_are_means_over_entries_without_the_zeros():
-    """A distance is of a tensor, or of a block's entries alike; a layer of zeros is measured too."""
+    """A mean over a tensor, or over all of a block: a layer of zeros has none alone, and one with others."""
     params = {"layers": {"a": jnp.array([[0.0, 2.0], [0.0, 0.0]]), "b": jnp.full((2, 3), 0.5)}}
     ones = jax.tree.map(jnp.ones_like, params)
     for together, want in ((False, [[0.05, np.inf], [0.2, 0.2]]), (True, [[(0.05 + 0.6) / 4, 0.2]])):
