@@ -2,6 +2,7 @@
 
 from .causal_conv1d import causal_conv1d
 from .common.explain import explain
+from .grouped_matmul import grouped_matmul
 from .linear_attention import linear_attention
 from .linear_recurrence import linear_recurrence
 from .lmu import lmu
@@ -18,6 +19,7 @@ __all__ = [
     "TrapezoidalState",
     "causal_conv1d",
     "explain",
+    "grouped_matmul",
     "linear_attention",
     "linear_recurrence",
     "lmu",
