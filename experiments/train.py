@@ -122,8 +122,8 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         """Held-out bits per byte; None where `stop` said so."""
         several = jax.process_count() > 1  # they must agree, so none of them stops on its own
         bits: float | None = 0.0
+        params = layout.whole(params_to_use(layout.take(state)))
         if is_first:
-            params = params_to_use(_own(layout, state))
             bits = bits_per_byte(module, params, held_out, (lambda: False) if several else stop)
         if several:
             bits = float(multihost_utils.broadcast_one_to_all(np.float32(bits)))
@@ -145,6 +145,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
                 skip=config.skip_nonfinite > 0,
                 rounding=config.optimizer.rounding,
                 axis_name=layout.axis_name,
+                place_grads=layout.place_grads,
             )
             with Sigterm() as sigterm:
                 state, done, times = run_steps(
@@ -165,11 +166,11 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         else:
             times = {}
         checkpoints.close()
+        mine = layout.whole(layout.take(state))
         if not is_first:
             return None
         if (best := checkpoints.best_step()) is not None:
             times |= {"best_step": best, "best_held_out_bits_per_byte": checkpoints.bits_of(best)}
-        mine = _own(layout, state)
         return report(config, module, mine, corpus, tokenizer, times, say=metrics.say)
     finally:
         metrics.close()
@@ -185,11 +186,6 @@ def _held_out(config, corpus, tokenizer) -> list[Any]:
         seq_len=config.evaluation.sequence_length,
         limit_bytes=config.evaluation.max_bytes or None,
     )
-
-
-def _own(layout, state):
-    """This process's copy: what only one process computes must not involve the devices of the others."""
-    return jax.tree.map(lambda x: x.addressable_data(0), layout.take(state))
 
 
 def run_steps(

@@ -19,8 +19,12 @@ def defaults() -> ConfigDict:
     config.tensorboard = True  # also write event files
     config.parallel = "jit"  # "jit" over a mesh, or "pmap"
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices that share the batch; -1: all
+    config.mesh = ConfigDict()  # devices by what they share; one size may be -1: all that are left
+    config.mesh.slice = 1  # groups with slow links between them, such as slices of a TPU: rows of a batch
+    config.mesh.data = -1  # rows of a batch
+    config.mesh.fsdp = 1  # rows of a batch, and what `zero` says
+    config.mesh.tensor = 1  # each matrix
+    config.mesh.zero = 3  # over fsdp: 1 the optimizer's state, 2 gradients too, 3 params too; 0 nothing
 
     config.distributed = ConfigDict()  # several processes; on TPU pods and Slurm `enabled` is enough
     config.distributed.enabled = False

@@ -1,5 +1,6 @@
 """Layouts of a training step over devices: `jit` over a mesh, or `pmap`. Both give the same losses."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-AXIS = "data"
+from experiments.trainer.state import TrainState
+from frugax.parallel import BATCH_AXES, make_mesh, shardings, state_shardings
+
+AXIS = "data"  # of pmap
 
 
 class Layout(NamedTuple):
@@ -19,7 +23,9 @@ class Layout(NamedTuple):
     create: Callable[[Callable[[], Any]], Any]  # init function -> the state it makes, on the devices
     abstract: Callable[[Callable[[], Any]], Any]  # init function -> shapes and shardings, for `put`
     put: Callable[[Any], Any]  # a restored state -> the form the step takes
-    take: Callable[[Any], Any]  # the form the step takes -> one copy, for checkpoints and evaluation
+    take: Callable[[Any], Any]  # the form the step takes -> the arrays of one model, for checkpoints
+    whole: Callable[[Any], Any]  # arrays of one model -> this process's own copy; all processes must call it
+    place_grads: Callable[[Any], Any]  # gradients -> the same, where ZeRO's stage has them, inside the step
     batch: Callable[[Any], Any]  # this process's rows (numpy) -> the global batch
     compile: Callable[[Callable, Any, Any], Callable]  # (step, state, batch) -> a compiled step
 
@@ -28,48 +34,70 @@ def make_layout(config: ConfigDict) -> Layout:
     """The layout that `config.parallel` ("jit" or "pmap") and `config.mesh` name.
 
     Raises:
-      ValueError: the devices don't divide the batch, or there are not enough of them.
+      ValueError: the devices don't divide the batch, or there are not enough of them; or an array can't be
+        cut as the mesh says (from `create` and `abstract`).
     """
     devices = jax.devices()
-    wanted = config.mesh.data if config.mesh.data != -1 else len(devices)
-    if not 1 <= wanted <= len(devices) or (wanted != len(devices) and jax.process_count() > 1):
+    sizes = {name: config.mesh[name] for name in ("slice", "data", "fsdp", "tensor")}
+    given = math.prod(size for size in sizes.values() if size != -1)
+    wanted = given if -1 not in sizes.values() else given * max(len(devices) // given, 1)
+    if wanted > len(devices) or (wanted != len(devices) and jax.process_count() > 1):
+        said = ", ".join(f"mesh.{name}: got {size}" for name, size in sizes.items() if size != 1)
+        raise ValueError(f"{said}; expected sizes that multiply to at most {len(devices)} devices, or -1")
+    mesh = make_mesh(**sizes, devices=devices[:wanted])
+    rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if config.batch_size % (rows * config.accumulate):
         raise ValueError(
-            f"mesh.data: got {config.mesh.data}; expected 1 to {len(devices)} devices, or -1 for all"
-        )
-    if config.batch_size % (wanted * config.accumulate):
-        raise ValueError(
-            f"batch_size: got {config.batch_size}; expected a multiple of {wanted * config.accumulate} "
-            f"({wanted} devices times accumulate={config.accumulate})"
+            f"batch_size: got {config.batch_size}; expected a multiple of {rows * config.accumulate} "
+            f"({rows} devices times accumulate={config.accumulate})"
         )
     if config.parallel == "jit":
-        return _jit_over_mesh(devices[:wanted])
+        return _jit_over_mesh(mesh, config.mesh.zero)
     if config.parallel == "pmap":
         if jax.process_count() > 1:
             raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
+        if rows != wanted or mesh.shape["fsdp"] > 1:
+            raise ValueError("parallel: got 'pmap'; expected 'jit' for mesh.fsdp or mesh.tensor above 1")
         return _pmap(devices[:wanted])
     raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' or 'pmap'")
 
 
-def _jit_over_mesh(devices) -> Layout:
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int) -> Layout:
     everywhere = NamedSharding(mesh, PartitionSpec())
-    by_row = NamedSharding(mesh, PartitionSpec(AXIS))
+    by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+    def places(state: TrainState) -> TrainState:
+        """Where each array of a state belongs: ZeRO's stage 1 shares the optimizer's, 3 the params too."""
+        of_params = shardings(state.params, mesh, zero=zero >= 3)
+        apart = shardings(state.params, mesh, zero=zero >= 1)
+        return jax.tree.map(lambda _: everywhere, state)._replace(
+            params=of_params,
+            optimizer=state_shardings(state.optimizer, state.params, mesh, zero=zero >= 1),
+            ema=None if state.ema is None else apart,
+        )
 
     def abstract(init):
         shapes = jax.eval_shape(init)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places(shapes)
+        )
 
     def compile_step(step, state, batch):
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
-        return jitted.lower(state, batch).compile()
+        out = jax.tree.map(lambda x: x.sharding, state), everywhere
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
 
+    gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
     return Layout(
         axis_name=None,
-        devices=len(devices),
-        create=lambda init: jax.jit(init, out_shardings=everywhere)(),
+        devices=mesh.size,
+        create=lambda init: jax.jit(init, out_shardings=places(jax.eval_shape(init)))(),
         abstract=abstract,
         put=lambda state: state,
         take=lambda state: state,
+        whole=lambda tree: jax.tree.map(lambda x: x.addressable_data(0), gather(tree)),
+        place_grads=lambda grads: jax.lax.with_sharding_constraint(
+            grads, shardings(grads, mesh, zero=zero >= 2)
+        ),
         batch=lambda rows: {k: jax.make_array_from_process_local_data(by_row, v) for k, v in rows.items()},
         compile=compile_step,
     )
@@ -108,6 +136,8 @@ def _pmap(devices) -> Layout:
         abstract=abstract,
         put=put,
         take=lambda state: jax.tree.map(lambda x: x[0], state),
+        whole=lambda tree: jax.tree.map(lambda x: x.addressable_data(0), tree),
+        place_grads=lambda grads: grads,
         # Row r goes where jit's mesh puts it: the first rows to the first device.
         batch=lambda rows: {k: v.reshape(n, -1, *v.shape[1:]) for k, v in rows.items()},
         compile=compile_step,

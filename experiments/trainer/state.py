@@ -49,6 +49,7 @@ def make_train_step(
     skip: bool = False,
     rounding: str = "nearest",
     axis_name: str | None = None,
+    place_grads: Callable[[Any], Any] = lambda grads: grads,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Build the function that takes one optimizer step.
 
@@ -61,6 +62,7 @@ def make_train_step(
       rounding: "nearest", or "stochastic": params in bfloat16 or float16 are rounded at random, so that small
         updates count on average, and the optimizer works in float32.
       axis_name: the axis that `jax.pmap` maps over; None where the compiler sees the whole batch.
+      place_grads: says to the compiler where gradients belong (`Layout.place_grads`).
 
     Returns:
       step(state, batch) -> (state, metrics). The batch is what `experiments.data.make_loader` yields. The
@@ -105,6 +107,7 @@ def make_train_step(
                 (parts, jax.random.split(rng, accumulate)),
             )
         loss, grads = over_devices(loss_and_grads)
+        grads = place_grads(grads)
 
         if rounding == "stochastic":
             updates, optimizer_state = optimizer.update(grads, state.optimizer, _widened(state.params))

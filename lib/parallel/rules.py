@@ -1,0 +1,177 @@
+"""Shardings of params and of an optimizer's state, from rules that place logical axes on a mesh's axes."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from .axes import axes_of
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Megatron's tensor parallelism: a first matrix by its columns, a second by its rows, one sum over devices.
+RULES: Rules = {
+    "vocab": "tensor",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    "layers": None,
+    "embed": None,
+}
+SMALLEST = 4096  # numbers: an array below is on every device, since gathering it costs more than it saves
+
+
+def shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, zero: bool = True) -> Any:
+    """Place params on a mesh.
+
+    Args:
+      params: arrays or shapes.
+      mesh: from `make_mesh`, or a `jax.sharding.AbstractMesh` with its axes.
+      rules: for each logical axis (see `logical_axes`) the mesh axis, or axes, that share it; None: none.
+      zero: also spread each array over the mesh axis "fsdp", along its longest dimension that is left and
+        divides. That is stage 3 of ZeRO for params, stage 2 for gradients, stage 1 for an optimizer's state.
+
+    Returns:
+      A NamedSharding for each leaf.
+
+    Raises:
+      ValueError: an array's dimension is not a multiple of what its rule says; the message names both.
+
+    Source: Shoeybi et al. 2019, Megatron-LM (arXiv 1909.08053); Rajbhandari et al. 2020, ZeRO (1910.02054).
+
+    Example:
+        >>> import jax, jax.numpy as jnp, frugax
+        >>> model = frugax.layers.Decoder(vocab_size=10, width=16, repeats=3)
+        >>> params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
+        >>> mesh = frugax.parallel.make_mesh()
+        >>> placed = frugax.parallel.shardings(params, mesh)
+        >>> tuple(placed["layers"]["block_0"]["channel"]["out"]["kernel"].spec)
+        (None, 'tensor', None)
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: NamedSharding(mesh, _spec(_text(path), x.shape, mesh, rules, zero)), params
+    )
+
+
+def state_shardings(
+    state: Any, params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, zero: bool = True
+) -> Any:
+    """Place an optimizer's state as the params that it belongs to: stage 1 of ZeRO, whatever params have.
+
+    A moment in its param's shape is placed as the param. Others, such as codes, scales, projectors and
+    moments in a subspace, share dimensions of the same size with it; what is left goes over "fsdp" alone.
+
+    Args:
+      state: `optimizer.init(params)`, or its shapes. A leaf belongs to the param whose path is part of its.
+      params, mesh, rules, zero: as in `shardings`.
+
+    Returns:
+      A NamedSharding for each leaf.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, frugax, optax
+        >>> params = {"embedding": jnp.zeros((256, 64))}
+        >>> state = optax.adam(0.1).init(params)
+        >>> mesh = frugax.parallel.make_mesh()
+        >>> tuple(frugax.parallel.state_shardings(state, params, mesh)[0].mu["embedding"].spec)
+        ('tensor', 'fsdp')
+    """
+    named = {
+        _text(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }  # longest first: "mixer/out/kernel" before "kernel"
+    by_length = sorted(named, key=len, reverse=True)
+
+    def place(path, x):
+        found = f"/{_text(path)}/"
+        owner = next((name for name in by_length if f"/{name}/" in found), None)
+        if owner is None or not x.ndim:
+            return NamedSharding(mesh, PartitionSpec())
+        shape = named[owner]
+        spec = _spec(owner, shape, mesh, rules, zero)
+        if x.shape != shape:
+            spec = _shared(spec, shape, x.shape, mesh, zero)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def table(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, zero: bool = True) -> str:
+    """Say in a line for each array its shape, logical axes and mesh axes, for a person to read.
+
+    Example:
+        >>> import jax.numpy as jnp, frugax
+        >>> print(frugax.parallel.table({"embedding": jnp.zeros((256, 64))}, frugax.parallel.make_mesh()))
+        embedding  256 x 64  vocab, embed  tensor, fsdp
+    """
+    rows = []
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = _text(path)
+        axes, known = axes_of(name, x.ndim)
+        spec = _spec(name, x.shape, mesh, rules, zero)
+        meaning = ", ".join(axis or "-" for axis in axes) if known else "unknown"
+        rows.append((name, " x ".join(map(str, x.shape)), meaning, ", ".join(_say(part) for part in spec)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _spec(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules, zero: bool
+) -> PartitionSpec:
+    axes, _ = axes_of(path, len(shape))
+    parts: list[Any] = [None if axis is None else rules.get(axis) for axis in axes]
+    for i, (size, axis, part) in enumerate(zip(shape, axes, parts, strict=True)):
+        for name in _names(part):
+            if name not in mesh.shape:
+                raise ValueError(f"rules: got {axis!r}: {part!r}; expected axes of {tuple(mesh.shape)}")
+        if size % _size(mesh, part):
+            raise ValueError(
+                f"mesh: {_say(part)} has {_size(mesh, part)} devices; expected a divisor of {size}, "
+                f"dimension {i} ({axis}) of {path} {list(shape)}, or a rule {axis!r}: None"
+            )
+    if zero and math.prod(shape) >= SMALLEST:
+        open_to = [i for i, axis in enumerate(axes) if parts[i] is None and axis not in ("layers", "experts")]
+        _spread(parts, shape, open_to, mesh)
+    return PartitionSpec(*parts)
+
+
+def _shared(spec, shape, own, mesh: Mesh | AbstractMesh, zero: bool) -> PartitionSpec:
+    """Place an array beside another: dimensions of one size, in their order, are placed alike."""
+    parts: list[Any] = [None] * len(own)
+    at = 0
+    for i, size in enumerate(own):
+        found = next((j for j in range(at, len(shape)) if shape[j] == size), None)
+        if found is not None:
+            parts[i], at = spec[found], found + 1
+    if zero and math.prod(own) >= SMALLEST:
+        first = 1 if own[0] == shape[0] and len(shape) > 2 else 0  # not over the layers of a stack
+        _spread(parts, own, [i for i in range(first, len(own)) if parts[i] is None], mesh)
+    return PartitionSpec(*parts)
+
+
+def _spread(
+    parts: list[Any], shape: tuple[int, ...], dimensions: list[int], mesh: Mesh | AbstractMesh
+) -> None:
+    if any("fsdp" in _names(part) for part in parts):
+        return
+    for i in sorted(dimensions, key=lambda i: -shape[i]):
+        if shape[i] % mesh.shape["fsdp"] == 0:
+            parts[i] = "fsdp"
+            return
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def _size(mesh: Mesh | AbstractMesh, part: Any) -> int:
+    return math.prod(mesh.shape[name] for name in _names(part))
+
+
+def _say(part: Any) -> str:
+    return "*".join(_names(part)) or "-"
+
+
+def _text(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
