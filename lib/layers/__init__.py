@@ -11,6 +11,7 @@ from flax.linen import LayerNorm
 
 from .bidirectional import Bidirectional
 from .block import Block
+from .channel.memory_glu import MemoryGLU
 from .channel.mlp import GLU, MLP
 from .channel.rwkv_channel import RWKVChannel
 from .mixers.based import Based, based_blocks
@@ -73,6 +74,7 @@ __all__ = [
     "LinearAttention",
     "Mamba",
     "Mamba2",
+    "MemoryGLU",
     "Mixer",
     "QuantizedDense",
     "RMSNorm",

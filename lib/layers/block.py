@@ -15,7 +15,7 @@ from ..kernels.common.operation import Backend
 from .mixers.mixer import Mixer
 
 NORMS = ("RMSNorm", "SimpleRMSNorm", "LayerNorm")
-CHANNELS = ("GLU", "MLP", "RWKVChannel")
+CHANNELS = ("GLU", "MLP", "RWKVChannel", "MemoryGLU")
 
 # What the decoder says to every module; a block's arguments can't.
 _FROM_DECODER = {"parent", "name", "dtype", "param_dtype", "backend", "out_scale"}

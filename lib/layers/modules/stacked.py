@@ -4,8 +4,9 @@ from typing import Any
 
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-# Arguments of `nn.scan`. Beside params: the histories and keys of low-bit training (frugax.quant.training).
+# Arguments of `nn.scan`. Beside params: fetched memories (`MemoryGLU`); the histories and keys of low-bit
+# training (frugax.quant.training).
 STACKED: dict[str, Any] = {
-    "variable_axes": {"params": 0, OVERWRITE_WITH_GRADIENT: 0},
+    "variable_axes": {"params": 0, "memory": 0, OVERWRITE_WITH_GRADIENT: 0},
     "split_rngs": {"params": True, "low_bit": True},
 }
