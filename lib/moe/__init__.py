@@ -1,17 +1,8 @@
 """Mixture of experts: routers, the way of tokens to experts and back."""
 
-from .cluster_tree import ClusterTree, cluster_tree, route_document
 from .dispatch import DispatchPlan, combine, dispatch
 from .losses import activation_locality, chunk_sparsity, load_balance, squared_variation, z_loss
-from .memory import (
-    distinct_nodes,
-    fetch,
-    init_nodes,
-    memory_bank,
-    put_nodes,
-    take_nodes,
-    update_nodes,
-)
+from .residency import Prefetched, cache_hits, expert_batches, prefetch
 from .routers import (
     SoftRouting,
     base,
@@ -30,38 +21,32 @@ from .routing import Routing, RoutingStatistics
 from .selection import auction, sinkhorn
 
 __all__ = [
-    "ClusterTree",
     "DispatchPlan",
+    "Prefetched",
     "Routing",
     "RoutingStatistics",
     "SoftRouting",
     "activation_locality",
     "auction",
     "base",
+    "cache_hits",
     "chunk_sparsity",
-    "cluster_tree",
     "combine",
     "dispatch",
-    "distinct_nodes",
+    "expert_batches",
     "expert_choice",
-    "fetch",
     "hash_route",
-    "init_nodes",
     "load_balance",
-    "memory_bank",
     "noisy_top_k",
-    "put_nodes",
+    "prefetch",
     "relu_route",
     "route",
-    "route_document",
     "sigmoid_top_k",
     "sinkhorn",
     "sinkhorn_top_k",
     "soft_route",
     "softmax_top_k",
     "squared_variation",
-    "take_nodes",
-    "update_nodes",
     "updated_bias",
     "z_loss",
 ]
