@@ -1,7 +1,17 @@
 """Mixture of experts: routers, the way of tokens to experts and back."""
 
+from .cluster_tree import ClusterTree, cluster_tree, route_document
 from .dispatch import DispatchPlan, combine, dispatch
 from .losses import activation_locality, chunk_sparsity, load_balance, squared_variation, z_loss
+from .memory import (
+    distinct_nodes,
+    fetch,
+    init_nodes,
+    memory_bank,
+    put_nodes,
+    take_nodes,
+    update_nodes,
+)
 from .residency import Prefetched, cache_hits, expert_batches, prefetch
 from .routers import (
     SoftRouting,
@@ -21,6 +31,7 @@ from .routing import Routing, RoutingStatistics
 from .selection import auction, sinkhorn
 
 __all__ = [
+    "ClusterTree",
     "DispatchPlan",
     "Prefetched",
     "Routing",
@@ -31,22 +42,31 @@ __all__ = [
     "base",
     "cache_hits",
     "chunk_sparsity",
+    "cluster_tree",
     "combine",
     "dispatch",
+    "distinct_nodes",
     "expert_batches",
     "expert_choice",
+    "fetch",
     "hash_route",
+    "init_nodes",
     "load_balance",
+    "memory_bank",
     "noisy_top_k",
     "prefetch",
+    "put_nodes",
     "relu_route",
     "route",
+    "route_document",
     "sigmoid_top_k",
     "sinkhorn",
     "sinkhorn_top_k",
     "soft_route",
     "softmax_top_k",
     "squared_variation",
+    "take_nodes",
+    "update_nodes",
     "updated_bias",
     "z_loss",
 ]
