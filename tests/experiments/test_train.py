@@ -280,6 +280,15 @@ def test_two_devices_by_jit_and_by_pmap_have_the_losses_of_one(corpus, tmp_path)
     assert_same_losses(logged(tmp_path / "jit", "loss"), logged(tmp_path / "pmap", "loss"))
 
 
+@pytest.mark.full
+def test_a_run_goes_on_over_other_devices(corpus, tmp_path):
+    """Params and moments shared by eight devices, then by four, then cut by columns: the losses of one."""
+    run_on_eight_devices("tests.experiments.two_devices", str(corpus), str(tmp_path), "moves")
+    moved, stayed = (logged(tmp_path / name, "loss", "grad_norm") for name in ("moves", "stays"))
+    assert len(stayed) == 9
+    assert_same_losses(stayed, moved)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
