@@ -2,6 +2,7 @@
 
 from .cluster_tree import ClusterTree, cluster_tree, route_document
 from .dispatch import DispatchPlan, combine, dispatch
+from .expert_major import expert_by_expert
 from .losses import activation_locality, chunk_sparsity, load_balance, squared_variation, z_loss
 from .memory import (
     distinct_nodes,
@@ -47,6 +48,7 @@ __all__ = [
     "dispatch",
     "distinct_nodes",
     "expert_batches",
+    "expert_by_expert",
     "expert_choice",
     "fetch",
     "hash_route",
