@@ -103,8 +103,9 @@ def dispatch(
             raise ValueError(f"capacity: got {capacity} with method='sort'; expected None, it drops nothing")
         return _sorted(x, routing)
     C = _capacity(capacity, len(x), routing)
-    place, taken = _places(routing, C, key)
     tokens, experts, weights = routing.assignments()
+    place = places(routing, key)
+    taken = (weights != 0) & (place < C)
     asked = jnp.sum(weights != 0)
     dropped = 1 - jnp.sum(taken) / jnp.maximum(asked, 1)
     sizes = jnp.zeros(routing.experts, jnp.int32).at[experts].add(taken.astype(jnp.int32))
@@ -213,8 +214,8 @@ def _permuted_backward(kept, dy):
 _permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
-def _places(routing: Routing, capacity: int, key: Any) -> tuple[Int[Array, "n"], Array]:
-    """Each assignment's place in its expert, and whether it is below capacity."""
+def places(routing: Routing, key: Key[Array, ""] | None = None) -> Int[Array, "n"]:
+    """Number each expert's assignments, first choices before second ones; `key` as in `dispatch`."""
     _, experts, weights = routing.assignments()
     n, k = len(experts), routing.indices.shape[1] if routing.by == "token" else 1
     rank = jnp.arange(n) % k  # first choices before second ones
@@ -223,8 +224,7 @@ def _places(routing: Routing, capacity: int, key: Any) -> tuple[Int[Array, "n"],
     sent = (weights != 0)[order]
     mine = jax.nn.one_hot(experts[order], routing.experts, dtype=jnp.int32) * sent[:, None]
     place = jnp.sum((jnp.cumsum(mine, 0, dtype=jnp.int32) - mine) * mine, -1, dtype=jnp.int32)
-    place = jnp.zeros(n, jnp.int32).at[order].set(place, unique_indices=True)
-    return place, (weights != 0) & (place < capacity)
+    return jnp.zeros(n, jnp.int32).at[order].set(place, unique_indices=True)
 
 
 def _capacity(capacity: int | float | None, tokens: int, routing: Routing) -> int:

@@ -12,6 +12,8 @@ def load_balance(
     probabilities: Float[Array, "t e"],
     indices: Int[Array, "t k"],
     mask: Bool[Array, "t"] | None = None,
+    *,
+    axis_name: str | tuple[str, ...] = (),
 ) -> Float[Array, ""]:
     """E sum_e f_e P_e: f_e the share of assignments that expert e has, P_e its mean probability; 1 is even.
 
@@ -19,6 +21,8 @@ def load_balance(
       probabilities: of each token's experts.
       indices: the experts that were chosen.
       mask: tokens that count; None: all.
+      axis_name: inside `jax.shard_map`, mesh axes that split tokens: shares and means are then of all
+        tokens, which the mean of each device's loss is not.
 
     Source: Fedus et al. 2021, Switch Transformers (arXiv 2101.03961), equation 4; for k > 1 as in
     transformers' Mixtral, over k.
@@ -32,12 +36,17 @@ def load_balance(
     """
     E = probabilities.shape[-1]
     chosen = jnp.sum(jax.nn.one_hot(indices, E), 1) / indices.shape[1]
-    share = jax.lax.stop_gradient(masked_mean(chosen, mask))
-    return E * jnp.sum(share * masked_mean(probabilities, mask))
+    share = jax.lax.stop_gradient(masked_mean(chosen, mask, axis_name))
+    return E * jnp.sum(share * masked_mean(probabilities, mask, axis_name))
 
 
-def z_loss(logits: Float[Array, "t e"], mask: Bool[Array, "t"] | None = None) -> Float[Array, ""]:
-    """The mean of logsumexp(logits)^2, which keeps logits small.
+def z_loss(
+    logits: Float[Array, "t e"],
+    mask: Bool[Array, "t"] | None = None,
+    *,
+    axis_name: str | tuple[str, ...] = (),
+) -> Float[Array, ""]:
+    """The mean of logsumexp(logits)^2, which keeps logits small; `axis_name` as in `load_balance`.
 
     Source: Zoph et al. 2022, ST-MoE (arXiv 2202.08906), equation 5.
 
@@ -46,7 +55,7 @@ def z_loss(logits: Float[Array, "t e"], mask: Bool[Array, "t"] | None = None) ->
         >>> round(float(frugax.moe.z_loss(jnp.zeros((3, 2)))), 4)  # log(2)^2
         0.4805
     """
-    return masked_mean(jax.nn.logsumexp(logits.astype(jnp.float32), -1) ** 2, mask)
+    return masked_mean(jax.nn.logsumexp(logits.astype(jnp.float32), -1) ** 2, mask, axis_name)
 
 
 def squared_variation(x: Float[Array, "e"]) -> Float[Array, ""]:

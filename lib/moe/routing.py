@@ -94,12 +94,16 @@ def routing(
     return Routing(indices, weights, losses, jax.lax.stop_gradient(statistics), E, by)
 
 
-def masked_mean(x: Array, mask: Array | None) -> Array:
-    """The mean over tokens, the first axis, of those that `mask` has."""
+def masked_mean(x: Array, mask: Array | None, axis_name: str | tuple[str, ...] = ()) -> Array:
+    """The mean over tokens, the first axis, that `mask` has; `axis_name`: over those of all its devices."""
     if mask is None:
-        return jnp.mean(x, 0)
+        mean = jnp.mean(x, 0)
+        return jax.lax.pmean(mean, axis_name) if axis_name else mean
     real = mask.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-    return jnp.sum(jnp.where(real > 0, x, 0.0), 0) / jnp.maximum(jnp.sum(real), 1)
+    total, count = jnp.sum(jnp.where(real > 0, x, 0.0), 0), jnp.sum(real)
+    if axis_name:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / jnp.maximum(count, 1)
 
 
 def _assignments(indices: Array, weights: Array, by: str) -> tuple[Array, Array, Array]:
