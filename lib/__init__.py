@@ -16,6 +16,7 @@ from types import ModuleType
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "compress",
     "formats",
     "kernels",
     "layers",

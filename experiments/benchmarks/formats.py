@@ -22,6 +22,7 @@ from frugax.formats import (
     Integer,
     LeastSquares,
     Minifloat,
+    MinMax,
     PowerOfTwo,
     TwoLevel,
     format_named,
@@ -39,6 +40,7 @@ NAMES = (
         "bipolar3",
         "bipolar4",
         "ternary",
+        "ternary_minmax",
         "nf4",
         "nf4_dq",
         "bitmod3",
@@ -86,6 +88,8 @@ def scales(format: Format) -> str:
             return f"8 bits, float32 a block of {block}"
         case TwoLevel():
             return "8 bits, float32 a matrix"
+        case MinMax():
+            return "two bfloat16"
         case AbsMax():
             return "float32"
     raise ValueError(f"format: got {format.scheme} of {format.name}; expected a known scheme")

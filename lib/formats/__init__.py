@@ -14,6 +14,7 @@ from .element import Element
 from .format import Format
 from .integer import Bipolar, Integer, Ternary
 from .minifloat import Minifloat
+from .minmax import MinMax, TernaryMinMax
 from .named import BY_NAME, udynamic8, udynamic8_positive, ufp8_e4m4
 from .olive import Pairs
 from .quantized_tensor import QuantizedTensor, from_codes, quantize_array
@@ -41,6 +42,7 @@ __all__ = [
     "Integer",
     "LeastSquares",
     "MeanMagnitude",
+    "MinMax",
     "Minifloat",
     "Mixture",
     "Pairs",
@@ -49,6 +51,7 @@ __all__ = [
     "Scaling",
     "SpecialValue",
     "Ternary",
+    "TernaryMinMax",
     "TwoLevel",
     "above_zero",
     "fake_quantize",
@@ -128,7 +131,7 @@ def quantize(
       format: a format or its name:
         int1..int8 (symmetric; of 2 to 7 bits, the largest magnitude lies half a step past the largest code),
         uint2..uint8 (asymmetric, with a code of zero), bipolar1..bipolar8 (every bit plane is -1 or 1),
-        ternary (one scale a matrix);
+        ternary (one scale a matrix), ternary_minmax (each group's least value, zero, its greatest);
         fp4_e2m1, fp6_e2m3, fp6_e3m2, fp8_e4m3, fp8_e5m2; nf4 (a scale for 64), nf4_dq (its scales in 8 bits);
         with scales of 8 bits mxfp4, mxfp6 (e2m3), mxfp6_e3m2, mxfp8 (e4m3), mxfp8_e5m2, mxint8, nvfp4 and the
         block floating point bfp4, bfp6, bfp8;
@@ -151,7 +154,8 @@ def quantize(
 
     Source: Dettmers et al. 2022 (arXiv 2110.02861) for block-wise scales and the dynamic map; OCP
     Microscaling Formats (MX) Specification 1.0; Dettmers et al. 2023 (arXiv 2305.14314) for nf4; Chen et al.
-    2024 (arXiv 2411.11745) for bitmod; Guo et al. 2023 (arXiv 2304.07493) for olive.
+    2024 (arXiv 2411.11745) for bitmod; Guo et al. 2023 (arXiv 2304.07493) for olive; Frantar & Alistarh 2023
+    (arXiv 2310.16795) for ternary_minmax.
 
     Example:
         >>> import frugax, jax

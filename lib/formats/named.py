@@ -7,6 +7,7 @@ from .element import Dependent
 from .format import Format
 from .integer import Bipolar, Integer, Ternary
 from .minifloat import Minifloat
+from .minmax import ternary_minmax
 from .olive import OutlierVictim, Pairs, SigmaSearch
 from .scales import AbsMax, AbsMean, Asymmetric, MeanMagnitude, PowerOfTwo, TwoLevel
 from .segmented import Segmented
@@ -32,6 +33,7 @@ _FORMATS = (
     *(Format(f"uint{n}", element, Asymmetric()) for n, element in _uint.items()),
     *(Format(f"bipolar{n}", e, MeanMagnitude() if n == 1 else AbsMax()) for n, e in _bipolar.items()),
     Format("ternary", Ternary("ternary", 2, True), AbsMean()),
+    ternary_minmax,
     *(Format(e.name, e) for e in (fp4_e2m1, fp6_e2m3, fp6_e3m2, fp8_e4m3, fp8_e5m2)),
     Format("nf4", nf4, group_size=64),
     Format("nf4_dq", nf4, TwoLevel(_dynamic8, block=256, centred=True), 64),

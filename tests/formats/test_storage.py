@@ -30,14 +30,14 @@ def test_bytes_are_those_that_the_compiler_counts(name):
 
 
 def test_products_with_formats_that_no_kernel_knows():
-    """`quantized_matmul` decodes groups with codebooks of their own, and pairs, through the format."""
+    """`quantized_matmul` decodes groups with codebooks or ends of their own, and pairs, by the format."""
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 320), (320, 6)))
 
     @jax.jit
     def run(x, w):
         found = {}
-        for name in ("bitmod3", "olive4"):
+        for name in ("bitmod3", "olive4", "ternary_minmax"):
             q = quantize(w, name, group_size=64)
             found[name] = frugax.kernels.quantized_matmul(x, q), x @ q.dequantize()
         return found

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from ...formats import Format
+from ...formats.minmax import MinMax
 from ...formats.packing import block_size, planes
 from ...formats.scales import AbsMax, Scaling
 from .inputs import Inputs, Spec, weights
@@ -17,7 +18,7 @@ from .inputs import Inputs, Spec, weights
 class Groups(NamedTuple):
     """The decoded parameters of each group: [G, N] each, None where the format has none."""
 
-    scales: Array  # float32
+    scales: Array  # float32; of two ends a group, as they are stored
     zeros: Array | None  # float32
     choices: Array | None
 
@@ -25,6 +26,8 @@ class Groups(NamedTuple):
 def groups(call: Inputs, spec: Spec) -> Groups:
     """Decode the scales and zeros of all groups."""
     scaling = weights(call, spec).scaling()
+    if isinstance(spec.format.scheme, MinMax):  # a scale alone would lose the ends
+        return Groups(call.scales, None, None)
     scales = jnp.broadcast_to(spec.format.scale(scaling).T, call.scales.shape)
     choices = None if scaling.choices is None else scaling.choices.T
     return Groups(scales, None if call.zeros is None else call.zeros.astype(jnp.float32), choices)
@@ -52,10 +55,11 @@ def values(codes: Array, groups: Groups, format: Format) -> tuple[Array, Array]:
     if format.elementwise:
         value = format.element.decode(codes)
         return value if groups.zeros is None else value - groups.zeros[:, None], groups.scales
-    plain = dataclasses.replace(format, scheme=AbsMax())
+    ends = isinstance(format.scheme, MinMax)
+    plain = format if ends else dataclasses.replace(format, scheme=AbsMax())
     scaling = Scaling(*(x if x is None else x.T for x in groups))
     whole = plain.decode(jnp.moveaxis(codes, 2, 0), scaling)  # [N, G, g]
-    return jnp.moveaxis(whole, 0, 2), jnp.ones_like(groups.scales)
+    return jnp.moveaxis(whole, 0, 2), jnp.ones(groups.scales.shape, jnp.float32)
 
 
 def block_of(spec: Spec, packed: int) -> int:
