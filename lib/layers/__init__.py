@@ -13,6 +13,7 @@ from .bidirectional import Bidirectional
 from .block import Block
 from .channel.memory_glu import MemoryGLU
 from .channel.mlp import GLU, MLP
+from .channel.moe import MoE
 from .channel.rwkv_channel import RWKVChannel
 from .mixers.based import Based, based_blocks
 from .mixers.flash_rnn import FlashRNN
@@ -76,6 +77,7 @@ __all__ = [
     "Mamba2",
     "MemoryGLU",
     "Mixer",
+    "MoE",
     "QuantizedDense",
     "RMSNorm",
     "RWKVChannel",

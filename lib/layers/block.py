@@ -15,7 +15,7 @@ from ..kernels.common.operation import Backend
 from .mixers.mixer import Mixer
 
 NORMS = ("RMSNorm", "SimpleRMSNorm", "LayerNorm")
-CHANNELS = ("GLU", "MLP", "RWKVChannel", "MemoryGLU")
+CHANNELS = ("GLU", "MLP", "MoE", "RWKVChannel", "MemoryGLU")
 
 # What the decoder says to every module; a block's arguments can't.
 _FROM_DECODER = {"parent", "name", "dtype", "param_dtype", "backend", "out_scale"}
@@ -27,8 +27,8 @@ class Block:
 
     Attributes:
       mixer: the name of a sequence mixer in `frugax.layers`, or a subclass of `Mixer`.
-      channel: the name of a channel mixer in `frugax.layers` ("GLU", "MLP", "RWKVChannel"), a module
-        class, or None. A subclass of `Mixer` has a state here too, such as the last token.
+      channel: the name of a channel mixer in `frugax.layers` ("GLU", "MLP", "MoE", "RWKVChannel"), a
+        module class, or None. A subclass of `Mixer` has a state here too, such as the last token.
       mixer_args: the mixer's attributes that differ from its defaults, as a mapping or pairs.
       channel_args: likewise for the channel mixer.
       norm: "RMSNorm", "SimpleRMSNorm", "LayerNorm", or a module class.
@@ -113,6 +113,8 @@ def _check_args(field: str, module: type[nn.Module], args: tuple[tuple[str, Any]
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted((k, _hashable(v)) for k, v in value.items()))
     return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
 
 
@@ -141,6 +143,7 @@ class BlockLayer(nn.Module):
         over_depth: tuple[dict[str, Array], dict[str, Array]],
         rows: dict[str, Any],
         new_document: Array | None,
+        token_ids: Array | None = None,
     ) -> tuple[Array, Any]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out_scale = (2 * self.depth) ** -0.5  # two additions to the residual stream a layer
@@ -171,7 +174,9 @@ class BlockLayer(nn.Module):
                 y, channel_state = channel(normed, state=channel_state, **how, **of_channel)
                 state = BlockState(state, channel_state)
             else:
-                y = self.block.channel_class(**args)(normed)
+                takes = getattr(self.block.channel_class, "takes", ())
+                given = {"token_ids": token_ids} | rows
+                y = self.block.channel_class(**args)(normed, **{k: v for k, v in given.items() if k in takes})
             x = x + y
         return x, state
 

@@ -132,7 +132,7 @@ class Decoder(nn.Module):
         layers = nn.scan(
             _Layers,
             **STACKED,
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.repeats,
             unroll=self.repeats if self.unroll else 1,
             check_constancy_invariants=False,  # a second trace of the layers, to find nothing
@@ -143,7 +143,11 @@ class Decoder(nn.Module):
         before = (None,) * len(self.blocks) if state is None else state.layers
         given: dict[str, Any] = {"segment_ids": segment_ids}
         given |= {} if lengths is None else {"lengths": lengths}
-        x, after = layers(x, before, self._over_depth(depth), given, new_document)
+        takes = (
+            getattr(block.channel_class, "takes", ()) for block in self.blocks if block.channel is not None
+        )
+        ids = tokens if any("token_ids" in names for names in takes) else None
+        x, after = layers(x, before, self._over_depth(depth), given, new_document, ids)
 
         last = self.blocks[-1]
         x = last.norm_class(
@@ -188,6 +192,11 @@ class Decoder(nn.Module):
             )
         if self.ternary_head and self.tie_embeddings:
             raise ValueError("tie_embeddings: got True with ternary_head=True; expected False")
+        for block in self.blocks:
+            if dict(block.channel_args).get("router") == "soft_route":
+                raise ValueError(
+                    "router: got 'soft_route', which mixes in later tokens; expected a causal router"
+                )
         check_backend(self.backend)
         if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
@@ -219,14 +228,14 @@ class _Layers(nn.Module):
     segment_states: int | None
 
     @nn.compact
-    def __call__(self, x, states, over_depth, rows, new_document):
+    def __call__(self, x, states, over_depth, rows, new_document, token_ids):
         # prevent_cse costs fusion, and a scan needs none of it.
         layer = nn.remat(BlockLayer, prevent_cse=False) if self.remat else BlockLayer
         after = []
         for i, block in enumerate(self.blocks):
             how = (self.depth, self.dtype, self.param_dtype, self.backend, self.segment_states)
             one = layer(block, *how, name=f"block_{i}")
-            x, state = one(x, states[i], over_depth[i], rows, new_document)
+            x, state = one(x, states[i], over_depth[i], rows, new_document, token_ids)
             after.append(state)
         return x, tuple(after)
 

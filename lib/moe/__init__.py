@@ -1,8 +1,10 @@
 """Mixture of experts: routers, the way of tokens to experts and back."""
 
 from .cluster_tree import ClusterTree, cluster_tree, route_document
+from .collected import load_summary, total_loss
 from .dispatch import DispatchPlan, combine, dispatch
 from .expert_major import expert_by_expert
+from .experts import apply_experts, dense_experts
 from .losses import activation_locality, chunk_sparsity, load_balance, squared_variation, z_loss
 from .memory import (
     distinct_nodes,
@@ -39,12 +41,14 @@ __all__ = [
     "RoutingStatistics",
     "SoftRouting",
     "activation_locality",
+    "apply_experts",
     "auction",
     "base",
     "cache_hits",
     "chunk_sparsity",
     "cluster_tree",
     "combine",
+    "dense_experts",
     "dispatch",
     "distinct_nodes",
     "expert_batches",
@@ -54,6 +58,7 @@ __all__ = [
     "hash_route",
     "init_nodes",
     "load_balance",
+    "load_summary",
     "memory_bank",
     "noisy_top_k",
     "prefetch",
@@ -68,6 +73,7 @@ __all__ = [
     "softmax_top_k",
     "squared_variation",
     "take_nodes",
+    "total_loss",
     "update_nodes",
     "updated_bias",
     "z_loss",

@@ -98,14 +98,19 @@ def activation_locality(
 
 
 def chunk_sparsity(
-    activations: Float[Array, "t e"], mask: Bool[Array, "t"] | None = None, *, chunk: int = 8
+    activations: Float[Array, "t e"],
+    mask: Bool[Array, "t"] | None = None,
+    *,
+    chunk: int = 8,
+    starts: Bool[Array, "t"] | None = None,
 ) -> Float[Array, ""]:
     """Mean over chunks and experts of 1 - prod_t (1 - p_t): how likely any token of a chunk uses an expert.
 
     Args:
       activations: non-negative; p is each over the sum of its token's.
-      mask: tokens that count; None: all.
-      chunk: tokens that are decoded together. The last chunk may have fewer.
+      mask: tokens that count; None: all. A chunk without such tokens is none.
+      chunk: tokens that are decoded together. The last chunk of a document may have fewer.
+      starts: tokens that start a document, and with it a chunk; None: the first alone.
 
     Source: Song et al. 2025, BlockFFN (arXiv 2507.08771).
 
@@ -115,9 +120,16 @@ def chunk_sparsity(
         >>> round(float(frugax.moe.chunk_sparsity(half, chunk=2)), 3)  # 1 - 1/2 * 1/2
         0.75
     """
-    T, E = activations.shape
+    if chunk < 1:
+        raise ValueError(f"chunk: got {chunk}; expected a number of tokens >= 1")
+    T = activations.shape[0]
     p = activations / (jnp.sum(activations, -1, keepdims=True) + 1e-5)
-    if mask is not None:
-        p = jnp.where(mask[:, None], p, 0.0)
-    p = jnp.pad(p, [(0, -T % chunk), (0, 0)]).reshape(-1, chunk, E)
-    return 1 - jnp.mean(jnp.exp(jnp.sum(jnp.log(1 - p + 1e-5), 1)))
+    real = jnp.ones(T, bool) if mask is None else mask
+    p = jnp.where(real[:, None], p, 0.0)
+    place = jnp.arange(T)
+    if starts is not None:
+        place = place - jax.lax.cummax(jnp.where(starts, place, 0))
+    of = jnp.cumsum(place % chunk == 0) - 1  # each token's chunk
+    unused = jnp.exp(jax.ops.segment_sum(jnp.log1p(1e-5 - p), of, T))
+    used = jax.ops.segment_max(real.astype(jnp.int32), of, T) > 0
+    return 1 - masked_mean(jnp.mean(unused, -1), used)

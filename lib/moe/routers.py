@@ -217,12 +217,15 @@ def expert_choice(logits: Float[Array, "t e"], *, capacity: int | float = 1.0, m
     return routing(tokens, weights, scores, {}, mask=mask, by="expert")
 
 
-def sinkhorn_top_k(logits: Float[Array, "t e"], k: int = 1, *, mask: Mask = None) -> Routing:
+def sinkhorn_top_k(
+    logits: Float[Array, "t e"], k: int = 1, *, train: bool = True, mask: Mask = None
+) -> Routing:
     """Choose by a balanced plan; weights are those of the logits, sigmoid for one expert, else softmax.
 
     Args:
       logits: of each token's experts.
       k: experts a token.
+      train: False takes each token's best experts, which no other token decides.
       mask: as in `softmax_top_k`.
 
     Returns:
@@ -241,7 +244,7 @@ def sinkhorn_top_k(logits: Float[Array, "t e"], k: int = 1, *, mask: Mask = None
     check_logits(logits)
     logits = logits.astype(jnp.float32)
     real = logits if mask is None else jnp.where(mask[:, None], logits, 0.0)
-    indices = top_k(sinkhorn(jax.lax.stop_gradient(real)), k)
+    indices = top_k(sinkhorn(jax.lax.stop_gradient(real)) if train else real, k)
     scores = jax.nn.sigmoid(logits) if k == 1 else jax.nn.softmax(logits, -1)
     return routing(indices, _weights(scores, indices, False), jax.nn.softmax(logits, -1), {}, mask=mask)
 

@@ -64,6 +64,11 @@ class Routing:
         """Tokens, experts and weights of all assignments, in the order of the indices."""
         return _assignments(self.indices, self.weights, self.by)
 
+    def dense_weights(self, tokens: int) -> Float[Array, "t e"]:
+        """The weight of each of so many tokens for each expert; 0 where the expert has no part."""
+        token, expert, weight = self.assignments()
+        return jnp.zeros((tokens, self.experts), weight.dtype).at[token, expert].add(weight)
+
 
 def routing(
     indices: Int[Array, "n k"],

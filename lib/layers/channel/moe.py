@@ -1,0 +1,281 @@
+"""The mixture of experts: a channel mixer that sends each token to a few of many stacked experts."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+
+from ... import moe
+from ...formats import QuantizedTensor
+from ...kernels.common.operation import Backend
+from ...kernels.common.rows import rows
+from ..modules.inputs import check_input
+from ..modules.packed import matrix_param
+from .mlp import GLU, MLP, activation_fn
+from .router import LOSS_WEIGHTS, Router, check_router, tokens_of
+
+EXPERTS = {"GLU": GLU, "MLP": MLP}
+DISPATCH = ("sort", "gather", "einsum", "dense")
+
+
+class MoE(nn.Module):
+    """A mixture of experts: the weighted sum of what a token's experts make of it, and of a shared expert.
+
+    Attributes:
+      experts: how many there are.
+      k: experts a token, of the routers that take it; of "expert_choice" the mean.
+      router: a router of `frugax.moe`: "softmax_top_k", "sigmoid_top_k" (balanced by a bias, without a loss),
+        "noisy_top_k", "sinkhorn_top_k", "base", "relu_route" (BlockFFN), "hash_route", or "expert_choice" and
+        "soft_route", which look at all tokens of a call, later ones too: a causal model is then none, and
+        `Decoder` refuses "soft_route".
+      router_args: the router's other arguments, as a mapping or pairs: "sigmoid_top_k" has `rate` for the
+        bias, "relu_route" `chunk` and `steepness` of its losses, "hash_route" `vocab_size`, "soft_route"
+        `slots` of an expert.
+      expert: "GLU" or "MLP".
+      expand: hidden width of one expert over the input's, rounded up to a multiple of 8.
+      activation: as in `GLU`; "relu" with "GLU" is ReGLU.
+      ternary: routed experts have weights -1, 0 and 1, and inputs of 8 bits, trained straight through.
+      shared_expand: hidden width of the shared expert, which is never ternary, over the input's; 0: none.
+      shared_frozen: no gradient reaches the shared expert. Decay of an optimizer still does.
+      dispatch: "sort" drops no token; "gather" and "einsum" have a capacity; "dense" applies every expert to
+        every token, which serves where most experts are active or very small.
+      capacity: tokens of an expert, with "gather" and "einsum": a number, or as a float a factor of the mean.
+        Training drops any token ("router" key), other calls the last ones.
+      loss_weights: factors of the router's losses by name; None: 1e-2 for load balance, importance and load,
+        1e-3 for z, 1e-4 for load balance with "sigmoid_top_k", 1e-3 and 1e-2 for BlockFFN's two.
+      jitter: in training the router's input is multiplied by uniform numbers in 1 - jitter to 1 + jitter.
+      tasks: number of tasks, each with a router of its own; the call then takes `task`.
+      remat: compute the experts again in the backward pass instead of keeping their hidden values.
+      dtype, param_dtype, out_scale, backend: as in `Mixer`. The router's parameters are float32.
+
+    Args of the call:
+      x: [B, T, D], floating.
+      segment_ids: the documents of tokens [B, T], for losses about neighbours.
+      lengths: how many tokens of each row are real [B]. Others are sent nowhere, have no share in loads,
+        capacities or losses, and give zeros.
+      routing: a ready `frugax.moe.Routing` of the B * T tokens: the layer then has no router.
+      router_input: what the router reads [B, T, any width]; None: x.
+      logits: the router's logits [B, T, E], from elsewhere: it then has no matrix of its own.
+      next_logits: those of another layer, whose experts are announced in "moe" as "announced".
+      token_ids: for "hash_route", [B, T].
+      task: which router, a number or a traced scalar.
+
+    Returns:
+      [B, T, D]. With `mutable=["moe"]` also the collection "moe": "loss", to be added to the loss of
+      training, and "statistics" with "routing" (a `RoutingStatistics`), "dropped" (the share of assignments)
+      and "losses" (unscaled, by name); `frugax.moe.total_loss` and `frugax.moe.load_summary` take them
+      together over layers. With `mutable=["router_state"]` the bias of "sigmoid_top_k" moves. A key
+      `rngs={"router": ...}` says that the call is one of training: noise, jitter and balanced choices are
+      only there.
+
+    Raises:
+      ValueError: naming the argument that can't be right. Logits that are not finite give outputs that are
+        none, and fail a check of `checkify`.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> layer, x = frugax.layers.MoE(experts=4, k=2), jax.random.normal(jax.random.key(0), (2, 5, 16))
+        >>> variables = layer.init(jax.random.key(1), x)
+        >>> y, sown = layer.apply(variables, x, mutable=["moe"])
+        >>> y.shape, sown["moe"]["statistics"]["routing"].load.shape
+        ((2, 5, 16), (4,))
+        >>> bool(frugax.moe.total_loss(sown) == sown["moe"]["loss"])
+        True
+    """
+
+    experts: int = 8
+    k: int = 2
+    router: str = "softmax_top_k"
+    router_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
+    expert: str = "GLU"
+    expand: int | float = 4 / 3
+    activation: str | None = "silu"
+    ternary: bool = False
+    shared_expand: int | float = 0.0
+    shared_frozen: bool = False
+    dispatch: str = "sort"
+    capacity: int | float | None = None
+    loss_weights: Mapping[str, float] | Iterable[tuple[str, float]] | None = None
+    jitter: float = 0.0
+    tasks: int | None = None
+    remat: bool = False
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    out_scale: float = 1.0
+    backend: Backend | None = None
+
+    # What a `Block` hands on to its channel mixer, if that takes it.
+    takes: ClassVar[tuple[str, ...]] = ("segment_ids", "lengths", "token_ids", "router_input", "logits")
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        segment_ids: Array | None = None,
+        lengths: Array | None = None,
+        routing: moe.Routing | moe.SoftRouting | None = None,
+        router_input: Array | None = None,
+        logits: Array | None = None,
+        next_logits: Array | None = None,
+        token_ids: Array | None = None,
+        task: Any = None,
+    ) -> Array:
+        check_input(x, segment_ids)
+        self._check()
+        x = x if self.dtype is None else x.astype(self.dtype)
+        B, T, D = x.shape
+        rows((B, T), segment_ids, lengths)  # checks them
+        tokens = tokens_of((B, T), segment_ids, lengths, token_ids)
+        flat = x.reshape(-1, D)
+        if routing is None:
+            router = Router(
+                self.experts, self.k, self.router, _pairs(self.router_args), self.jitter, self.tasks,
+                self.param_dtype, name="router",
+            )  # fmt: skip
+            reads = x if router_input is None else router_input
+            if reads.shape[:2] != (B, T):
+                raise ValueError(f"router_input: got {list(reads.shape)}; expected [{B}, {T}, width]")
+            given = None if logits is None else logits.reshape(B * T, -1)
+            routing, scores = router(reads.reshape(B * T, -1), tokens, logits=given, task=task)
+            if next_logits is not None and self.is_mutable_collection("moe"):
+                ahead, _ = router(flat, tokens, logits=next_logits.reshape(B * T, -1))
+                self._sow("announced", ahead.indices)
+        else:
+            scores = None
+
+        y, dropped = self._mix(flat, routing)
+        if self.shared_expand:
+            y = y + self._shared()(x).reshape(-1, D)
+        if tokens.mask is not None:
+            y = jnp.where(tokens.mask[:, None], y, 0)
+        if scores is not None:  # a token that was dropped or sent nowhere must not hide them
+            lost = ~jnp.isfinite(scores).reshape(B * T, -1).all(-1)
+            lost = lost if tokens.mask is None else lost & tokens.mask
+            y = jnp.where(lost[:, None], jnp.nan, y)
+        self._report(routing, dropped)
+        return y.reshape(B, T, D)
+
+    def _mix(self, x: Array, routing: moe.Routing | moe.SoftRouting) -> tuple[Array, Array]:
+        """Send tokens x [B * T, D] to experts and back; and the share of assignments that were dropped."""
+        D = x.shape[-1]
+        hidden = -8 * (-round(self.expand * D) // 8)
+        first = {"GLU": ("gate_in", 2 * hidden), "MLP": ("in", hidden)}[self.expert]
+        shapes = {first[0]: (self.experts, D, first[1]), "out": (self.experts, hidden, D)}
+        kernels = Experts(shapes, self.out_scale, self.param_dtype, name="experts")()
+        how: dict[str, Any] = {"activation": activation_fn(self.activation), "ternary": self.ternary}
+        remat: Any = jax.checkpoint if self.remat else lambda f: f
+        if self.dispatch == "dense" and isinstance(routing, moe.Routing):
+            dense = remat(functools.partial(moe.dense_experts, **how))
+            return dense(x, routing.dense_weights(len(x)), kernels), jnp.zeros(())
+
+        apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
+        sends: dict[str, Any] = {}
+        if isinstance(routing, moe.Routing):
+            sends = {"method": self.dispatch, "capacity": self.capacity}
+            if self.dispatch != "sort" and self.has_rng("router"):
+                sends["key"] = self.make_rng("router")
+        sent, plan = moe.dispatch(x, routing, **sends)
+        sizes = plan.group_sizes if plan.method == "sort" else None
+        return moe.combine(apply(sent, kernels, sizes), plan), plan.dropped
+
+    def _shared(self) -> nn.Module:
+        kind: Any = EXPERTS[self.expert]
+        if self.shared_frozen:
+            frozen = functools.partial(jax.tree.map, jax.lax.stop_gradient)
+            kind = nn.map_variables(kind, "params", trans_in_fn=frozen, init=self.is_initializing())
+        return kind(
+            expand=self.shared_expand,
+            activation=self.activation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            out_scale=self.out_scale,
+            backend=self.backend,
+            name="shared",
+        )
+
+    def _report(self, routing: moe.Routing | moe.SoftRouting, dropped: Array) -> None:
+        """Sow the weighted loss and the statistics of a call."""
+        if isinstance(routing, moe.SoftRouting) or not self.is_mutable_collection("moe"):
+            return
+        weights = dict(_pairs(self._loss_weights))
+        unknown = sorted(set(weights) - set(routing.losses))
+        if unknown and self.loss_weights is not None:
+            there_are = ", ".join(routing.losses) or "none"
+            raise ValueError(
+                f"loss_weights: got {unknown[0]!r}; expected losses of {self.router}: {there_are}"
+            )
+        loss = sum((w * routing.losses[n] for n, w in weights.items() if n in routing.losses), jnp.zeros(()))
+        values = {"routing": routing.statistics, "dropped": dropped, "losses": routing.losses}
+        self._sow("loss", loss)
+        self._sow("statistics", jax.lax.stop_gradient(values))
+
+    @property
+    def _loss_weights(self) -> Any:
+        return LOSS_WEIGHTS.get(self.router, ()) if self.loss_weights is None else self.loss_weights
+
+    def _sow(self, name: str, value: Any) -> None:
+        # The last call's, but for losses, which add up. Not at init: its variables are to have none.
+        if self.is_initializing():
+            return
+        if name == "loss":
+            self.sow("moe", name, value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros(()))
+        else:
+            self.sow("moe", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+    def _check(self) -> None:
+        if self.experts < 1:
+            raise ValueError(f"experts: got {self.experts}; expected a number >= 1")
+        if not 1 <= self.k <= self.experts:
+            raise ValueError(f"k: got {self.k}; expected 1 to {self.experts}, the number of experts")
+        for name, known in (("expert", tuple(EXPERTS)), ("dispatch", DISPATCH)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.expand <= 0 or self.shared_expand < 0:
+            which = "expand" if self.expand <= 0 else "shared_expand"
+            raise ValueError(f"{which}: got {getattr(self, which)}; expected a number above 0")
+        if self.capacity is not None and (self.dispatch not in ("gather", "einsum") or self.capacity <= 0):
+            raise ValueError(
+                f"capacity: got {self.capacity} with dispatch={self.dispatch!r}; expected None, or a number "
+                "above 0 with 'gather' or 'einsum'"
+            )
+        check_router(self.router, _pairs(self.router_args))
+
+
+class Experts(nn.Module):
+    """The kernels of all experts, stacked: {name: array or `QuantizedTensor` [E, ...]}."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    out_scale: float
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self) -> dict[str, Array | QuantizedTensor]:
+        scales = {name: self.out_scale if name == "out" else 1.0 for name in self.shapes}
+        return {
+            name: _Kernel(shape, scales[name], self.param_dtype, name=name)()
+            for name, shape in self.shapes.items()
+        }
+
+
+class _Kernel(nn.Module):
+    shape: tuple[int, ...]
+    scale: float
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self) -> Array | QuantizedTensor:
+        init = nn.initializers.variance_scaling(
+            self.scale**2, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
+        )
+        return matrix_param(self, "kernel", init, self.shape, self.param_dtype)
+
+
+def _pairs(items: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
+    items = items.items() if isinstance(items, Mapping) else items
+    return tuple((str(name), value) for name, value in items)

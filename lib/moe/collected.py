@@ -1,0 +1,55 @@
+"""Sums over layers of what `frugax.layers.MoE` reports in the collection "moe"."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def total_loss(collection: Mapping[str, Any]) -> Array:
+    """Add up the auxiliary losses of all layers: what training adds to its loss.
+
+    Args:
+      collection: "moe", or the variables that have it, as `apply(..., mutable=["moe"])` returns them.
+
+    Returns:
+      A scalar; 0 without such layers.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> float(frugax.moe.total_loss({"layer": {"loss": jnp.array([0.1, 0.2])}}).round(2))  # scanned
+        0.3
+    """
+    return sum((jnp.sum(value) for value in _find(collection, "loss")), jnp.zeros(()))
+
+
+def load_summary(collection: Mapping[str, Any]) -> dict[str, Array]:
+    """Average the entropy of loads, and the shares of dropped assignments and unrouted tokens, over layers.
+
+    Args:
+      collection: as in `total_loss`.
+
+    Returns:
+      {"load_entropy", "dropped_share", "unrouted_share"}; empty without such layers.
+
+    Example: see `frugax.layers.MoE`.
+    """
+    found = list(_find(collection, "statistics"))
+    if not found:
+        return {}
+    values = {
+        "load_entropy": [x["routing"].entropy for x in found],
+        "dropped_share": [x["dropped"] for x in found],
+        "unrouted_share": [x["routing"].unrouted for x in found],
+    }
+    return {name: jnp.mean(jnp.stack(jax.tree.map(jnp.mean, x))) for name, x in values.items()}
+
+
+def _find(tree: Mapping[str, Any], name: str) -> Iterator[Any]:
+    for key, value in tree.items():
+        if key == name:
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _find(value, name)

@@ -1,0 +1,138 @@
+"""Experts stacked on a leading axis, applied to tokens in the order of experts, in slots, or all of them."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from ..formats import QuantizedTensor, fake_quantize
+from ..kernels import grouped_matmul, quantized_matmul
+from ..kernels.common.arguments import accumulator
+from ..kernels.common.operation import Backend
+
+Kernels = Mapping[str, Array | QuantizedTensor]
+Activation = Callable[[Array], Array]
+
+
+def apply_experts(
+    x: Float[Array, "... d"],
+    kernels: Kernels,
+    group_sizes: Int[Array, "e"] | None = None,
+    *,
+    activation: Activation = jax.nn.silu,
+    ternary: bool = False,
+    backend: Backend | None = None,
+) -> Float[Array, "... n"]:
+    """Apply to each row its expert: W_out (activation(W_gate x) * W_in x), or W_out activation(W_in x).
+
+    Args:
+      x: rows [M, D] in the order of experts, with `group_sizes`; or slots [E, C, D].
+      kernels: of E experts, arrays or packed: {"gate_in": [E, D, 2 H], "out": [E, H, N]} for gated ones,
+        where the gate's columns stand first, or {"in": [E, D, H], "out": [E, H, N]}.
+      group_sizes: rows of each expert. Rows past their sum give zeros.
+      activation: an elementwise function.
+      ternary: round kernels to -1, 0 and 1 times their mean magnitude, and each row to 8 bits, before each
+        product; gradients pass straight through (BitNet b1.58, without its norm). Of packed kernels only
+        the rows are rounded.
+      backend: handed to `frugax.kernels`; None picks by platform.
+
+    Returns:
+      [M, N] or [E, C, N] in x's dtype.
+
+    Raises:
+      ValueError: the kernels are not those of such experts, or x has not their width.
+
+    Source: Shazeer 2020 (arXiv 2002.05202) for gated units; Ma et al. 2024, BitNet b1.58 (2402.17764), and
+    Wang et al. 2025, MoTE (2506.14435), for ternary experts.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> kernels = {"in": jnp.ones((2, 3, 4)), "out": jnp.stack([jnp.ones((4, 3)), jnp.zeros((4, 3))])}
+        >>> how = {"activation": jax.nn.relu}
+        >>> y = frugax.moe.apply_experts(jnp.ones((3, 3)), kernels, jnp.array([1, 2]), **how)
+        >>> y.tolist()
+        [[12.0, 12.0, 12.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    first = _check(x, kernels)
+
+    def times(x, name):
+        w = _operand(kernels[name], x.dtype, ternary)
+        x = fake_quantize(x, "int8", axis=-1) if ternary else x
+        if group_sizes is not None:
+            return grouped_matmul(x, w, group_sizes, backend=backend)
+        if isinstance(w, QuantizedTensor):
+            return jax.vmap(lambda x, w: quantized_matmul(x, w, backend=backend))(x, w)
+        y = jnp.einsum("ecd,edh->ech", x, w, preferred_element_type=accumulator(x.dtype))
+        return y.astype(x.dtype)
+
+    return times(_activated(times(x, first), first, activation), "out")
+
+
+def dense_experts(
+    x: Float[Array, "t d"],
+    weights: Float[Array, "t e"],
+    kernels: Kernels,
+    *,
+    activation: Activation = jax.nn.silu,
+    ternary: bool = False,
+) -> Float[Array, "t n"]:
+    """Apply every expert to every token, and add them up by weight: the definition of a mixture.
+
+    Args:
+      x: tokens.
+      weights: of each token's experts; 0 where an expert has no part.
+      kernels, activation, ternary: as in `apply_experts`.
+
+    Returns:
+      [T, N] in x's dtype, summed in float32.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> kernels = {"in": jnp.ones((2, 1, 1)), "out": jnp.array([[[1.0]], [[10.0]]])}
+        >>> how = {"activation": jax.nn.relu}
+        >>> frugax.moe.dense_experts(jnp.ones((1, 1)), jnp.array([[0.5, 0.25]]), kernels, **how).tolist()
+        [[3.0]]
+    """
+    first, wide = _check(x, kernels), accumulator(x.dtype)
+
+    def operands(x, name):
+        w = kernels[name]
+        w = w.dequantize(x.dtype) if isinstance(w, QuantizedTensor) else _operand(w, x.dtype, ternary)
+        return fake_quantize(x, "int8", axis=-1) if ternary else x, w
+
+    h = jnp.einsum("td,edh->teh", *operands(x, first), preferred_element_type=wide).astype(x.dtype)
+    h, out = operands(_activated(h, first, activation), "out")
+    h = h.astype(wide) * weights[..., None].astype(wide)
+    return jnp.einsum("teh,ehd->td", h, out.astype(wide)).astype(x.dtype)
+
+
+def _check(x: Array, kernels: Kernels) -> str:
+    """The name of the experts' first kernel; ValueError where kernels or x can't be right."""
+    first = next((name for name in ("gate_in", "in") if name in kernels), None)
+    if first is None or "out" not in kernels:
+        raise ValueError(f"kernels: got {sorted(kernels)}; expected gate_in and out, or in and out")
+    into, out = kernels[first].shape, kernels["out"].shape
+    hidden = into[-1] // 2 if first == "gate_in" else into[-1]
+    if len(into) != 3 or len(out) != 3 or out[:2] != (into[0], hidden):
+        raise ValueError(
+            f"kernels: got {first} {list(into)} and out {list(out)}; expected [E, D, "
+            f"{'2 H' if first == 'gate_in' else 'H'}] and [E, H, N]"
+        )
+    if x.shape[-1] != into[1]:
+        raise ValueError(f"x: got {list(x.shape)}; expected rows of {into[1]}, the experts' width")
+    return first
+
+
+def _operand(w: Array | QuantizedTensor, dtype, ternary: bool) -> Array | QuantizedTensor:
+    if isinstance(w, QuantizedTensor):
+        return w
+    return (fake_quantize(w, "ternary", axis=-2) if ternary else w).astype(dtype)
+
+
+def _activated(h: Array, first: str, activation: Activation) -> Array:
+    if first == "in":
+        return activation(h)
+    gate, value = jnp.split(h, 2, axis=-1)
+    return activation(gate) * value
