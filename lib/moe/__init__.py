@@ -16,6 +16,7 @@ from .memory import (
     update_nodes,
 )
 from .residency import Prefetched, cache_hits, expert_batches, prefetch
+from .resizing import aggregate_experts, prune_experts
 from .routers import (
     SoftRouting,
     base,
@@ -32,6 +33,7 @@ from .routers import (
 )
 from .routing import Routing, RoutingStatistics
 from .selection import auction, sinkhorn
+from .upcycling import upcycle
 
 __all__ = [
     "ClusterTree",
@@ -41,6 +43,7 @@ __all__ = [
     "RoutingStatistics",
     "SoftRouting",
     "activation_locality",
+    "aggregate_experts",
     "apply_experts",
     "auction",
     "base",
@@ -62,6 +65,7 @@ __all__ = [
     "memory_bank",
     "noisy_top_k",
     "prefetch",
+    "prune_experts",
     "put_nodes",
     "relu_route",
     "route",
@@ -74,6 +78,7 @@ __all__ = [
     "squared_variation",
     "take_nodes",
     "total_loss",
+    "upcycle",
     "update_nodes",
     "updated_bias",
     "z_loss",
