@@ -11,6 +11,7 @@ from flax.linen import LayerNorm
 
 from .bidirectional import Bidirectional
 from .block import Block
+from .channel.decoupled_router import DecoupledRouter
 from .channel.memory_glu import MemoryGLU
 from .channel.mlp import GLU, MLP
 from .channel.moe import MoE
@@ -60,6 +61,7 @@ __all__ = [
     "ConvEmbedding",
     "Decoder",
     "DecoderState",
+    "DecoupledRouter",
     "Dense",
     "DepthwiseConv",
     "FlashRNN",

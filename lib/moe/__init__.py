@@ -15,6 +15,7 @@ from .memory import (
     take_nodes,
     update_nodes,
 )
+from .refactoring import activation_overlap, split_by_activation, split_neurons
 from .residency import Prefetched, cache_hits, expert_batches, prefetch
 from .resizing import aggregate_experts, prune_experts
 from .routers import (
@@ -43,6 +44,7 @@ __all__ = [
     "RoutingStatistics",
     "SoftRouting",
     "activation_locality",
+    "activation_overlap",
     "aggregate_experts",
     "apply_experts",
     "auction",
@@ -75,6 +77,8 @@ __all__ = [
     "sinkhorn_top_k",
     "soft_route",
     "softmax_top_k",
+    "split_by_activation",
+    "split_neurons",
     "squared_variation",
     "take_nodes",
     "total_loss",
