@@ -13,6 +13,7 @@ from ..common.arguments import known, reject
 from ..quantized_matmul import inputs as packed
 
 INDEPENDENT = ("n",)
+PACKED = ("codes", "scales", "zeros", "outer", "offset", "choices")  # arrays of packed experts
 
 
 class Inputs(NamedTuple):
@@ -106,13 +107,11 @@ def stored_experts(w: QuantizedTensor) -> tuple[dict[str, Any], Format, int]:
     return arrays, format, size
 
 
-def expert(call: Inputs, spec: Spec, e: Any) -> tuple[packed.Inputs, packed.Spec]:
-    """Packed expert number e as a call of `quantized_matmul` without tokens, for its decoders."""
-    names = ("codes", "scales", "zeros", "outer", "offset", "choices")
-    of_e = {n: x if x is None else x[e] for n in names for x in [getattr(call, n)]}
+def expert(stored: dict[str, Any], spec: Spec) -> tuple[packed.Inputs, packed.Spec]:
+    """A packed expert's arrays by name as a call of `quantized_matmul` without tokens, for its decoders."""
     assert spec.format is not None
-    spec_of_e = packed.Spec(spec.format, spec.group_size, spec.K, None, "dot")
-    return packed.Inputs(x=call.lhs, **of_e, bias=None), spec_of_e
+    of_one = packed.Spec(spec.format, spec.group_size, spec.K, None, "dot")
+    return packed.Inputs(**dict.fromkeys(packed.Inputs._fields) | stored), of_one
 
 
 def shape(call: Inputs, spec: Spec) -> tuple[int, int, int, int]:

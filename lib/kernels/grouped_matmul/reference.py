@@ -5,7 +5,7 @@ from jax import Array
 
 from ..common.arguments import accumulator
 from ..quantized_matmul.inputs import weights
-from .inputs import Inputs, Spec, expert, shape
+from .inputs import PACKED, Inputs, Spec, expert, shape
 from .rows import gathered, scattered
 
 
@@ -17,9 +17,13 @@ def forward(call: Inputs, spec: Spec) -> Array:
     ends = jnp.cumsum(call.group_sizes, dtype=jnp.int32)
     row = jnp.arange(M, dtype=jnp.int32)
     for e in range(E):
-        w = weights(*expert(call, spec, e)).dequantize(dtype) if call.rhs is None else call.rhs[e]
+        if call.rhs is None:
+            stored = {name: a[e] for name in PACKED if (a := getattr(call, name)) is not None}
+            w = weights(*expert(stored, spec)).dequantize(dtype)
+        else:
+            w = call.rhs[e].astype(dtype)
         mine = ((row >= ends[e] - call.group_sizes[e]) & (row < ends[e]))[:, None]
         # A select, not a product with zero: what isn't finite stays with its own expert.
-        product = jnp.matmul(jnp.where(mine, x, 0), w.astype(dtype), precision="highest")
+        product = jnp.matmul(jnp.where(mine, x, 0), w, precision="highest")
         y = jnp.where(mine, product, y)
     return scattered(call, spec, y).astype(call.lhs.dtype)

@@ -1,28 +1,50 @@
-"""The portable form, which CPU gets."""
+"""The portable form, which CPU gets: tile by tile, packed experts decoded one at a time."""
 
-import jax
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..common.arguments import accumulator
+from ..common.arguments import operand_dtype
 from ..quantized_matmul.inputs import weights
 from . import rows
-from .inputs import Inputs, Spec, expert, shape
+from .bilinear import product
+from .inputs import PACKED, Inputs, Spec, expert
 
 
 def forward(call: Inputs, spec: Spec) -> Array:
     """The call's result, in lhs's dtype."""
-    dtype = accumulator(call.lhs.dtype)
-    E, *_ = shape(call, spec)
-    rhs = call.rhs
-    if rhs is None:
-        rhs = jax.vmap(lambda e: weights(*expert(call, spec, e)).dequantize(dtype))(jnp.arange(E))
+    return rows.forward(call, spec, _products(call, spec))
 
-    def product(x: Array) -> Array:
-        y = lax.ragged_dot(
-            x.astype(dtype), rhs.astype(dtype), call.group_sizes, precision=lax.Precision.HIGHEST
-        )
-        return jnp.where(rows.real(call)[:, None], y, 0)
 
-    y = product(rows.gathered(call, call.lhs))
-    return rows.scattered(call, spec, y).astype(call.lhs.dtype)
+def backward(call: Inputs, cotangent: Array, spec: Spec) -> Inputs:
+    """The gradients of lhs, rhs and weights."""
+    return rows.backward(call, spec, cotangent, _products(call, spec))
+
+
+def _products(call: Inputs, spec: Spec) -> rows.Products:
+    """The three products by tiles."""
+    sizes, decode = call.group_sizes, None
+    if call.rhs is not None:
+        experts: tuple[Array, ...] = (call.rhs,)
+    else:
+        stored = {name: x for name in PACKED if (x := getattr(call, name)) is not None}
+        experts, decode = tuple(stored.values()), _Decode(spec, tuple(stored), call.lhs.dtype)
+    return rows.Products(
+        forward=lambda x: product("rows", x, experts, sizes, decode),
+        backward=lambda dy: product("transposed", dy, experts, sizes, decode),
+        experts=lambda x, dy: product("experts", x, (dy,), sizes, None),
+    )
+
+
+class _Decode(NamedTuple):
+    """A function of an expert's number and the stored arrays, by these names: its matrix [K, N]."""
+
+    spec: Spec
+    names: tuple[str, ...]
+    dtype: jnp.dtype
+
+    def __call__(self, e: Array, *stored: Array) -> Array:
+        of_e = (lax.dynamic_index_in_dim(x, e, keepdims=False) for x in stored)
+        w = weights(*expert(dict(zip(self.names, of_e, strict=True)), self.spec))
+        return w.dequantize(operand_dtype(self.dtype))
