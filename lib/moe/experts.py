@@ -23,6 +23,7 @@ def apply_experts(
     *,
     activation: Activation = jax.nn.silu,
     ternary: bool = False,
+    observe: Callable[[str, Array], None] | None = None,
     backend: Backend | None = None,
 ) -> Float[Array, "... n"]:
     """Apply to each row its expert: W_out (activation(W_gate x) * W_in x), or W_out activation(W_in x).
@@ -36,6 +37,7 @@ def apply_experts(
       ternary: round kernels to -1, 0 and 1 times their mean magnitude, and each row to 8 bits, before each
         product; gradients pass straight through (BitNet b1.58, without its norm). Of packed kernels only
         the rows are rounded.
+      observe: called with each kernel's name and what it is about to multiply, for calibration.
       backend: handed to `frugax.kernels`; None picks by platform.
 
     Returns:
@@ -60,6 +62,8 @@ def apply_experts(
     def times(x, name):
         w = _operand(kernels[name], x.dtype, ternary)
         x = fake_quantize(x, "int8", axis=-1) if ternary else x
+        if observe is not None:
+            observe(name, x)
         if group_sizes is not None:
             return grouped_matmul(x, w, group_sizes, backend=backend)
         if isinstance(w, QuantizedTensor):

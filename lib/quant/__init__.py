@@ -7,6 +7,7 @@ from .clipping import clip_weights
 from .files import load_params, save_params
 from .gptq import gptq
 from .params import PackedArray, PackedTable, quantize_params
+from .qmoe import qmoe
 from .rounding import bias_correction, learned_rounding
 from .scaling import divide_outputs, equalization_scale, multiply_inputs, smoothquant_scale
 from .sensitivity import activation_sensitivity, outlier_permutation, sensitive_layers
@@ -31,6 +32,7 @@ __all__ = [
     "multiply_inputs",
     "outlier_permutation",
     "output_error",
+    "qmoe",
     "quantize_params",
     "save_params",
     "sensitive_layers",

@@ -29,8 +29,9 @@ def calibrate(
 
     The matrices are the `kernel`s of `nn.Dense`, of `nn.DenseGeneral` over the last axes, and of any other
     module with a kernel [K, N] that multiplies its input [..., K]; under `nn.scan` and `nn.vmap` too, such as
-    the layers of a `Decoder`, whose statistics are stacked as its params are. A parameter that is multiplied
-    outside such a module, as an embedding or a head, is not among them.
+    the layers of a `Decoder`, whose statistics are stacked as its params are. Those of the kernels [E, K, N]
+    of `MoE`'s experts are stacked too: each expert's are of the tokens that it was sent. A parameter that is
+    multiplied outside such a module, as an embedding or a head, is not among them.
 
     Args:
       module: any Flax Linen module.
@@ -111,10 +112,11 @@ def calibrate(
 
 
 class MatrixInput(NamedTuple):
-    """An input of a matrix: its kernel's path, and the input as [..., K]."""
+    """An input of a matrix: its kernel's path, the input as [..., K], and of experts the rows of each."""
 
     path: str
     x: Array
+    group_sizes: Array | None = None
 
 
 def matrix_input(context: nn.module.InterceptorContext, args: tuple[Any, ...]) -> MatrixInput | None:
@@ -139,6 +141,14 @@ def matrix_input(context: nn.module.InterceptorContext, args: tuple[Any, ...]) -
     return MatrixInput("/".join((*module.path, "kernel")), x.reshape(*x.shape[: x.ndim - axes], -1))
 
 
+def expert_inputs(context: nn.module.InterceptorContext, args: tuple[Any, ...]) -> MatrixInput | None:
+    """The rows that stacked experts are about to multiply, or None for another call than `reads`."""
+    if context.method_name != "reads" or not context.module.has_variable("params", "kernel"):
+        return None
+    x, group_sizes = args
+    return MatrixInput("/".join((*context.module.path, "kernel")), jnp.asarray(x), group_sizes)
+
+
 def _gathered(module, variables, args, kwargs, wanted: frozenset[str] | None) -> dict[str, Statistics]:
     """The statistics of one call, of the matrices wanted (None: of all).
 
@@ -148,10 +158,11 @@ def _gathered(module, variables, args, kwargs, wanted: frozenset[str] | None) ->
     order: list[str] = []
 
     def see(call, args, kwargs, context):
-        found = matrix_input(context, args)
+        found = matrix_input(context, args) or expert_inputs(context, args)
         inner = context.module
         if found and (wanted is None or found.path in wanted) and inner.is_mutable_collection("params"):
-            new = Statistics.of(found.x)
+            sizes = found.group_sizes
+            new = Statistics.of(found.x) if sizes is None else Statistics.of_groups(found.x, sizes)
             if inner.has_variable("params", _NAME):
                 new = inner.get_variable("params", _NAME).merge(new)
             inner.put_variable("params", _NAME, new)

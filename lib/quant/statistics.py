@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ..formats import QuantizedTensor
+from ..kernels import grouped_matmul
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +44,36 @@ class Statistics:
         magnitude = jnp.abs(x)
         count = jnp.asarray(x.shape[0], jnp.int32)
         return cls(gram, jnp.sum(x, 0), jnp.sum(magnitude, 0), jnp.max(magnitude, 0), count)
+
+    @classmethod
+    def of_groups(cls, x: Float[Array, "... K"], group_sizes: Int[Array, "E"]) -> "Statistics":
+        """Sum over the rows of each group of x, stacked: those that each expert was sent.
+
+        Args:
+          x: rows [M, K] in the order of groups, as `frugax.moe.dispatch` sorts them, or slots [E, C, K].
+          group_sizes: rows of each group; those past their sum, or later slots, count for none.
+
+        Example:
+            >>> import frugax, jax.numpy as jnp
+            >>> x = jnp.array([[1.0, -2.0], [3.0, 0.0], [9.0, 9.0]])
+            >>> statistics = frugax.quant.Statistics.of_groups(x, jnp.array([2, 0]))
+            >>> statistics.gram.tolist(), statistics.count.tolist()
+            ([[[10.0, -2.0], [-2.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]], [2, 0])
+        """
+        E, K = len(group_sizes), x.shape[-1]
+        x, sizes = x.astype(jnp.float32), group_sizes.astype(jnp.int32)
+        if x.ndim == 3:
+            used = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < sizes[:, None]
+            found = jax.vmap(cls.of)(jnp.where(used[..., None], x, 0.0))
+            return dataclasses.replace(found, count=jnp.minimum(sizes, x.shape[1]))
+        row = jnp.arange(len(x), dtype=jnp.int32)
+        group = jnp.searchsorted(jnp.cumsum(sizes, dtype=jnp.int32), row, side="right")  # E: of none
+        # x_e^T x_e is the gradient of each group's matrix where x is that of the outputs.
+        products = lambda w: grouped_matmul(x, w, sizes)  # noqa: E731
+        (gram,) = jax.vjp(products, jnp.zeros((E, K, K), jnp.float32))[1](x)
+        total, total_abs = (jax.ops.segment_sum(a, group, E + 1)[:E] for a in (x, jnp.abs(x)))
+        max_abs = jnp.maximum(jax.ops.segment_max(jnp.abs(x), group, E + 1)[:E], 0.0)
+        return cls(gram, total, total_abs, max_abs, jnp.minimum(sizes, len(x)))
 
     def merge(self, other: "Statistics") -> "Statistics":
         """The statistics of these inputs and the other's."""

@@ -167,21 +167,27 @@ class MoE(nn.Module):
         hidden = -8 * (-round(self.expand * D) // 8)
         first = {"GLU": ("gate_in", 2 * hidden), "MLP": ("in", hidden)}[self.expert]
         shapes = {first[0]: (self.experts, D, first[1]), "out": (self.experts, hidden, D)}
-        kernels = Experts(shapes, self.out_scale, self.param_dtype, name="experts")()
+        modules = Experts(shapes, self.out_scale, self.param_dtype, name="experts")()
+        kernels = {name: module() for name, module in modules.items()}
         how: dict[str, Any] = {"activation": activation_fn(self.activation), "ternary": self.ternary}
-        remat: Any = jax.checkpoint if self.remat else lambda f: f
-        if self.dispatch == "dense" and isinstance(routing, moe.Routing):
+        calibrating = self.is_mutable_collection("params")  # nothing is computed again then, or for nobody
+        remat: Any = jax.checkpoint if self.remat and not calibrating else lambda f: f
+        method = "sort" if self.dispatch == "dense" and calibrating else self.dispatch
+        if method == "dense" and isinstance(routing, moe.Routing):
             dense = remat(functools.partial(moe.dense_experts, **how))
             return dense(x, routing.dense_weights(len(x)), kernels), jnp.zeros(())
 
         apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
         sends: dict[str, Any] = {}
         if isinstance(routing, moe.Routing):
-            sends = {"method": self.dispatch, "capacity": self.capacity}
-            if self.dispatch != "sort" and self.has_rng("router"):
+            sends = {"method": method, "capacity": self.capacity}
+            if method != "sort" and self.has_rng("router"):
                 sends["key"] = self.make_rng("router")
         sent, plan = moe.dispatch(x, routing, **sends)
         sizes = plan.group_sizes if plan.method == "sort" else None
+        if calibrating:
+            observe = lambda name, rows: modules[name].reads(rows, plan.group_sizes)  # noqa: E731
+            apply = functools.partial(apply, observe=observe)
         return moe.combine(apply(sent, kernels, sizes), plan), plan.dropped
 
     def _shared(self) -> nn.Module:
@@ -248,22 +254,24 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-    """The kernels of all experts, stacked: {name: array or `QuantizedTensor` [E, ...]}."""
+    """The modules of all kernels of experts, by name."""
 
     shapes: Mapping[str, tuple[int, ...]]
     out_scale: float
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self) -> dict[str, Array | QuantizedTensor]:
+    def __call__(self) -> dict[str, "StackedKernel"]:
         scales = {name: self.out_scale if name == "out" else 1.0 for name in self.shapes}
         return {
-            name: _Kernel(shape, scales[name], self.param_dtype, name=name)()
+            name: StackedKernel(shape, scales[name], self.param_dtype, name=name)
             for name, shape in self.shapes.items()
         }
 
 
-class _Kernel(nn.Module):
+class StackedKernel(nn.Module):
+    """The kernels of all experts, stacked: an array or a `QuantizedTensor` [E, K, N]."""
+
     shape: tuple[int, ...]
     scale: float
     param_dtype: DTypeLike
@@ -274,6 +282,9 @@ class _Kernel(nn.Module):
             self.scale**2, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
         )
         return matrix_param(self, "kernel", init, self.shape, self.param_dtype)
+
+    def reads(self, x: Array, group_sizes: Array) -> None:
+        """Do nothing with the rows that each expert is about to multiply: calibration intercepts the call."""
 
 
 def _pairs(items: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:
