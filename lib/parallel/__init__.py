@@ -1,8 +1,11 @@
 """One model over many devices: the mesh, the places of arrays on it, and what needs more than a place."""
 
+from .attention import ring_attention, ring_self_attention, ulysses_attention
 from .axes import logical_axes
+from .collective_matmul import all_gather_matmul, matmul_reduce_scatter, overlapped_seconds
 from .experts import ExpertLoad, expert_parallel, expert_parallel_bytes, experts_over_mesh
 from .mesh import AXES, BATCH_AXES, make_mesh
+from .placement import expert_parallel_with_copies, plan_placement, route_to_copies
 from .rules import RULES, shardings, state_shardings, table
 from .sequence import causal_conv1d, linear_attention, linear_recurrence
 
@@ -11,15 +14,24 @@ __all__ = [
     "BATCH_AXES",
     "RULES",
     "ExpertLoad",
+    "all_gather_matmul",
     "causal_conv1d",
     "expert_parallel",
     "expert_parallel_bytes",
+    "expert_parallel_with_copies",
     "experts_over_mesh",
     "linear_attention",
     "linear_recurrence",
     "logical_axes",
     "make_mesh",
+    "plan_placement",
+    "route_to_copies",
+    "matmul_reduce_scatter",
+    "overlapped_seconds",
+    "ring_attention",
+    "ring_self_attention",
     "shardings",
     "state_shardings",
     "table",
+    "ulysses_attention",
 ]
