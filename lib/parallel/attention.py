@@ -16,11 +16,10 @@ _LOWEST = -1e30  # in place of minus infinity, whose differences are no numbers
 
 
 class _Shard(NamedTuple):
-    """Keys and values on their way round the ring, with the places and documents of their tokens."""
+    """Keys and values on their way round the ring, with the documents of their tokens."""
 
     k: Array  # [B, S, Hk, D]
-    v: Array
-    place: Array  # int32 [S]: in the whole sequence
+    v: Array | None
     document: Array | None  # int32 [B, S]
 
 
@@ -70,10 +69,8 @@ def ring_attention(
     _check(q, k, v, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     document = None if segment_ids is None else _document_numbers(segment_ids, axis_name)
-    run = _ring(axis_name, causal, scale)
-    place = vary_like(_places(q.shape[1], axis_name), (q, k, v))
     q, k, v = (vary_like(x, (q, k, v)) for x in (q, k, v))
-    return run(q, k, v, place, document)
+    return _ring(axis_name, causal, scale)(q, k, v, document)
 
 
 def ulysses_attention(
@@ -161,12 +158,11 @@ def ring_self_attention(
     _check(q, k, v, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     P = jax.lax.axis_size(axis_name)
-    place = _places(q.shape[1], axis_name)
     document = None if segment_ids is None else _document_numbers(segment_ids, axis_name)
-    shard = _Shard(k, v, vary_like(place, k), document)
+    shard = _Shard(k, None, document)
     scores = []
     for step in range(P):
-        scores.append(_scores(q, shard, place, document, causal, scale))
+        scores.append(_scores(q, shard, step, document, causal, scale, axis_name))
         shard = _next(shard, axis_name) if step + 1 < P else shard
     # Scores lie by the step at which their keys came; values come in the same order.
     weights = jax.nn.softmax(jnp.stack(scores, 3), axis=(3, 4))  # [B, H, T, P, S]
@@ -181,10 +177,10 @@ def _ring(axis_name: str, causal: bool, scale: float):
     """The ring as a function with its own gradient, of arrays alone."""
 
     @jax.custom_vjp
-    def run(q, k, v, place, document):
-        return forward(q, k, v, place, document)[0]
+    def run(q, k, v, document):
+        return forward(q, k, v, document)[0]
 
-    def forward(q, k, v, place, document):
+    def forward(q, k, v, document):
         P = jax.lax.axis_size(axis_name)
         B, T, H, _ = q.shape
         wide = accumulator(q.dtype)
@@ -193,11 +189,11 @@ def _ring(axis_name: str, causal: bool, scale: float):
             jnp.zeros((B, H, T), wide),
             jnp.zeros((B, T, H, v.shape[-1]), wide),
         )
-        carry = (_Shard(k, v, place, document), *(vary_like(x, (q, k, v)) for x in start))
+        carry = (_Shard(k, v, document), *(vary_like(x, (q, k, v)) for x in start))
 
-        def step(carry, _):
+        def step(carry, number):
             shard, top, total, out = carry
-            s = _scores(q, shard, place, document, causal, scale)
+            s = _scores(q, shard, number, document, causal, scale, axis_name)
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.where(s > _LOWEST / 2, jnp.exp(s - new_top[..., None]), 0)
             old = jnp.exp(top - new_top)
@@ -205,21 +201,21 @@ def _ring(axis_name: str, causal: bool, scale: float):
             out = out * jnp.moveaxis(old, 1, 2)[..., None] + _weighted(p, shard.v)
             return (_next(shard, axis_name), new_top, total, out), None
 
-        (_, top, total, out), _ = jax.lax.scan(step, carry, length=P)
+        (_, top, total, out), _ = jax.lax.scan(step, carry, jnp.arange(P))
         out = (out / jnp.moveaxis(total, 1, 2)[..., None]).astype(q.dtype)
-        return out, (q, k, v, place, document, out, top + jnp.log(total))
+        return out, (q, k, v, document, out, top + jnp.log(total))
 
     def backward(kept, dout):
-        q, k, v, place, document, out, lse = kept
+        q, k, v, document, out, lse = kept
         P, wide = jax.lax.axis_size(axis_name), accumulator(q.dtype)
         dout, out = dout.astype(wide), out.astype(wide)
         delta = jnp.einsum("bthd,bthd->bht", dout, out)
         zeros = [vary_like(jnp.zeros(x.shape, wide), (q, k, v)) for x in (q, k, v)]
         H, Hk = q.shape[2], k.shape[2]
 
-        def step(carry, _):
+        def step(carry, number):
             shard, dk, dv, dq = carry
-            s = _scores(q, shard, place, document, causal, scale)
+            s = _scores(q, shard, number, document, causal, scale, axis_name)
             p = jnp.where(s > _LOWEST / 2, jnp.exp(s - lse[..., None]), 0)
             v_wide = jnp.repeat(shard.v, H // Hk, 2).astype(wide)
             k_wide = jnp.repeat(shard.k, H // Hk, 2).astype(wide)
@@ -230,24 +226,27 @@ def _ring(axis_name: str, causal: bool, scale: float):
             shard, dk, dv = _next((shard, dk, dv), axis_name)
             return (shard, dk, dv, dq), None
 
-        carry = (_Shard(k, v, place, document), zeros[1], zeros[2], zeros[0])
-        (_, dk, dv, dq), _ = jax.lax.scan(step, carry, length=P)  # P steps bring gradients home
-        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+        carry = (_Shard(k, v, document), zeros[1], zeros[2], zeros[0])
+        (_, dk, dv, dq), _ = jax.lax.scan(step, carry, jnp.arange(P))  # P steps bring gradients home
+        return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
     run.defvjp(forward, backward)
     return run
 
 
 def _scores(
-    q: Array, shard: _Shard, place: Array, document: Array | None, causal: bool, scale: float
+    q, shard: _Shard, step, document: Array | None, causal: bool, scale: float, axis_name: str
 ) -> Array:
-    """[B, H, T, S] in float32, the lowest number where a query does not see a key."""
+    """[B, H, T, S], the lowest number where a query does not see a key; keys were sent `step` times."""
     H, Hk = q.shape[2], shard.k.shape[2]
     k = jnp.repeat(shard.k, H // Hk, axis=2)
     s = scale * jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=accumulator(q.dtype))
     sees = jnp.ones((1, q.shape[1], k.shape[1]), bool)
     if causal:
-        sees = sees & (place[None, :, None] >= shard.place[None, None])
+        P, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+        ahead = (here - (here - step) % P) * k.shape[1]  # how far the queries' shard is ahead of the keys'
+        t = jnp.arange(q.shape[1], dtype=jnp.int32)
+        sees = sees & (ahead + t[:, None] >= t)
     if document is not None and shard.document is not None:
         sees = sees & (document[:, :, None] == shard.document[:, None])
     return jnp.where(sees[:, None], s, _LOWEST)
@@ -268,10 +267,6 @@ def _next(tree, axis_name: str):
     P = jax.lax.axis_size(axis_name)
     ring = [(i, (i + 1) % P) for i in range(P)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, ring), tree)
-
-
-def _places(T: int, axis_name: str) -> Array:
-    return jax.lax.axis_index(axis_name) * T + jnp.arange(T, dtype=jnp.int32)
 
 
 def _document_numbers(segment_ids: Array, axis_name: str) -> Array:
