@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 from frugax.papers import families, papers
 
@@ -342,6 +343,18 @@ def mamba_lyapunov() -> str:
     return f"{text}. {plain_caption(result)}\n\n{first}\n\n{second}\n\n{states}"
 
 
+def memory_bank() -> str:
+    result = read("memory_bank")
+    keys = ("common", *(f"quarter {i + 1}" for i in range(4)))
+    rows = [
+        [name, f"{r['resident']:,}", f"{r['stored']:,}", *(f"{100 * mean(r[k]):.1f}" for k in keys)]
+        for name, r in result["rows"].items()
+    ]
+    head = ["", "parameters resident", "stored", "shared facts", "popular quarter", "2nd", "3rd", "rarest"]
+    about = f"Right answers, %, about {result['subjects']:,} subjects, the mean of {result['seeds']} seeds"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def family_rows() -> str:
     """Tabulate the families of papers: one row each, with its methods."""
     rows = []
@@ -390,6 +403,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "mamba_lyapunov": mamba_lyapunov,
         "low_bit_training": low_bit_training,
     },
+    "docs/results/experts.md": {"memory_bank": memory_bank},
     "docs/results/formats.md": {
         "formats": formats,
         "minifloats": minifloats,
