@@ -10,7 +10,7 @@ from ..kernels.common.sharding import vary_like
 
 def all_gather_matmul(
     x: Float[Array, "m k"], w: Float[Array, "k n"], *, axis_name: str, both_ways: bool = True
-) -> Float[Array, "p*m n"]:
+) -> Float[Array, "rows n"]:
     """Multiply rows that are spread over devices by this device's columns: all_gather(x) @ w.
 
     Each device multiplies the piece that it has while the next one travels round a ring, so that all but the
@@ -60,8 +60,8 @@ def all_gather_matmul(
 
 
 def matmul_reduce_scatter(
-    x: Float[Array, "p*m k"], w: Float[Array, "k n"], *, axis_name: str, both_ways: bool = True
-) -> Float[Array, "m n"]:
+    x: Float[Array, "rows k"], w: Float[Array, "k n"], *, axis_name: str, both_ways: bool = True
+) -> Float[Array, "own n"]:
     """Multiply by this device's rows of a matrix and keep this device's rows of the sum over devices.
 
     The same as psum_scatter(x @ w): partial sums of a piece travel round a ring, and each device adds its own
