@@ -109,18 +109,18 @@ def expert_parallel(
         >>> y.shape, load.tokens.tolist(), float(load.dropped)
         ((6, 3), [6, 6], 0.0)
     """
-    axes, tensor = _as_tuple(axis_name), _as_tuple(tensor_axis)
-    token_axes = (*axes, *tensor) if token_axes is None else _as_tuple(token_axes)
+    axes, tensor = as_tuple(axis_name), as_tuple(tensor_axis)
+    token_axes = (*axes, *tensor) if token_axes is None else as_tuple(token_axes)
     devices = jax.lax.axis_size(axes)
-    _check_experts(routing, params, devices, axes)
+    check_experts(routing, params, devices, axes)
     x = vary_like(x, (x, routing.weights))
     asked = jnp.sum(routing.weights != 0)
     bound = [len(x) * min(routing.indices.size // len(x), routing.experts // devices)]
     if routing.by == "expert":
         bound = [routing.indices.size // devices]
     if capacity is not None:
-        count = _capacity(capacity, routing, _as_tuple(capacity_axes))
-        routing = _limited(routing, count, _as_tuple(capacity_axes), key)
+        count = _capacity(capacity, routing, as_tuple(capacity_axes))
+        routing = _limited(routing, count, as_tuple(capacity_axes), key)
         bound.append(routing.experts // devices * count)
     if max_rows is not None:
         if max_rows < 1:
@@ -190,8 +190,8 @@ def experts_over_mesh(
         >>> y.shape, load.tokens.tolist()
         ((6, 3), [6, 6])
     """
-    axes = _as_tuple(axis_name)
-    token_axes = axes if token_axes is None else _as_tuple(token_axes)
+    axes = as_tuple(axis_name)
+    token_axes = axes if token_axes is None else as_tuple(token_axes)
     within = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     for axis in token_axes:
         if axis not in within.axis_names:
@@ -204,7 +204,7 @@ def experts_over_mesh(
     if len(x) % size:
         got = f"x: got {len(x)} tokens"
         raise ValueError(f"{got}; expected a multiple of {size}, the devices of {token_axes}")
-    _check_experts(routing, params, math.prod(within.shape[axis] for axis in axes), axes, whole=True)
+    check_experts(routing, params, math.prod(within.shape[axis] for axis in axes), axes, whole=True)
 
     def local(x, routing, params):
         return expert_parallel(x, routing, experts, params, axis_name=axes, token_axes=token_axes, **options)
@@ -282,7 +282,7 @@ def expert_parallel_bytes(
     }
 
 
-def _check_experts(
+def check_experts(
     routing: Routing, params: Any, devices: int, axes: tuple[str, ...], *, whole: bool = False
 ) -> None:
     """Raise ValueError unless the experts divide over the devices, and params have them in front."""
@@ -298,7 +298,8 @@ def _check_experts(
             raise ValueError(f"{where}; expected {expected} experts in front, of {E} over {devices} devices")
 
 
-def _as_tuple(axes: AxisNames) -> tuple[str, ...]:
+def as_tuple(axes: AxisNames) -> tuple[str, ...]:
+    """Name axes as a tuple, also a single one."""
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
