@@ -33,6 +33,8 @@ from tests.cases import served
 from .causal_conv1d import calls as conv_calls
 from .causal_conv1d import definition as conv_definition
 from .draws import sizes
+from .grouped_matmul import calls as grouped_calls
+from .grouped_matmul import definition as grouped_definition
 from .linear_attention import calls as attention_calls
 from .linear_attention import definition as attention_definition
 from .linear_recurrence import calls as recurrence_calls
@@ -111,6 +113,7 @@ def every_case() -> list:
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 TOKENS_OF_HEADS = {"x": "b t h p", "dt": "b t h", **dict.fromkeys("BC", "b t groups n"), "segment_ids": "b t"}
+ROUTES = ("gather", "scatter", "weights")
 CHANNELS = dict.fromkeys(("x", "dt", "z"), "b t d") | dict.fromkeys("BC", "b t n")
 
 OPERATIONS = {
@@ -218,6 +221,19 @@ OPERATIONS = {
             exported=matmul_calls.COMPILED[0],
             on_tpu=matmul_calls.COMPILED,
             on_gpu=matmul_calls.COMPILED,
+        ),
+        Row(
+            frugax.kernels.grouped_matmul,
+            grouped_calls,
+            grouped_definition.grouped_matmul,
+            {"lhs": "t k", "rhs": "e k n", "group_sizes": "e", **dict.fromkeys(ROUTES, "b")},
+            small={"sizes": [4, 0, 6], "K": 3, "N": 5, "B": 11} | grouped_calls.ROUTED,
+            defined=[grouped_calls.PLAIN[1], grouped_calls.PACKED[0]],
+            like="lhs",
+            states=(),
+            split=("none", "n"),
+            placed={"sizes": [4, 0, 6], "K": 8, "N": 4, "B": 11} | grouped_calls.ROUTED,
+            kernels=(3, 3),
         ),
         Row(
             frugax.kernels.quantized_update,

@@ -70,7 +70,7 @@ mlir.register_lowering(_PRODUCT, _lower)
 
 def _jvp(primals, tangents, *, kind, decode, out):
     x, sizes, *experts = primals
-    dx, _, *dexperts = tangents
+    dx, _, *dexperts = (t if isinstance(t, ad.Zero) else jnp.asarray(t) for t in tangents)
     terms = []
     if not isinstance(dx, ad.Zero):
         terms.append(product(kind, dx, tuple(experts), sizes, decode))

@@ -107,13 +107,6 @@ def stored_experts(w: QuantizedTensor) -> tuple[dict[str, Any], Format, int]:
     return arrays, format, size
 
 
-def expert(stored: dict[str, Any], spec: Spec) -> tuple[packed.Inputs, packed.Spec]:
-    """A packed expert's arrays by name as a call of `quantized_matmul` without tokens, for its decoders."""
-    assert spec.format is not None
-    of_one = packed.Spec(spec.format, spec.group_size, spec.K, None, "dot")
-    return packed.Inputs(**dict.fromkeys(packed.Inputs._fields) | stored), of_one
-
-
 def shape(call: Inputs, spec: Spec) -> tuple[int, int, int, int]:
     """E, M, K, N of the product: M sorted rows times experts [E, K, N]."""
     columns = call.rhs if call.rhs is not None else call.codes

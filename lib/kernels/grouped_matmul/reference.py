@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..common.arguments import accumulator
-from ..quantized_matmul.inputs import weights
-from .inputs import PACKED, Inputs, Spec, expert, shape
+from .decode import decoded, stored
+from .inputs import Inputs, Spec, shape
 from .rows import gathered, scattered
 
 
@@ -18,8 +18,7 @@ def forward(call: Inputs, spec: Spec) -> Array:
     row = jnp.arange(M, dtype=jnp.int32)
     for e in range(E):
         if call.rhs is None:
-            stored = {name: a[e] for name in PACKED if (a := getattr(call, name)) is not None}
-            w = weights(*expert(stored, spec)).dequantize(dtype)
+            w = decoded({name: a[e] for name, a in stored(call).items()}, spec, dtype)
         else:
             w = call.rhs[e].astype(dtype)
         mine = ((row >= ends[e] - call.group_sizes[e]) & (row < ends[e]))[:, None]

@@ -71,8 +71,8 @@ def by_groups(x: Array, y: Array, sizes: Array) -> Array:
 def _each_group(sizes: Array, start: Array, group: Callable[[Array, Array], Array], like: Any) -> Array:
     """`group(e, state)` of each group e that has rows, one after the other."""
 
-    def one(e: Array, state: Array) -> Array:
-        e = e.astype(jnp.int32)
+    def one(e: Array | int, state: Array) -> Array:
+        e = jnp.asarray(e, jnp.int32)
         return _when(sizes[e] > 0, lambda zero, state: group(e + zero, state), state)
 
     return lax.fori_loop(0, sizes.shape[0], one, vary_like(start, like))
@@ -104,7 +104,7 @@ def _each_tile(
     fewer = 0
     for count in (*(n for n in LAST if n < M), M) if known(M) and M < TILE else LAST:
 
-        def visit(zero: Array, state: Array, count: int = count) -> Array:
+        def visit(zero: Array | int, state: Array, count: int = count) -> Array:
             at = jnp.minimum(rest, M - count) + zero
             row = at + jnp.arange(count, dtype=jnp.int32)
             return last(at, count, (row >= rest) & (row < end), state)
@@ -114,7 +114,7 @@ def _each_tile(
     return state
 
 
-def _when(condition: Array, change: Callable[[Array, Array], Array], state: Array) -> Array:
+def _when(condition: Array, change: Callable[[Array | int, Array], Array], state: Array) -> Array:
     """`change(0, state)` if the condition holds, by a loop: XLA copies what a branch returns.
 
     The zero is the loop's counter: what does not depend on it XLA computes before the loop, even if none of

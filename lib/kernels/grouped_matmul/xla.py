@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..common.arguments import operand_dtype
-from ..quantized_matmul.inputs import weights
 from . import rows
 from .bilinear import product
-from .inputs import PACKED, Inputs, Spec, expert
+from .decode import decoded, stored
+from .inputs import Inputs, Spec
 
 
 def forward(call: Inputs, spec: Spec) -> Array:
@@ -28,8 +28,9 @@ def _products(call: Inputs, spec: Spec) -> rows.Products:
     if call.rhs is not None:
         experts: tuple[Array, ...] = (call.rhs,)
     else:
-        stored = {name: x for name in PACKED if (x := getattr(call, name)) is not None}
-        experts, decode = tuple(stored.values()), _Decode(spec, tuple(stored), call.lhs.dtype)
+        arrays = stored(call)
+        experts = tuple(arrays.values())
+        decode = _Decode(spec, tuple(arrays), operand_dtype(call.lhs.dtype))
     return rows.Products(
         forward=lambda x: product("rows", x, experts, sizes, decode),
         backward=lambda dy: product("transposed", dy, experts, sizes, decode),
@@ -46,5 +47,4 @@ class _Decode(NamedTuple):
 
     def __call__(self, e: Array, *stored: Array) -> Array:
         of_e = (lax.dynamic_index_in_dim(x, e, keepdims=False) for x in stored)
-        w = weights(*expert(dict(zip(self.names, of_e, strict=True)), self.spec))
-        return w.dequantize(operand_dtype(self.dtype))
+        return decoded(dict(zip(self.names, of_e, strict=True)), self.spec, self.dtype)
