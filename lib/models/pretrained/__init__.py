@@ -1,6 +1,5 @@
 """Checkpoints from elsewhere: Mamba, FalconMamba and Mamba-2, loaded into our `Decoder`."""
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,7 +15,8 @@ from jax import Array
 
 from ...layers.block import Block
 from ..decoder import Decoder
-from .files import EMBEDDING, HEAD, Tensor, open_tensors
+from .experts import load_experts as load_experts
+from .files import EMBEDDING, HEAD, Tensor, open_tensors, read_config, setting
 from .state_spaces import from_state_spaces
 
 
@@ -49,11 +49,7 @@ def load(folder: str | PathLike) -> tuple[Decoder, dict]:
         ValueError: folder: got 'no/such/folder', without a config.json; expected a Hugging Face folder
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"folder: got {str(folder)!r}, without a config.json; expected a Hugging Face folder"
-        )
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     if "model_type" not in config and {"d_model", "n_layer"} <= set(config):
         config = from_state_spaces(config)
     family = FAMILIES.get(config.get("model_type"))
@@ -105,7 +101,7 @@ _MAMBA2 = _CONV | {
 
 
 def _mamba_block(config: dict, inner_norm: float | None = None) -> Block:
-    width, rank = _get(config, "hidden_size"), config.get("time_step_rank", "auto")
+    width, rank = setting(config, "hidden_size"), config.get("time_step_rank", "auto")
     inner = config.get("intermediate_size") or int(config.get("expand", 2) * width)
     args = {
         "expand": inner / width,
@@ -123,8 +119,12 @@ def _falcon_block(config: dict) -> Block:
 
 def _mamba2_block(config: dict) -> Block:
     low, high = config.get("time_step_limit", (0.0, math.inf))
-    width, heads, expand = _get(config, "hidden_size"), _get(config, "num_heads"), config.get("expand", 2)
-    if heads * _get(config, "head_dim") != int(expand * width):
+    width, heads, expand = (
+        setting(config, "hidden_size"),
+        setting(config, "num_heads"),
+        config.get("expand", 2),
+    )
+    if heads * setting(config, "head_dim") != int(expand * width):
         size = f"expand * hidden_size / num_heads = {expand * width / heads:g}"
         raise ValueError(f"head_dim: got {config['head_dim']}; expected {size}")
     epsilon = config.get("layer_norm_epsilon", 1e-5)
@@ -148,12 +148,6 @@ FAMILIES = {
 }
 
 
-def _get(config: dict, name: str) -> Any:
-    if name not in config:
-        raise ValueError(f"config.json: has no {name!r}")
-    return config[name]
-
-
 def _is_tied(config: dict, family: Family, tensors: dict[str, Tensor]) -> bool:
     """True where the head is the embedding: what the file holds decides where it holds both."""
     tied = config.get("tie_word_embeddings", family.tied)
@@ -167,10 +161,10 @@ def _decoder(config: dict, family: Family, tied: bool) -> Decoder:
         if config.get(name, known[0]) not in known:
             raise ValueError(f"{name}: got {config[name]!r}; expected {' or '.join(map(repr, known))}")
     return Decoder(
-        vocab_size=_get(config, "vocab_size"),
-        width=_get(config, "hidden_size"),
+        vocab_size=setting(config, "vocab_size"),
+        width=setting(config, "hidden_size"),
         blocks=(family.block(config),),
-        repeats=_get(config, "num_hidden_layers"),
+        repeats=setting(config, "num_hidden_layers"),
         tie_embeddings=tied,
     )
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's files, by the names that `transformers` gives them."""
+"""A checkpoint's config and the tensors of its files, by the names that `transformers` gives them."""
 
 import json
 from contextlib import ExitStack
@@ -8,6 +8,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 HEAD, EMBEDDING, BACKBONE = "lm_head.weight", "backbone.embeddings.weight", "backbone."
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; ValueError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"folder: got {str(folder)!r}, without a config.json; expected a Hugging Face folder"
+        )
+    return json.loads((folder / "config.json").read_text())
+
+
+def setting(config: dict[str, Any], *names: str) -> Any:
+    """The first of these settings that the config has; ValueError where it has none."""
+    for name in names:
+        if name in config:
+            return config[name]
+    raise ValueError(f"config.json: has no {' or '.join(map(repr, names))}")
 
 
 class Tensor(NamedTuple):
@@ -33,12 +50,7 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
     Raises:
       ImportError, ValueError: as `load`.
     """
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError("loading a checkpoint needs safetensors: pip install safetensors") from error
-    opened = [stack.enter_context(safe_open(folder / name, framework="numpy")) for name in _shards(folder)]
-    tensors = {name: Tensor(file, name) for file in opened for name in file.keys()}  # noqa: SIM118
+    tensors = open_files(folder, stack)
     if not any(name.startswith(BACKBONE) for name in tensors):
         tensors = {name if name == HEAD else BACKBONE + name: at for name, at in tensors.items()}
     singular = tensors.pop(BACKBONE + "embedding.weight", None)
@@ -47,6 +59,20 @@ def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
     if HEAD in tensors:
         tensors.setdefault(EMBEDDING, tensors[HEAD])
     return tensors
+
+
+def open_files(folder: Path, stack: ExitStack) -> dict[str, Tensor]:
+    """The folder's tensors by their names in its files, which are open until the stack is closed.
+
+    Raises:
+      ImportError, ValueError: as `load`.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError("loading a checkpoint needs safetensors: pip install safetensors") from error
+    opened = [stack.enter_context(safe_open(folder / name, framework="numpy")) for name in _shards(folder)]
+    return {name: Tensor(file, name) for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def _shards(folder: Path) -> list[str]:
