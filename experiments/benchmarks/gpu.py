@@ -172,6 +172,7 @@ def measure(
     bound: float,
     least_bytes: Callable[[Any, str], int],
     effort: Effort,
+    beside: dict[str, Callable[[Any], Runner]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each shape, of the forward pass and of both: median times, their share of a copy.
 
@@ -183,7 +184,9 @@ def measure(
       bound: of rmse over rms of the output and every gradient.
       least_bytes: of a shape and "forward" or "both": what must be read and written.
       effort: timings of each, in turns, so that a drifting clock is the same for all; and who is left out.
+      beside: what computes something else, of the same size: timed as a yardstick, and not compared.
     """
+    beside = beside or {}
     rate = copy_rate()
     taking_part, left_out = effort.split(list(contenders))
     gated: dict[Any, dict[str, float | str]] = {}
@@ -194,10 +197,11 @@ def measure(
             gated[small] = {name: gate(contenders[name], small, wanted) for name in taking_part}
             print(f"gate {small}: {gated[small]}", flush=True)
         runners = {}
-        for name, error in gated[small].items():
+        makers = contenders | beside
+        for name, error in (gated[small] | dict.fromkeys(beside, 0.0)).items():
             if isinstance(error, float) and error <= bound:
                 try:
-                    runner = contenders[name](shape)
+                    runner = makers[name](shape)
                     for run in (runner.forward, runner.both) * 2:
                         runner.wait(run())
                     runners[name] = runner

@@ -429,6 +429,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "hopper_selective_scan": partial(hopper, "selective_scan"),
         "hopper_rnn": partial(hopper, "rnn"),
         "hopper_adam_8bit": partial(hopper, "adam_8bit"),
+        "hopper_grouped_matmul": partial(hopper, "grouped_matmul"),
     },
 }
 

@@ -248,6 +248,31 @@ def quantized_matmul(tiny: bool, formats: tuple[str, ...], activations: str | No
             yield Case(f"{name} M={M} K={K} N={N} {dtype}", call, arrays)
 
 
+def grouped_matmul(tiny: bool, dtype: np.dtype) -> Iterator[Case]:
+    """Yield products of rows with their experts; an expert may have no rows, and a row no expert."""
+    for M, K, N, sizes, placed in (
+        [(24, 64, 64, (9, 0, 5), False)]
+        if tiny
+        else [
+            (1000, 256, 512, (333, 0, 1, 129, 537), False),
+            (4096, 512, 1024, (4000, 7, 64, 5), True),
+            (70, 128, 192, (3,) * 20 + (0,) * 12, True),
+        ]
+    ):
+        draw = Draw(M)
+        arrays = {"lhs": draw.normal(M, K, dtype=dtype), "rhs": draw.normal(len(sizes), K, N, dtype=dtype)}
+        arrays["group_sizes"] = np.array(sizes, np.int32)
+        call: Callable[..., Any] = frugax.kernels.grouped_matmul
+        if placed:  # rows of tokens that go to two experts each, and come back
+            arrays["lhs"] = arrays["lhs"][: M // 2]
+            arrays["weights"] = draw.normal(M, dtype=F32)
+            arrays["gather"] = draw.rng.permutation(M).astype(np.int32) // 2
+            arrays["scatter"] = arrays["gather"]
+            call = partial(call, out_rows=M // 2)
+        what = f"M={M} K={K} N={N} E={len(sizes)} gather and scatter={placed}"
+        yield Case(what, call, arrays, times=2 if placed else 1)
+
+
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "linear_attention, a decay a head and token": partial(linear_attention, decay="bth"),
     "linear_attention, a decay a channel": partial(linear_attention, decay="bthk"),
@@ -264,6 +289,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
         quantized_matmul, formats=("int8", "int4", "ternary"), activations="int8"
     ),
     "quantized_matmul, fp8 tokens": partial(quantized_matmul, formats=("fp8_e4m3",), activations="fp8_e4m3"),
+    "grouped_matmul, bfloat16": partial(grouped_matmul, dtype=BF16),
     "quantized_update, adam": partial(
         quantized_update, rule="adam", formats=("dynamic8", "udynamic8"), hyper=ADAM
     ),
@@ -281,6 +307,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "rnn, gru": partial(rnn, cell="gru", gates=3, states=1),
     "rnn, elman": partial(rnn, cell="elman", gates=1, states=1),
     "rnn, slstm": partial(rnn, cell="slstm", gates=4, states=4),
+    "grouped_matmul, float16": partial(grouped_matmul, dtype=np.dtype(np.float16)),
     "quantized_update, adam in ufp8": partial(
         quantized_update, rule="adam", formats=("mulaw8", "ufp8_e4m4"), hyper=ADAM
     ),

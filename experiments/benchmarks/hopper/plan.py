@@ -15,6 +15,7 @@ BENCHMARKS = (
     ("selective_scan", "gpu_selective_scan", "B=8, T=2048, D=5120"),
     ("rnn", "gpu_rnn", "B=16, T=1024, H=8"),
     ("quantized_matmul", "gpu_quantized_matmul", "M=16, K=4096, N=4096, group_size=128"),
+    ("grouped_matmul", "gpu_grouped_matmul", "E=128, load='zipf'"),
     ("adam_8bit", "gpu_adam_8bit", "group_size=256"),
 )
 CONFORMANCE_SECONDS = 75  # of which a kernel's compilation may take most
