@@ -9,7 +9,7 @@ The files are found again as the run's config names them, so they must still be 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,13 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    module: Any, params: Any, corpus: Corpus, tokenizer: Tokenizer, evaluation: ConfigDict
+    module: Any,
+    params: Any,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    evaluation: ConfigDict,
+    *,
+    collections: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Measure a model and two simple compressors on the same held-out bytes.
 
@@ -66,6 +72,7 @@ def compare(
         tokenizer: from `experiments.data.load_tokenizer`.
         evaluation: batch_size, sequence_length (the model's context at most; gzip's is the document, up to 32
             KiB), max_bytes (0: all that is held out).
+        collections: the model's variables that are no params.
 
     Returns:
         Bits per byte of all three, and the share of the bytes that the tokenizer loses.
@@ -82,7 +89,7 @@ def compare(
         limit_bytes=limit,
     )
     spans = limit_bytes(corpus.heldout, limit)
-    bits = bits_per_byte(module, params, batches)
+    bits = bits_per_byte(module, params, batches, collections=collections)
     assert bits is not None  # nothing stops it
     return Comparison(
         model=bits,
@@ -121,7 +128,9 @@ def evaluate(
             check_fields({f"evaluation.{name}": value}, TRAINING)
             evaluation[name] = value
     corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
-    return compare(module, variables["params"], corpus, load_tokenizer(tokenizer_path), evaluation)
+    params = variables.pop("params")
+    tokenizer = load_tokenizer(tokenizer_path)
+    return compare(module, params, corpus, tokenizer, evaluation, collections=variables)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

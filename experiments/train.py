@@ -122,9 +122,11 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         """Held-out bits per byte; None where `stop` said so."""
         several = jax.process_count() > 1  # they must agree, so none of them stops on its own
         bits: float | None = 0.0
-        params = layout.whole(params_to_use(layout.take(state)))
+        mine = layout.take(state)
+        params, collections = layout.whole((params_to_use(mine), mine.collections))
         if is_first:
-            bits = bits_per_byte(module, params, held_out, (lambda: False) if several else stop)
+            asked = (lambda: False) if several else stop
+            bits = bits_per_byte(module, params, held_out, asked, collections=collections)
         if several:
             bits = float(multihost_utils.broadcast_one_to_all(np.float32(bits)))
         if bits is not None and not math.isfinite(bits):  # such bits are nobody's best

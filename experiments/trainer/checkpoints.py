@@ -1,8 +1,9 @@
 """Atomic checkpoints of a run, written while it goes on, the newest and the best kept, checked when read.
 
 RUN/checkpoints/<step>/ holds params, average (the params to use, where those are not the trained ones),
-training (optimizer state, RNG, step), data (the iterator's place, one file a process) and about (the config,
-held-out bits per byte where they were measured, and a checksum of every array).
+training (optimizer state, RNG, step), collections (the model's variables that are no params, where it has
+some), data (the iterator's place, one file a process) and about (the config, held-out bits per byte where
+they were measured, and a checksum of every array).
 """
 
 import contextlib
@@ -198,7 +199,8 @@ class Checkpoints:
         self._check(step, read)
         if self.about(step)["checksums"]["data"] != _crc(batches.get_state()):
             raise self._read_error(step, "data is not what was written")
-        return TrainState(params=read["params"], ema=read.get("average"), **read["training"])
+        training, collections = read["training"], read.get("collections", {})
+        return TrainState(params=read["params"], ema=read.get("average"), collections=collections, **training)
 
     def restore_params(self, step: int, like: Any, *, trained: bool = False) -> Any:
         """Only the params to use, as evaluation and generation need them.
@@ -216,6 +218,14 @@ class Checkpoints:
         read = self._read(step, {name: ocp.args.StandardRestore(like)})
         self._check(step, read)
         return read[name]
+
+    def restore_collections(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """The model's variables that are no params; `like` has their shapes, dtypes and shardings."""
+        if not like:
+            return {}
+        read = self._read(step, {"collections": ocp.args.StandardRestore(like)})
+        self._check(step, read)
+        return read["collections"]
 
     def _read(self, step: int, args: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -274,6 +284,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 def _split(state: TrainState) -> dict[str, Any]:
     training = {"step": state.step, "optimizer": state.optimizer, "rng": state.rng, "skipped": state.skipped}
     items = {"params": state.params, "training": training}
+    items |= {"collections": state.collections} if state.collections else {}
     return items if state.ema is None else items | {"average": state.ema}
 
 

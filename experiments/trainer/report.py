@@ -50,13 +50,15 @@ def report(
     start = time.monotonic()
     comparison = None
     if config.evaluation.enabled and corpus.heldout:
-        comparison = compare(module, params, corpus, tokenizer, config.evaluation)
+        comparison = compare(
+            module, params, corpus, tokenizer, config.evaluation, collections=state.collections
+        )
     evaluation_seconds = time.monotonic() - start
     text = ""
     if config.sample.tokens:
         pieces = sample_text(
             module,
-            {"params": params},
+            {"params": params, **state.collections},
             tokenizer,
             config.sample.prompt,
             steps=config.sample.tokens,

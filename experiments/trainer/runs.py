@@ -22,8 +22,9 @@ def load_run(
       step: which checkpoint; None takes the newest, "best" the one with the fewest held-out bits per byte.
 
     Returns:
-      config, module, variables ({"params": ...}; their average where the run kept one), the path of the
-      tokenizer (None: bytes), and the step. `module.apply(variables, tokens, state=None, segment_ids=None)`.
+      config, module, variables ({"params": ...}; their average where the run kept one; and what else the
+      model carries), the path of the tokenizer (None: bytes), and the step. The module is called as
+      `module.apply(variables, tokens, state=None, segment_ids=None)`.
 
     Raises:
       CheckpointError: there is no checkpoint, or it can't be read.
@@ -34,10 +35,11 @@ def load_run(
     config = ConfigDict(_merged(config.to_dict(), checkpoints.about(step)["config"]))
     module = build_model(config)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    params = checkpoints.restore_params(step, like)
-    return config, module, {"params": params}, config.data.tokenizer or None, step
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), dict(shapes))
+    params = checkpoints.restore_params(step, like.pop("params"))
+    variables = {"params": params} | checkpoints.restore_collections(step, like)
+    return config, module, variables, config.data.tokenizer or None, step
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

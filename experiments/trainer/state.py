@@ -22,6 +22,7 @@ class TrainState(NamedTuple):
     ema: Any  # float32 moving average of params, free of the params before the first step; None without one
     rng: Array  # the run's key; a step folds its number into it
     skipped: Array  # int32: how many of the steps were not finite, and changed nothing
+    collections: Any  # the model's variables that are no params, which steps change: {"router_state": ...}
 
 
 def init_state(
@@ -34,10 +35,11 @@ def init_state(
 ) -> TrainState:
     """The state before the first step. Jit it, or `jax.eval_shape` it; arguments as in `make_train_step`."""
     init_rng, rng = jax.random.split(jax.random.key(seed))
-    params = module.init(init_rng, jnp.zeros((1, 2), jnp.int32))["params"]
+    collections = dict(module.init(init_rng, jnp.zeros((1, 2), jnp.int32)))
+    params = collections.pop("params")
     ema = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params) if ema_decay else None
     optimizer_state = optimizer.init(_widened(params) if rounding == "stochastic" else params)
-    return TrainState(jnp.int32(0), params, optimizer_state, ema, rng, jnp.int32(0))
+    return TrainState(jnp.int32(0), params, optimizer_state, ema, rng, jnp.int32(0), collections)
 
 
 def make_train_step(
@@ -54,7 +56,8 @@ def make_train_step(
     """Build the function that takes one optimizer step.
 
     Args:
-      module: `module.apply(variables, tokens, state=None, segment_ids=None) -> (logits, state)`.
+      module: `module.apply(variables, tokens, state=None, segment_ids=None) -> (logits, state)`. The losses
+        that it sows in "moe" (`frugax.layers.MoE`) are added to the cross entropy.
       accumulate: the batch goes through the model in this many parts, one after the other. Their gradients
         add up in float32.
       ema_decay: the share of the old average that each step keeps; 0 keeps none.
@@ -67,21 +70,36 @@ def make_train_step(
     Returns:
       step(state, batch) -> (state, metrics). The batch is what `experiments.data.make_loader` yields. The
       loss is the mean cross entropy (nats a token) over all weights of all devices, so neither `accumulate`
-      nor the number of devices changes it beyond rounding.
+      nor the number of devices changes it beyond rounding. But routers of experts balance the tokens that
+      they see: those of a part, and with pmap those of a device. Models with such routers have the metrics
+      "auxiliary_loss", which "loss" is without, and those of `frugax.moe.load_summary`.
     """
 
     def over_devices(x):
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
-    def weighted_loss(params, batch, total_weight, rng):
-        rngs = {"dropout": rng, "low_bit": jax.random.fold_in(rng, 1)}
-        logits_BTV, _ = module.apply(
-            {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs
+    def weighted_loss(params, collections, batch, total_weight, rng):
+        rngs = {"dropout": rng} | {
+            n: jax.random.fold_in(rng, i) for i, n in enumerate(("low_bit", "router"), 1)
+        }
+        (logits_BTV, _), new = module.apply(
+            {"params": params, **collections},
+            batch["tokens"],
+            segment_ids=batch["segment_ids"],
+            rngs=rngs,
+            mutable=["moe", *collections],
         )
         losses_BT = optax.softmax_cross_entropy_with_integer_labels(
             logits_BTV.astype(jnp.float32), batch["targets"]
         )
-        return jnp.sum(losses_BT * batch["weights"]) / total_weight
+        loss = jnp.sum(losses_BT * batch["weights"]) / total_weight
+        sown = {n: x for n, x in new.items() if n not in collections}
+        report = frugax.moe.load_summary(sown)
+        if report:
+            report["auxiliary_loss"] = frugax.moe.total_loss(sown)
+        # Means over parts and devices, whose values add up.
+        report = jax.tree.map(lambda x: x / (accumulate * over_devices(1)), report)
+        return loss + report.get("auxiliary_loss", 0), (loss, report, {n: new[n] for n in collections})
 
     def step(state: TrainState, batch):
         step_rng = rng = jax.random.fold_in(state.rng, state.step)
@@ -89,25 +107,34 @@ def make_train_step(
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         total_weight = jnp.maximum(over_devices(jnp.sum(batch["weights"])), 1)
 
-        def loss_and_gradient(part, part_rng):
-            loss, grads = jax.value_and_grad(weighted_loss)(state.params, part, total_weight, part_rng)
-            return loss, _widened(grads)
+        def loss_and_gradient(collections, part, part_rng):
+            gradient = jax.grad(weighted_loss, has_aux=True)
+            grads, aux = gradient(state.params, collections, part, total_weight, part_rng)
+            loss, report, collections = aux
+            return (loss, report, _widened(grads)), collections
 
         if accumulate == 1:
-            loss_and_grads = loss_and_gradient(batch, rng)
+            sums, collections = loss_and_gradient(state.collections, batch, rng)
         else:
             # Every accumulate-th row is one part, so that each part stays spread over all devices.
             parts = jax.tree.map(
                 lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch)
             )
-            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, _widened(state.params)))
-            loss_and_grads, _ = jax.lax.scan(
-                lambda carry, part: (jax.tree.map(jnp.add, carry, loss_and_gradient(*part)), None),
-                zeros,
-                (parts, jax.random.split(rng, accumulate)),
-            )
-        loss, grads = over_devices(loss_and_grads)
+            keys = jax.random.split(rng, accumulate)
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes, _ = jax.eval_shape(loss_and_gradient, state.collections, first, keys[0])
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+            def add(carry, part):
+                sums, collections = carry
+                more, collections = loss_and_gradient(collections, *part)
+                return (jax.tree.map(jnp.add, sums, more), collections), None
+
+            (sums, collections), _ = jax.lax.scan(add, (zeros, state.collections), (parts, keys))
+        loss, report, grads = over_devices(sums)
         grads = place_grads(grads)
+        if axis_name is not None:
+            collections = jax.tree.map(functools.partial(_same, axis_name), collections)
 
         if rounding == "stochastic":
             updates, optimizer_state = optimizer.update(grads, state.optimizer, _widened(state.params))
@@ -126,14 +153,15 @@ def make_train_step(
             / jnp.maximum(over_devices(jnp.sum(batch["bytes"])), 1),
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
+            **report,
         }
         taken, skipped = state.step + 1, state.skipped
         if skip:
             finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, metrics.values()))
-            params, optimizer_state = jax.tree.map(
+            params, optimizer_state, collections = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),
-                (params, optimizer_state),
-                (state.params, state.optimizer),
+                (params, optimizer_state, collections),
+                (state.params, state.optimizer, state.collections),
             )
             skipped = skipped + ~finite
             metrics["skipped_steps"] = skipped
@@ -142,9 +170,14 @@ def make_train_step(
             ema = _averaged(ema, params, taken - skipped, ema_decay)
             if skip:
                 ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), ema, state.ema)
-        return TrainState(taken, params, optimizer_state, ema, state.rng, skipped), metrics
+        return TrainState(taken, params, optimizer_state, ema, state.rng, skipped, collections), metrics
 
     return step
+
+
+def _same(axis_name: str, x: Array) -> Array:
+    """The mean over devices, so that all have the same; whole numbers are the same as they are."""
+    return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _widened(tree):
@@ -180,8 +213,8 @@ def params_to_use(state: TrainState) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(module, params, batch):
-    logits_BTV, _ = module.apply({"params": params}, batch["tokens"], segment_ids=batch["segment_ids"])
+def _nats(module, variables, batch):
+    logits_BTV, _ = module.apply(variables, batch["tokens"], segment_ids=batch["segment_ids"])
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(
         logits_BTV.astype(jnp.float32), batch["targets"]
     )
@@ -189,7 +222,12 @@ def _nats(module, params, batch):
 
 
 def bits_per_byte(
-    module, params, batches: Iterable[Mapping[str, Any]], stop: Callable[[], bool] = lambda: False
+    module,
+    params,
+    batches: Iterable[Mapping[str, Any]],
+    stop: Callable[[], bool] = lambda: False,
+    *,
+    collections: Mapping[str, Any] | None = None,
 ) -> float | None:
     """Mean bits that a model spends on each byte of `batches` (of `heldout_batches`).
 
@@ -198,11 +236,13 @@ def bits_per_byte(
       params: its parameters.
       batches: dicts of arrays; every batch is of the same shape.
       stop: asked before each batch; once it is True the result is None.
+      collections: its other variables, if it has some (`TrainState.collections`).
     """
+    variables = {"params": params, **(collections or {})}
     total, size = 0.0, 0
     for batch in batches:
         if stop():
             return None
-        total += float(_nats(module, params, batch))
+        total += float(_nats(module, variables, batch))
         size += int(batch["bytes"].sum())
     return total / math.log(2) / size

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import train as training
+from experiments.configs.defaults import block
 from experiments.trainer.checkpoints import CheckpointError, Checkpoints
 from experiments.trainer.lock import locked
 from experiments.trainer.metrics import Metrics
@@ -91,7 +92,7 @@ def test_it_is_evaluated_while_it_trains(run):
 
 def test_the_best_checkpoint_is_kept(corpus, tmp_path, monkeypatch, no_report):
     found = iter([3.0, 1.0, float("nan"), 2.0])
-    monkeypatch.setattr(training, "bits_per_byte", lambda *args: next(found))
+    monkeypatch.setattr(training, "bits_per_byte", lambda *args, **_: next(found))
     fields = dict(checkpoint__keep=1, evaluation__every=3, log_every=4)
     training.train(tiny_config(corpus, tmp_path, **fields))
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [6, 12]
@@ -101,7 +102,7 @@ def test_the_best_checkpoint_is_kept(corpus, tmp_path, monkeypatch, no_report):
     with pytest.raises(CheckpointError, match="step: got 999; expected one of 6, 12, which"):
         load_run(tmp_path, 999)
     # A run that goes on knows what the best was.
-    monkeypatch.setattr(training, "bits_per_byte", lambda *args: 1.5)
+    monkeypatch.setattr(training, "bits_per_byte", lambda *args, **_: 1.5)
     training.train(tiny_config(corpus, tmp_path, **fields | {"steps": 15}))
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [6, 15]
 
@@ -312,3 +313,22 @@ def test_a_run_goes_on_over_other_devices(corpus, tmp_path):
 def test_a_field_that_cannot_be_right_is_named(corpus, tmp_path, changes, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         training.train(tiny_config(corpus, tmp_path, **changes))
+
+
+def test_a_mixture_of_experts_trains_and_goes_on(corpus, tmp_path):
+    """Its losses and loads are logged, and the router's state is saved, read, evaluated and sampled with."""
+    moe = {"experts": 3, "k": 1, "expand": 1, "router": "sigmoid_top_k", "router_args": {"rate": 2.0**-7}}
+    config = tiny_config(corpus, tmp_path, steps=3, checkpoint__every=3)
+    config.model.blocks.gru = block(mixer="MLGRU", channel="MoE", channel_args=moe)
+    assert training.train(config)["held_out_bits_per_byte"] < 8.5
+    for _, entropy, dropped, auxiliary in logged(tmp_path, "load_entropy", "dropped_share", "auxiliary_loss"):
+        assert 0 < entropy <= 1
+        assert dropped == 0
+        assert 0 < auxiliary < 1e-3
+    _, _, before, _, _ = load_run(tmp_path)
+    config.steps = 4
+    training.train(config)
+    _, _, after, _, _ = load_run(tmp_path)
+    (old,), (new,) = (jax.tree.leaves(x["router_state"]) for x in (before, after))
+    assert set(abs(2**7 * old).reshape(-1).tolist()) <= {0.0, 1.0, 2.0, 3.0}
+    assert set(abs(2**7 * (new - old)).reshape(-1).tolist()) == {1.0}

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+import frugax
 from experiments.trainer.state import bits_per_byte, init_state, make_train_step, params_to_use
-from tests.errors import bound, error
+from tests.errors import assert_close, bound, error
 
 VOCAB = 5
 
@@ -21,8 +22,9 @@ class Bigram:
     def init(self, key, tokens):
         return {"params": {"kernel": jax.random.normal(key, (VOCAB, VOCAB), self.dtype)}}
 
-    def apply(self, variables, tokens, segment_ids=None, rngs=None):
-        return variables["params"]["kernel"][tokens], None
+    def apply(self, variables, tokens, segment_ids=None, rngs=None, mutable=False):
+        out = variables["params"]["kernel"][tokens], None
+        return out if mutable is False else (out, {})
 
 
 def batch_of(rows, seed=0):
@@ -166,3 +168,55 @@ def test_an_evaluation_stops_when_asked():
     asked = []
     assert bits_per_byte(module, params, batches, lambda: asked.append(0) or len(asked) > 2) is None
     assert bits_per_byte(module, params, batches) > 0
+
+
+def test_a_mixture_of_experts_trains_with_its_losses_and_states():
+    """One step of gradient descent is that of cross entropy and auxiliary loss; the router's bias moves."""
+    arguments = {"experts": 3, "k": 1, "router": "sigmoid_top_k", "expand": 1}
+    arguments |= {"loss_weights": {"load_balance": 1.0}}
+    block = frugax.layers.Block("MLGRU", "MoE", channel_args=arguments)
+    module = frugax.layers.Decoder(VOCAB, 8, (block,), repeats=2, backend="xla")
+    state = init_state(module, optax.sgd(1.0), 0, 0.0)
+    batch = batch_of(2)
+    new, metrics = jax.jit(make_train_step(module, optax.sgd(1.0), accumulate=1, ema_decay=0.0))(state, batch)
+
+    def loss(params):
+        variables = {"params": params, **state.collections}
+        how = dict(segment_ids=batch["segment_ids"], mutable=["moe"])
+        (logits, _), sown = module.apply(variables, batch["tokens"], **how)
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        nats = jnp.sum(nats * batch["weights"]) / batch["weights"].sum()
+        losses = sown["moe"]["layers"]["block_0"]["channel"]["loss"]
+        return nats + losses.sum(), (nats, losses.sum())
+
+    grads, (nats, auxiliary) = jax.jit(jax.grad(loss, has_aux=True))(state.params)
+    assert error(metrics["loss"], nats) < bound("float32")
+    assert error(metrics["auxiliary_loss"], auxiliary) < bound("float32")
+    moved = jax.tree.map(lambda old, new: old - new, state.params, new.params)
+    assert_close(moved["layers"], grads["layers"], "float32", times=4)
+    assert 0 < float(metrics["load_entropy"]) <= 1
+    assert float(metrics["dropped_share"]) == 0
+    (bias,) = jax.tree.leaves(new.collections)
+    assert bias.shape == (2, 3)
+    np.testing.assert_allclose(abs(bias).max(), 1e-3, rtol=1e-5)
+    assert not jax.tree.leaves(state.collections)[0].any()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_states_of_routers_are_the_same_on_all_devices(accumulate):
+    """Devices move by their own loads and take the mean; parts go one after the other."""
+    arguments = {"experts": 3, "k": 1, "router": "sigmoid_top_k", "expand": 1}
+    block = frugax.layers.Block("MLGRU", "MoE", channel_args=arguments)
+    module = frugax.layers.Decoder(VOCAB, 8, (block,), backend="xla")
+    state = init_state(module, optax.sgd(0.1), 0, 0.0)
+    how = dict(accumulate=accumulate, ema_decay=0.0, axis_name="data")
+    batch = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch_of(4))
+    step = jax.vmap(make_train_step(module, optax.sgd(0.1), **how), (None, 0), axis_name="data")
+    new, metrics = jax.jit(step)(state, batch)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x[0], x[1]), (new.params, new.collections, metrics))
+    (bias,) = jax.tree.leaves(new.collections)
+    steps = np.asarray(bias[0] / 5e-4)  # half a step of the rate, or whole ones
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+    assert 0 < abs(steps).max() <= 2 * accumulate
+    assert 0 < float(metrics["load_entropy"][0]) <= 1
