@@ -52,7 +52,13 @@ PACKED = [
     {"sizes": [3, 5], "K": 160, "N": 10, "format": "bitmod4"},
 ]
 FLOAT64 = [case | {"dtype": "float64"} for case in (PLAIN[1], PLAIN[4], PACKED[0])]
-CASES = {"reference": FLOAT64, "xla": [*PLAIN, *PACKED, *FLOAT64], None: [PLAIN[4]]}
+ON_GPU = [{"sizes": [9, 0, 5], "K": 64, "N": 64, "B": 20, "dtype": "bfloat16"} | ROUTED]
+CASES = {
+    "reference": FLOAT64,
+    "xla": [*PLAIN, *PACKED, *FLOAT64],
+    "pallas_gpu": ON_GPU,
+    None: [PLAIN[4]],
+}
 COMPILED = [{"sizes": [700, 0, 300], "K": 256, "N": 256, "B": 1024, "dtype": "bfloat16"}]
 
 
@@ -104,4 +110,5 @@ VALUES = [  # an error outside of jit, where values are seen
     ({"gather": I32(7) + 6}, "gather: got 6 to 6; expected 0 to 6 - 1"),
     ({"scatter": I32(7) - 1}, "scatter: got -1 to -1; expected 0 to 3 - 1"),
 ]
+REFUSED = [("pallas_gpu", {}, "not float32")]
 CHECKED = [({}, None), *((change, f"{next(iter(change))}: a ") for change, _ in VALUES)]
