@@ -3,6 +3,7 @@
 from . import pretrained as pretrained
 from .decoder import Decoder, DecoderState
 from .lmuformer import ConvEmbedding, LMUFormer
+from .m3vit import M3ViT
 from .vision_mamba import VisionMamba
 
-__all__ = ["ConvEmbedding", "Decoder", "DecoderState", "LMUFormer", "VisionMamba", "pretrained"]
+__all__ = ["ConvEmbedding", "Decoder", "DecoderState", "LMUFormer", "M3ViT", "VisionMamba", "pretrained"]

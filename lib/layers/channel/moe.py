@@ -20,7 +20,7 @@ from .mlp import GLU, MLP, activation_fn
 from .router import LOSS_WEIGHTS, Router, check_router, tokens_of
 
 EXPERTS = {"GLU": GLU, "MLP": MLP}
-DISPATCH = ("sort", "gather", "einsum", "dense")
+DISPATCH = ("sort", "gather", "einsum", "dense", "expert_major")
 
 
 class MoE(nn.Module):
@@ -43,7 +43,8 @@ class MoE(nn.Module):
       shared_expand: hidden width of the shared expert, which is never ternary, over the input's; 0: none.
       shared_frozen: no gradient reaches the shared expert. Decay of an optimizer still does.
       dispatch: "sort" drops no token; "gather" and "einsum" have a capacity; "dense" applies every expert to
-        every token, which serves where most experts are active or very small.
+        every token, which serves where most experts are active or very small; "expert_major" applies one
+        after another, with the weights of two at hand and no gradient (`frugax.moe.expert_by_expert`).
       capacity: tokens of an expert, with "gather" and "einsum": a number, or as a float a factor of the mean.
         Training drops any token ("router" key), other calls the last ones.
       loss_weights: factors of the router's losses by name; None: 1e-2 for load balance, importance and load,
@@ -172,10 +173,17 @@ class MoE(nn.Module):
         how: dict[str, Any] = {"activation": activation_fn(self.activation), "ternary": self.ternary}
         calibrating = self.is_mutable_collection("params")  # nothing is computed again then, or for nobody
         remat: Any = jax.checkpoint if self.remat and not calibrating else lambda f: f
-        method = "sort" if self.dispatch == "dense" and calibrating else self.dispatch
+        method = "sort" if self.dispatch in ("dense", "expert_major") and calibrating else self.dispatch
         if method == "dense" and isinstance(routing, moe.Routing):
             dense = remat(functools.partial(moe.dense_experts, **how))
             return dense(x, routing.dense_weights(len(x)), kernels), jnp.zeros(())
+        if method == "expert_major" and isinstance(routing, moe.Routing):
+
+            def one(kernels: Any, rows: Array) -> Array:
+                alone = jax.tree.map(lambda w: w[None], kernels)
+                return moe.apply_experts(rows[None], alone, **how, backend=self.backend)[0]
+
+            return moe.expert_by_expert(one, kernels, x, routing), jnp.zeros(())
 
         apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
         sends: dict[str, Any] = {}
