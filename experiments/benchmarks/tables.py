@@ -355,6 +355,17 @@ def memory_bank() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def expert_placement() -> str:
+    result = read("expert_placement")
+    rows = [
+        [name, *(f"{r[key]:.2f}" for key in ("busiest_over_mean", "worst_step"))]
+        + [f"{r[key]:.1f}" for key in ("token_MB", "expert_MB")]
+        for name, r in result["rows"].items()
+    ]
+    head = ["", "tokens of the busiest device over the mean", "in the worst step", "tokens MB", "experts MB"]
+    return f"{result['model']}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def family_rows() -> str:
     """Tabulate the families of papers: one row each, with its methods."""
     rows = []
@@ -403,7 +414,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "mamba_lyapunov": mamba_lyapunov,
         "low_bit_training": low_bit_training,
     },
-    "docs/results/experts.md": {"memory_bank": memory_bank},
+    "docs/results/experts.md": {"expert_placement": expert_placement, "memory_bank": memory_bank},
     "docs/results/formats.md": {
         "formats": formats,
         "minifloats": minifloats,
