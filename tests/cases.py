@@ -47,13 +47,25 @@ def tiers(
     ]
 
 
+# Backends that share a cover: what they have in common is tried by one of them.
+_ALIKE = ("xla",), (None, "reference"), ("pallas_tpu", "pallas_gpu")
+
+
 def served(lists: dict[str | None, list], has: Callable[..., set] = traits, ids: Callable = str) -> list:
-    """Return (backend, case) as parameters: by default each backend meets each trait of its cases once."""
-    return [
-        pytest.param(backend, *param.values, id=f"{backend}-{param.id}", marks=param.marks)
-        for backend, cases in lists.items()
-        for param in tiers(cases, has, ids=ids)
-    ]
+    """Return (backend, case) as parameters: by default the portable form meets each trait of its cases once,
+    and so do kernels together, TPU's or Hopper's; each backend runs."""
+    parameters = []
+    for backends in _ALIKE:
+        pairs = [(backend, case) for backend in backends for case in lists.get(backend, [])]
+        pairs = [pair for i, pair in enumerate(pairs) if pair not in pairs[:i]]
+        kept = cover([has(case) | {("backend", backend)} for backend, case in pairs])
+        parameters += [
+            pytest.param(
+                backend, case, id=f"{backend}-{ids(case)}", marks=[] if i in kept else pytest.mark.full
+            )
+            for i, (backend, case) in enumerate(pairs)
+        ]
+    return parameters
 
 
 # Chips of the full tier only: the default one compiles for a TPU with each size of matrix unit.

@@ -26,6 +26,32 @@ MODULES = sorted(
     m.name for m in pkgutil.walk_packages(frugax.__path__, "frugax.") if not m.name.endswith("__main__")
 )
 
+# Modules whose examples take two CPU seconds or more, most of them to compile: the full tier runs them.
+DEAR = (
+    "formats",
+    "formats.bitmod",
+    "formats.olive",
+    "formats.quantized_tensor",
+    "formats.scales",
+    "kernels.quantized_update",
+    "kernels.selective_scan_2d",
+    "layers.vision.blocks",
+    "models.decoder",
+    "models.lmuformer",
+    "models.vision_mamba",
+    "moe.dispatch",
+    "moe.routers",
+    "optim.layerwise.compressed",
+    "optim.low_rank.projectors",
+    "optim.zeroth_order.qzo",
+    "optim.zeroth_order.sparse_mezo",
+    "peft.lora",
+    "quant.awq",
+    "quant.rounding",
+    "quant.training.dot",
+    "quant.training.layer",
+)
+
 
 def python(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -65,11 +91,21 @@ def compiled_modules(monkeypatch):
         monkeypatch.setattr(nn.Module, name, compiled(getattr(nn.Module, name)))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.full if name.removeprefix("frugax.") in DEAR else [])
+        for name in MODULES
+    ],
+)
 def test_examples_run(name, compiled_modules):
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
+
+
+def test_dear_modules_are_there():
+    assert {f"frugax.{name}" for name in DEAR} <= set(MODULES)
 
 
 def test_every_public_callable_has_an_example():

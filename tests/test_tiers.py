@@ -26,13 +26,23 @@ def test_a_cover_misses_nothing_and_is_smaller(strength):
     assert chosen == {1: [0, 3], 2: [0, 3, 4]}[strength]
 
 
-def test_each_backend_keeps_each_trait_and_the_rest_is_full():
+def test_the_portable_form_keeps_each_trait_and_kernels_do_together():
     assert traits(CASES[3]) == {("T", "many"), ("packed", True), ("dtype", "bfloat16")}
     kept = [param.values[0] for param in tiers(CASES) if not param.marks]
     assert set().union(*map(traits, kept)) == set().union(*map(traits, CASES))
     assert len(kept) < len(CASES)
-    params = served({"xla": CASES, "pallas_tpu": CASES})
-    assert [param.values for param in params] == [(b, c) for b in ("xla", "pallas_tpu") for c in CASES]
+    lists = dict.fromkeys(("pallas_tpu", None, "pallas_gpu", "xla"), CASES)
+    params = served(lists)
+    assert sorted(map(repr, (p.values for p in params))) == sorted(repr((b, c)) for b in lists for c in CASES)
+    kept = {
+        backend: [p.values[1] for p in params if p.values[0] == backend and not p.marks] for backend in lists
+    }
+    assert all(kept.values())  # every backend runs
+    every = set().union(*map(traits, CASES))
+    assert set().union(*map(traits, kept["xla"])) == every
+    kernels = kept["pallas_tpu"] + kept["pallas_gpu"]
+    assert set().union(*map(traits, kernels)) == every
+    assert len(kernels) < 2 * len(kept["xla"])
 
 
 def test_a_change_reaches_its_users_alone():

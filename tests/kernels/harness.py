@@ -96,7 +96,7 @@ def over(has: Callable[[Row], Any] = lambda row: True) -> list[str]:
 
 
 def every_case() -> list:
-    """Return (operation, backend, case) as parameters: by default each backend meets each trait once.
+    """Return (operation, backend, case) as parameters, of which `served` chooses the default tier's.
 
     What an operation composed of others has of kernels is theirs, and tried in the full tier.
     """
