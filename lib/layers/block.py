@@ -16,6 +16,7 @@ from .mixers.mixer import Mixer
 
 NORMS = ("RMSNorm", "SimpleRMSNorm", "LayerNorm")
 CHANNELS = ("GLU", "MLP", "MoE", "RWKVChannel", "MemoryGLU")
+ROUTER_READS = ("channel", "block", "previous")
 
 # What the decoder says to every module; a block's arguments can't.
 _FROM_DECODER = {"parent", "name", "dtype", "param_dtype", "backend", "out_scale"}
@@ -34,9 +35,16 @@ class Block:
       norm: "RMSNorm", "SimpleRMSNorm", "LayerNorm", or a module class.
       norm_args: likewise for the norms, such as {"epsilon": 1e-5}; the decoder's last norm has its last
         block's.
+      router_reads: what a mixture of experts routes by. "channel": its own input. "block": the block's input,
+        before the norm and the mixer, so that experts are known while the mixer runs (SmallThinker).
+        "previous": the input of the mixture before it, in the decoder's order (pre-gated MoE); the first one
+        reads its own. Those that are known early report the "chosen" experts in the collection "moe", and
+        pre-gated ones the "announced" experts of the next.
 
     Raises:
       ValueError: a name or an argument that isn't there, with those that are.
+
+    Source: SmallThinker (arXiv 2507.20984), as in llama.cpp; Hwang et al. 2023, pre-gated MoE (2308.12066).
 
     Example:
         >>> import frugax
@@ -51,6 +59,7 @@ class Block:
     channel_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
     norm: str | type[nn.Module] = "RMSNorm"
     norm_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
+    router_reads: str = "channel"
 
     def __post_init__(self):
         # Sorted pairs of hashable values: equal blocks are equal, and jit can key on them.
@@ -66,6 +75,22 @@ class Block:
             )
         if self.channel is not None:
             _check_args("channel_args", self.channel_class, self.channel_args)
+        if self.router_reads not in ROUTER_READS:
+            known = ", ".join(ROUTER_READS)
+            raise ValueError(f"router_reads: got {self.router_reads!r}; expected one of {known}")
+        if self.router_reads != "channel":
+            self._check_router_reads()
+
+    def _check_router_reads(self) -> None:
+        reads = self.router_reads
+        if self.channel is None or "router_input" not in getattr(self.channel_class, "takes", ()):
+            raise ValueError(f"router_reads: got {reads!r} with channel={self.channel!r}; expected 'MoE'")
+        router = dict(self.channel_args).get("router", "softmax_top_k")
+        if reads == "previous" and router != "softmax_top_k":
+            raise ValueError(
+                f"router_reads: got 'previous' with router={router!r}; expected 'softmax_top_k', a function "
+                "of logits alone"
+            )
 
     @property
     def mixer_class(self) -> type[Mixer]:
@@ -125,8 +150,27 @@ class BlockState(NamedTuple):
     channel: Any
 
 
+class Announced(NamedTuple):
+    """Logits of the next mixture of experts, by the input of the last one, and whether there was one."""
+
+    there: Array
+    logits: Array  # [B, T, E]
+
+
 class BlockLayer(nn.Module):
-    """The module of one `Block`; `Decoder` makes and calls it."""
+    """The module of one `Block`; `Decoder` makes and calls it.
+
+    Args of the call:
+      x, state: [B, T, D], and the state of the last call.
+      over_depth: what differs by layer, of the mixer and of the channel mixer.
+      rows: documents and lengths.
+      new_document: rows that start a document with this call [B].
+      shared: what all layers share: "token_ids" [B, T], and the "first_gate" [D, E] of pre-gated MoE.
+      announced: what the layers before say to pre-gated ones.
+
+    Returns:
+      x, the state, and what it announces.
+    """
 
     block: Block
     depth: int
@@ -143,8 +187,10 @@ class BlockLayer(nn.Module):
         over_depth: tuple[dict[str, Array], dict[str, Array]],
         rows: dict[str, Any],
         new_document: Array | None,
-        token_ids: Array | None = None,
-    ) -> tuple[Array, Any]:
+        shared: dict[str, Any] | None = None,
+        announced: Announced | None = None,
+    ) -> tuple[Array, Any, Announced | None]:
+        shared, entering = shared or {}, x
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out_scale = (2 * self.depth) ** -0.5  # two additions to the residual stream a layer
         if new_document is not None:
@@ -175,13 +221,29 @@ class BlockLayer(nn.Module):
                 state = BlockState(state, channel_state)
             else:
                 takes = getattr(self.block.channel_class, "takes", ())
-                given = {"token_ids": token_ids} | rows
-                y = self.block.channel_class(**args)(normed, **{k: v for k, v in given.items() if k in takes})
+                given = {k: v for k, v in (rows | shared).items() if k in takes}
+                if self.block.router_reads == "block":
+                    given["router_input"] = entering
+                if self.block.router_reads == "previous":
+                    routed, announced = _pre_gated(normed, announced, shared["first_gate"], **of_channel)
+                    given |= routed
+                y = self.block.channel_class(**args)(normed, **given)
             x = x + y
-        return x, state
+        return x, state, announced
 
     def _norm(self, name: str, dtypes: dict[str, Any]) -> nn.Module:
         return self.block.norm_class(**dict(self.block.norm_args), **dtypes, name=name)
+
+
+def _pre_gated(
+    x: Array, before: Announced | None, first_gate: Array, next_gate: Array
+) -> tuple[dict[str, Array], Announced]:
+    """Logits of a mixture, which the last one announced or are its own; and those of the next."""
+    assert before is not None
+    wide = x.astype(first_gate.dtype)
+    own, ahead = (jnp.dot(wide, gate, precision="highest") for gate in (first_gate, next_gate))
+    logits = jnp.where(before.there, before.logits, own)
+    return {"logits": logits, "next_logits": ahead}, Announced(jnp.ones((), bool), ahead)
 
 
 def _zero_rows(leaf: Array, rows: Array) -> Array:

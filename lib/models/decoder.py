@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.operation import Backend, check_backend
 from ..kernels.common.rows import Rows, outputs_at, rows
-from ..layers.block import Block, BlockLayer
+from ..layers.block import Announced, Block, BlockLayer
 from ..layers.modules.bit_linear import BitLinear
 from ..layers.modules.inputs import check_segment_ids
 from ..layers.modules.packed import matrix_param, take_rows, times_transposed
@@ -143,11 +143,19 @@ class Decoder(nn.Module):
         before = (None,) * len(self.blocks) if state is None else state.layers
         given: dict[str, Any] = {"segment_ids": segment_ids}
         given |= {} if lengths is None else {"lengths": lengths}
-        takes = (
-            getattr(block.channel_class, "takes", ()) for block in self.blocks if block.channel is not None
-        )
-        ids = tokens if any("token_ids" in names for names in takes) else None
-        x, after = layers(x, before, self._over_depth(depth), given, new_document, ids)
+        channels = [block.channel_class for block in self.blocks if block.channel is not None]
+        shared: dict[str, Any] = {}
+        if any("token_ids" in getattr(channel, "takes", ()) for channel in channels):
+            shared["token_ids"] = tokens
+        over_depth, announced = self._over_depth(depth), None
+        if self._pre_gated:
+            gates = self._gates()
+            shared["first_gate"] = gates[0]
+            over_depth = self._with_next_gates(over_depth, gates)
+            announced = Announced(
+                jnp.zeros((), bool), jnp.zeros((*tokens.shape, gates.shape[-1]), gates.dtype)
+            )
+        (x, _), after = layers((x, announced), before, over_depth, given, new_document, shared)
 
         last = self.blocks[-1]
         x = last.norm_class(
@@ -181,6 +189,37 @@ class Decoder(nn.Module):
         }
         mine = [(given[mixer], given[channel]) for mixer, channel in kinds]
         return tuple(jax.tree.map(lambda a, i=i: a[i::n], args) for i, args in enumerate(mine))
+
+    @property
+    def _pre_gated(self) -> list[int]:
+        """The blocks with a mixture of experts that is routed by the one before it."""
+        return [i for i, block in enumerate(self.blocks) if block.router_reads == "previous"]
+
+    def _gates(self) -> Array:
+        """The gates [N, D, E] of N pre-gated mixtures: the first reads its own input, others the last's."""
+        channels = [
+            self.blocks[i].channel_class(**dict(self.blocks[i].channel_args)) for i in self._pre_gated
+        ]
+        experts = channels[0].experts
+        if any(channel.experts != experts for channel in channels):
+            raise ValueError(
+                f"blocks: got {[channel.experts for channel in channels]} experts with "
+                "router_reads='previous'; expected the same number in all"
+            )
+        init = nn.initializers.variance_scaling(
+            0.1, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
+        )
+        shape = (self.repeats * len(channels), self.width, experts)
+        return self.param("pre_gates", init, shape, jnp.promote_types(self.param_dtype, jnp.float32))
+
+    def _with_next_gates(self, over_depth: tuple[Any, ...], gates: Array) -> tuple[Any, ...]:
+        """Give each pre-gated layer the gate that it applies for the next; the last one's is zeros."""
+        ahead = jnp.concatenate([gates[1:], jnp.zeros_like(gates[:1])])
+        ahead = ahead.reshape(self.repeats, -1, *gates.shape[1:])
+        new = list(over_depth)
+        for place, i in enumerate(self._pre_gated):
+            new[i] = (new[i][0], new[i][1] | {"next_gate": ahead[:, place]})
+        return tuple(new)
 
     def _check(self, tokens: Array, state: DecoderState | None, segment_ids: Array | None) -> None:
         for name in ("vocab_size", "width", "repeats"):
@@ -228,16 +267,17 @@ class _Layers(nn.Module):
     segment_states: int | None
 
     @nn.compact
-    def __call__(self, x, states, over_depth, rows, new_document, token_ids):
+    def __call__(self, carry, states, over_depth, rows, new_document, shared):
+        x, announced = carry
         # prevent_cse costs fusion, and a scan needs none of it.
         layer = nn.remat(BlockLayer, prevent_cse=False) if self.remat else BlockLayer
         after = []
         for i, block in enumerate(self.blocks):
             how = (self.depth, self.dtype, self.param_dtype, self.backend, self.segment_states)
             one = layer(block, *how, name=f"block_{i}")
-            x, state = one(x, states[i], over_depth[i], rows, new_document, token_ids)
+            x, state, announced = one(x, states[i], over_depth[i], rows, new_document, shared, announced)
             after.append(state)
-        return x, tuple(after)
+        return (x, announced), tuple(after)
 
 
 def _documents(state: DecoderState | None, segment_ids: Array | None) -> tuple[Array | None, Array | None]:

@@ -19,8 +19,8 @@ def total_loss(collection: Mapping[str, Any]) -> Array:
 
     Example:
         >>> import frugax, jax.numpy as jnp
-        >>> float(frugax.moe.total_loss({"layer": {"loss": jnp.array([0.1, 0.2])}}).round(2))  # scanned
-        0.3
+        >>> float(frugax.moe.total_loss({"layer": {"loss": jnp.array([0.5, 0.25])}}))  # of two, in a scan
+        0.75
     """
     return sum((jnp.sum(value) for value in _find(collection, "loss")), jnp.zeros(()))
 
@@ -34,7 +34,13 @@ def load_summary(collection: Mapping[str, Any]) -> dict[str, Array]:
     Returns:
       {"load_entropy", "dropped_share", "unrouted_share"}; empty without such layers.
 
-    Example: see `frugax.layers.MoE`.
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> layer, x = frugax.layers.MoE(experts=4, k=1), jax.random.normal(jax.random.key(0), (1, 8, 4))
+        >>> variables = layer.init(jax.random.key(1), x)
+        >>> y, sown = layer.apply(variables, x, mutable=["moe"])
+        >>> sorted(frugax.moe.load_summary(sown))
+        ['dropped_share', 'load_entropy', 'unrouted_share']
     """
     found = list(_find(collection, "statistics"))
     if not found:

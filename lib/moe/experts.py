@@ -119,6 +119,70 @@ def _check(x: Array, kernels: Kernels) -> str:
         raise ValueError(f"kernels: got {sorted(kernels)}; expected gate_in and out, or in and out")
     into, out = kernels[first].shape, kernels["out"].shape
     hidden = into[-1] // 2 if first == "gate_in" else into[-1]
+def sparse_reglu(
+    x: Float[Array, "d"],
+    indices: Int[Array, "k"],
+    weights: Float[Array, "k"],
+    kernels: Mapping[str, Array],
+    *,
+    block: int = 64,
+) -> Float[Array, "n"]:
+    """Apply a token's ReGLU experts, and read only the neurons that their gates activate.
+
+    The gates' columns are read whole; of the values' columns and the rows of "out" only those of neurons with
+    a positive gate, `block` at a time. For decoding: it has no reverse-mode gradient.
+
+    Args:
+      x: one token.
+      indices: its experts.
+      weights: of them.
+      kernels: arrays of gated experts, as in `apply_experts`.
+      block: neurons that are fetched together.
+
+    Returns:
+      The weighted sum [N] in x's dtype, as of `dense_experts` with `jax.nn.relu`.
+
+    Raises:
+      ValueError: the kernels are not of gated experts, or x has not their width.
+
+    Source: SmallThinker (arXiv 2507.20984), after Song et al. 2024, PowerInfer (2312.12456).
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> gate_in, out = jnp.array([[[1.0, -1.0, 5.0, 7.0]]]), jnp.array([[[1.0], [100.0]]])
+        >>> kernels = {"gate_in": gate_in, "out": out}
+        >>> frugax.moe.sparse_reglu(jnp.ones(1), jnp.array([0]), jnp.ones(1), kernels).tolist()
+        [5.0]
+    """
+    if _check(x, kernels) != "gate_in":
+        raise ValueError(f"kernels: got {sorted(kernels)}; expected gate_in and out")
+    if block < 1:
+        raise ValueError(f"block: got {block}; expected a number of neurons >= 1")
+    gate_in, out = (kernels[name].astype(x.dtype) for name in ("gate_in", "out"))
+    H, wide = out.shape[1], accumulator(x.dtype)
+
+    def add(total, expert):
+        e, weight = expert
+        gates = jax.nn.relu(jnp.dot(x, gate_in[e, :, :H], preferred_element_type=wide))
+        active = gates != 0  # NaN too
+        count = jnp.sum(active, dtype=jnp.int32)
+        order = jnp.pad(jnp.argsort(~active, stable=True), (0, -H % block))
+
+        def some(i, y):
+            here = jax.lax.dynamic_slice(order, (i * block,), (block,))
+            here = jnp.where(i * block + jnp.arange(block) < count, here, H)  # past the end: read as zeros
+            columns = gate_in.at[e, :, H + here].get(mode="fill", fill_value=0)
+            rows = out.at[e, here].get(mode="fill", fill_value=0)
+            h = gates.at[here].get(mode="fill", fill_value=0)
+            h = h * jnp.dot(columns, x, preferred_element_type=wide)
+            return y + jnp.dot(h, rows.astype(wide), precision="highest")
+
+        y = jax.lax.fori_loop(0, (count + block - 1) // block, some, jnp.zeros_like(total))
+        return total + weight.astype(wide) * y, None
+
+    return jax.lax.scan(add, jnp.zeros(out.shape[2], wide), (indices, weights))[0].astype(x.dtype)
+
+
     if len(into) != 3 or len(out) != 3 or out[:2] != (into[0], hidden):
         raise ValueError(
             f"kernels: got {first} {list(into)} and out {list(out)}; expected [E, D, "

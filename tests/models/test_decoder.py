@@ -155,7 +155,7 @@ def test_the_scan_over_depth_is_a_loop_over_layers():
             fraction = {"fraction": jnp.float32(layer / 3)}
             by_layer = [({"floor": jnp.float32(floors[layer])}, fraction), (fraction, {})][i]
             module = BlockLayer(blocks[i], depth, jnp.float32, jnp.float32, None)
-            x, _ = module.apply({"params": mine}, x, None, by_layer, {}, None)
+            x, *_ = module.apply({"params": mine}, x, None, by_layer, {}, None)
         return nn_rms(x, params["norm"]["weight"]) @ params["embedding"].T
 
     got = gradients(lambda v: model.apply(v, tokens)[0], variables)

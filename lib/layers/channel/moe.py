@@ -152,6 +152,8 @@ class MoE(nn.Module):
 
         y, dropped = self._mix(flat, routing)
         if self.shared_expand:
+            if isinstance(routing, moe.Routing) and (logits is not None or router_input is not None):
+                self._sow("chosen", routing.indices)  # known early: what to fetch
             y = y + self._shared()(x).reshape(-1, D)
         if tokens.mask is not None:
             y = jnp.where(tokens.mask[:, None], y, 0)

@@ -1,0 +1,106 @@
+"""Mixtures of experts in a decoder: by config, and routed by the block's input or by the mixture before."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import frugax
+from frugax.layers import Block, Decoder, MoE
+from tests.errors import assert_close
+
+V, D, E, REPEATS = 7, 8, 4, 3
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(V, size=(2, 5)), jnp.int32)
+ARGUMENTS = {"experts": E, "k": 2, "expand": 1}
+
+
+def make(blocks, **more):
+    model = Decoder(V, D, blocks, **{"repeats": REPEATS} | more)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda p: jnp.asarray(0.5 * rng.standard_normal(p.shape), p.dtype), shapes["params"]
+    )
+    return model, {"params": params}
+
+
+def layer_by_layer(model, params, block):
+    """(logits, experts of each layer) by calls of the parts, with gates where the papers have them."""
+    x = params["embedding"][TOKENS]
+    used, before = [], None
+    norm = frugax.layers.RMSNorm()
+    for layer in range(REPEATS):
+        p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"]["block_0"])
+        entering = x
+        mixer = frugax.layers.GatedConvolution(width=2)
+        x = x + mixer.apply({"params": p["mixer"]}, norm.apply({"params": p["mixer_norm"]}, x))[0]
+        h = norm.apply({"params": p["channel_norm"]}, x)
+        if block.router_reads == "previous":
+            scores = (h if before is None else before) @ params["pre_gates"][layer]
+        else:
+            scores = entering @ p["channel"]["router"]["kernel"]
+        before = h
+        used.append(np.argsort(-np.asarray(scores).reshape(-1, E), -1)[:, :2])
+        x = x + MoE(**ARGUMENTS).apply({"params": p["channel"]}, h, logits=scores)
+    return norm.apply({"params": params["norm"]}, x) @ params["embedding"].T, used
+
+
+@pytest.mark.parametrize("reads", ["previous", pytest.param("block", marks=pytest.mark.full)])
+def test_experts_are_known_early(reads):
+    """Logits are those of the parts; what is announced is what is used, and it needs no later input."""
+    block = Block("GatedConvolution", "MoE", {"width": 2}, ARGUMENTS, router_reads=reads)
+    model, variables = make((block,))
+    params = variables["params"]
+    assert ("pre_gates" in params) == (reads == "previous")
+    assert ("router" in params["layers"]["block_0"]["channel"]) == (reads == "block")
+    (logits, _), sown = jax.jit(functools.partial(model.apply, mutable=["moe"]))(variables, TOKENS)
+    want, used = layer_by_layer(model, params, block)
+    assert_close(logits, want, "float32")
+    told = sown["moe"]["layers"]["block_0"]["channel"]
+    np.testing.assert_array_equal(told["chosen"], np.stack(used))
+    if reads == "previous":
+        np.testing.assert_array_equal(told["announced"][:-1], told["chosen"][1:])
+
+
+@pytest.mark.full
+def test_pre_gates_cross_blocks_of_a_repeat_and_decode():
+    """Two pre-gated mixtures in a repeat are the same in one, and token by token is all at once."""
+    block = Block("GatedConvolution", "MoE", {"width": 2}, ARGUMENTS, router_reads="previous")
+    plain = Block("GatedConvolution", None, {"width": 2})
+    model, variables = make((block, plain, block), repeats=2, remat=True)
+    (logits, _), sown = model.apply(variables, TOKENS, mutable=["moe"])
+    first, second = (sown["moe"]["layers"][name]["channel"] for name in ("block_0", "block_2"))
+    np.testing.assert_array_equal(first["announced"], second["chosen"])
+    np.testing.assert_array_equal(second["announced"][:1], first["chosen"][1:])
+    state, one = None, jax.jit(model.apply)
+    for t in range(TOKENS.shape[1]):
+        got, state = one(variables, TOKENS[:, t : t + 1], state)
+        assert_close(got[:, 0], logits[:, t], "float32", times=2)
+
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, TOKENS)[0] ** 2)
+
+    grads = jax.grad(loss)(variables["params"])["pre_gates"]
+    assert (jnp.abs(grads).max((1, 2)) > 0).all()  # N gates for N mixtures, and each is used
+
+
+def test_what_a_block_cannot_route_is_refused():
+    refused = [
+        (dict(channel="GLU", router_reads="block"), "router_reads: got 'block' with channel='GLU'"),
+        (dict(channel="MoE", router_reads="next"), "router_reads: got 'next'; expected one of channel"),
+        (
+            dict(channel="MoE", router_reads="previous", channel_args={"router": "relu_route"}),
+            "router_reads: got 'previous' with router='relu_route'",
+        ),
+    ]
+    for fields, message in refused:
+        with pytest.raises(ValueError, match=message):
+            Block("GatedConvolution", **fields)
+    soft = Decoder(V, D, (Block("MLGRU", "MoE", channel_args={"router": "soft_route"}),))
+    with pytest.raises(ValueError, match="router: got 'soft_route', which mixes in later tokens"):
+        jax.eval_shape(soft.init, jax.random.key(0), TOKENS)
+    blocks = [Block("MLGRU", "MoE", channel_args={"experts": e}, router_reads="previous") for e in (4, 8)]
+    with pytest.raises(ValueError, match=r"blocks: got \[4, 8\] experts with router_reads='previous'"):
+        jax.eval_shape(Decoder(V, D, tuple(blocks)).init, jax.random.key(0), TOKENS)
