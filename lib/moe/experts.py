@@ -112,13 +112,6 @@ def dense_experts(
     return jnp.einsum("teh,ehd->td", h, out.astype(wide)).astype(x.dtype)
 
 
-def _check(x: Array, kernels: Kernels) -> str:
-    """The name of the experts' first kernel; ValueError where kernels or x can't be right."""
-    first = next((name for name in ("gate_in", "in") if name in kernels), None)
-    if first is None or "out" not in kernels:
-        raise ValueError(f"kernels: got {sorted(kernels)}; expected gate_in and out, or in and out")
-    into, out = kernels[first].shape, kernels["out"].shape
-    hidden = into[-1] // 2 if first == "gate_in" else into[-1]
 def sparse_reglu(
     x: Float[Array, "d"],
     indices: Int[Array, "k"],
@@ -183,6 +176,13 @@ def sparse_reglu(
     return jax.lax.scan(add, jnp.zeros(out.shape[2], wide), (indices, weights))[0].astype(x.dtype)
 
 
+def _check(x: Array, kernels: Kernels) -> str:
+    """The name of the experts' first kernel; ValueError where kernels or x can't be right."""
+    first = next((name for name in ("gate_in", "in") if name in kernels), None)
+    if first is None or "out" not in kernels:
+        raise ValueError(f"kernels: got {sorted(kernels)}; expected gate_in and out, or in and out")
+    into, out = kernels[first].shape, kernels["out"].shape
+    hidden = into[-1] // 2 if first == "gate_in" else into[-1]
     if len(into) != 3 or len(out) != 3 or out[:2] != (into[0], hidden):
         raise ValueError(
             f"kernels: got {first} {list(into)} and out {list(out)}; expected [E, D, "

@@ -144,6 +144,8 @@ class MoE(nn.Module):
                 raise ValueError(f"router_input: got {list(reads.shape)}; expected [{B}, {T}, width]")
             given = None if logits is None else logits.reshape(B * T, -1)
             routing, scores = router(reads.reshape(B * T, -1), tokens, logits=given, task=task)
+            if isinstance(routing, moe.Routing) and (logits is not None or router_input is not None):
+                self._sow("chosen", routing.indices)  # known early: what to fetch
             if next_logits is not None and self.is_mutable_collection("moe"):
                 ahead, _ = router(flat, tokens, logits=next_logits.reshape(B * T, -1))
                 self._sow("announced", ahead.indices)
@@ -152,8 +154,6 @@ class MoE(nn.Module):
 
         y, dropped = self._mix(flat, routing)
         if self.shared_expand:
-            if isinstance(routing, moe.Routing) and (logits is not None or router_input is not None):
-                self._sow("chosen", routing.indices)  # known early: what to fetch
             y = y + self._shared()(x).reshape(-1, D)
         if tokens.mask is not None:
             y = jnp.where(tokens.mask[:, None], y, 0)
