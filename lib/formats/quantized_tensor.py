@@ -1,6 +1,7 @@
 """A tensor stored as codes and the scale of each group of them."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -76,6 +77,9 @@ class QuantizedTensor:
 
     def dequantize(self, dtype=jnp.float32) -> Array:
         """The tensor that the codes stand for."""
+        return _dequantized(self, jnp.dtype(dtype))
+
+    def _values(self, dtype) -> Array:
         codes, scaling = self.unpacked(), self.scaling()
         n = codes.shape[-1]
         x = self.format.decode(split(codes, self.group_size), scaling)
@@ -158,6 +162,8 @@ def from_codes(
     )
 
 
+# One program where it is called outside of `jit`, not one for each of its operations.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
 def quantize_array(
     x: Array, format: Format, axis: int, group_size: int, key: Key[Array, ""] | None
 ) -> QuantizedTensor:
@@ -172,3 +178,8 @@ def quantize_array(
     codes = format.encode(groups, scaling, uniform)
     codes = codes.reshape(*x.shape[:-1], -1)[..., :n]
     return from_codes(codes, scaling, format, axis=axis, group_size=group_size)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _dequantized(q: QuantizedTensor, dtype: Any) -> Array:
+    return q._values(dtype)

@@ -12,8 +12,11 @@ from experiments.trainer.optimizers import make_optimizer
 from experiments.trainer.runs import build_model
 
 
-def test_every_optimizer_takes_the_model():
-    for name in OPTIMIZERS:
+@pytest.mark.parametrize(
+    "names", [["adamw", "galore"], pytest.param(list(OPTIMIZERS), marks=pytest.mark.full)]
+)
+def test_optimizers_take_the_model(names):
+    for name in dict.fromkeys(["adamw", *names]):
         config = get_config(name)
         config.model.vocab_size = 256
         if name == "adamw":
