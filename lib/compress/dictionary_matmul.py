@@ -1,28 +1,36 @@
 """The product with a compressed ternary matrix, decoded a block of outputs at a time."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ..kernels.common.arguments import accumulator, operand_dtype, pad_to
+from ..kernels.grouped_matmul.bilinear import product
 from .dictionary import CompressedTernary, decode_rows
 
 DECODED = 2**18  # weights that are decoded at a time
 
 
 def dictionary_matmul(
-    x: Float[Array, "... K"], w: CompressedTernary, *, block: int | None = None
+    x: Float[Array, "... K"],
+    w: CompressedTernary,
+    group_sizes: Int[Array, "E"] | None = None,
+    *,
+    block: int | None = None,
 ) -> Float[Array, "... N"]:
     """Multiply by a compressed ternary matrix: x W, with no more of W decoded than a block of its columns.
 
     Args:
       x: [..., K]; with a stack of matrices [E, K, N], the rows of each, [E, ..., K].
       w: from `compress_ternary`; a constant, without a gradient.
-      block: outputs that are decoded together; None: 2^18 weights of them.
+      group_sizes: with a stack, x is [M, K] in the order of experts, and so many rows belong to each; later
+        ones give zeros. Of experts, those with rows are decoded, one at a time.
+      block: without `group_sizes`, outputs that are decoded together; None: 2^18 weights of them.
 
     Returns:
       x W [..., N] in x's dtype, summed in float32. Decoding is done again for the gradient of x.
@@ -43,6 +51,8 @@ def dictionary_matmul(
     """
     if not isinstance(w, CompressedTernary):
         raise ValueError(f"w: got {type(w).__name__}; expected a CompressedTernary (compress_ternary)")
+    if group_sizes is not None:
+        return _by_groups(x, w, group_sizes)
     stack = w.shape[:-2]
     K = w.inputs
     if x.ndim <= len(stack) or x.shape[: len(stack)] != stack or x.shape[-1] != K:
@@ -58,6 +68,32 @@ def dictionary_matmul(
         run = partial(_one_by_one, run)
     y = run(x.reshape(*stack, -1, K), w)
     return y.reshape(*x.shape[:-1], w.shape[-1])
+
+
+def _by_groups(x: Array, w: CompressedTernary, group_sizes: Array) -> Array:
+    E, M = w.shape[0], x.shape[0]
+    if w.ndim != 3 or x.ndim != 2 or x.shape[1] != w.inputs or not jnp.issubdtype(x.dtype, jnp.floating):
+        got = f"{x.dtype}{list(x.shape)} with group_sizes for w {list(w.shape)}"
+        raise ValueError(f"x: got {got}; expected floats [M, K] for w [E, K, N]")
+    if group_sizes.shape != (E,) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        got = f"{group_sizes.dtype}{list(group_sizes.shape)}"
+        raise ValueError(f"group_sizes: got {got}; expected integers [{E}]")
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0), dtype=jnp.int32), M)
+    sizes = jnp.diff(ends, prepend=jnp.zeros(1, jnp.int32))
+    decode = _Expert(w.inputs, w.longest, operand_dtype(x.dtype))
+    return product("rows", x, tuple(jax.tree.leaves(w)), sizes, decode).astype(x.dtype)
+
+
+class _Expert(NamedTuple):
+    """A function of an expert's number and the arrays of all: its matrix [K, N]."""
+
+    inputs: int
+    longest: int
+    dtype: jnp.dtype
+
+    def __call__(self, e: Array, *stacked: Array) -> Array:
+        codes, offsets, low, high = (lax.dynamic_index_in_dim(x, e, keepdims=False) for x in stacked)
+        return CompressedTernary(codes, offsets, low, high, self.inputs, self.longest).decode(self.dtype)
 
 
 def _one_by_one(run, x: Array, w: CompressedTernary) -> Array:

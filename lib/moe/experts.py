@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from ..compress import CompressedTernary, dictionary_matmul
 from ..formats import QuantizedTensor, fake_quantize
 from ..kernels import grouped_matmul, quantized_matmul
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.operation import Backend
 
-Kernels = Mapping[str, Array | QuantizedTensor]
+Kernel = Array | QuantizedTensor | CompressedTernary
+Kernels = Mapping[str, Kernel]
 Activation = Callable[[Array], Array]
 
 
@@ -64,6 +66,8 @@ def apply_experts(
         x = fake_quantize(x, "int8", axis=-1) if ternary else x
         if observe is not None:
             observe(name, x)
+        if isinstance(w, CompressedTernary):
+            return dictionary_matmul(x, w, group_sizes)
         if group_sizes is not None:
             return grouped_matmul(x, w, group_sizes, backend=backend)
         if isinstance(w, QuantizedTensor):
@@ -102,8 +106,11 @@ def dense_experts(
     first, wide = _check(x, kernels), accumulator(x.dtype)
 
     def operands(x, name):
-        w = kernels[name]
-        w = w.dequantize(x.dtype) if isinstance(w, QuantizedTensor) else _operand(w, x.dtype, ternary)
+        w = _operand(kernels[name], x.dtype, ternary)
+        if isinstance(w, CompressedTernary):
+            w = w.decode(x.dtype)
+        elif isinstance(w, QuantizedTensor):
+            w = w.dequantize(x.dtype)
         return fake_quantize(x, "int8", axis=-1) if ternary else x, w
 
     h = jnp.einsum("td,edh->teh", *operands(x, first), preferred_element_type=wide).astype(x.dtype)
@@ -193,8 +200,8 @@ def _check(x: Array, kernels: Kernels) -> str:
     return first
 
 
-def _operand(w: Array | QuantizedTensor, dtype, ternary: bool) -> Array | QuantizedTensor:
-    if isinstance(w, QuantizedTensor):
+def _operand(w: Kernel, dtype, ternary: bool) -> Kernel:
+    if isinstance(w, QuantizedTensor | CompressedTernary):
         return w
     return (fake_quantize(w, "ternary", axis=-2) if ternary else w).astype(dtype)
 

@@ -114,9 +114,13 @@ def test_matrices_come_back_and_are_multiplied_block_by_block(format):
         multiply = lambda x: dictionary_matmul(x, w, block=8)  # noqa: E731
         y, back = jax.vjp(multiply, x)
         (dx,) = back(jnp.cos(y))
-        return w.decode(), one(w, 1).decode(), y, dx, dictionary_matmul(x[1, 0], one(w, 1))
+        alone = dictionary_matmul(x[1, 0], one(w, 1))
+        by_sizes, back = jax.vjp(lambda rows: dictionary_matmul(rows, w, jnp.asarray(sizes)), rows)
+        return w.decode(), one(w, 1).decode(), y, dx, alone, by_sizes, back(jnp.ones_like(by_sizes))[0]
 
-    whole, second, y, dx, alone = run(packed, x)
+    sizes = [6, 0, 3]
+    rows = jnp.concatenate([x[0], x[2]])  # nine rows of two experts, and one that is nobody's
+    whole, second, y, dx, alone, by_sizes, drows = run(packed, x)
     np.testing.assert_array_equal(whole, q.dequantize())
     np.testing.assert_array_equal(second, whole[1])
     w = np.asarray(q.dequantize(), np.float64)
@@ -124,6 +128,12 @@ def test_matrices_come_back_and_are_multiplied_block_by_block(format):
     assert_close(y, want, "float32")
     assert_close(alone, want[1, 0], "float32")
     assert_close(dx, np.cos(np.asarray(y, np.float64)) @ w.swapaxes(1, 2), "float32")
+    of_rows = np.concatenate([np.repeat(w[e][None], size, 0) for e, size in enumerate([*sizes[:2], 3])])
+    want = np.einsum("mk,mkn->mn", np.asarray(rows[:9], np.float64), of_rows)
+    assert_close(by_sizes[:9], want, "float32")
+    assert_close(drows[:9], of_rows.sum(-1), "float32")
+    assert not by_sizes[9].any()
+    assert not drows[9].any()
 
 
 @pytest.mark.full
@@ -182,6 +192,13 @@ def test_bad_input(unchecked_types):
     ):
         with pytest.raises(ValueError, match=message):
             dictionary_matmul(x, packed)
+    for x, sizes, message in (
+        (jnp.ones((3, 7)), jnp.ones(2, jnp.int32), r"x: got .* expected floats \[M, K\]"),
+        (jnp.ones((3, 8)), jnp.ones(3, jnp.int32), r"group_sizes: got int32\[3\]; expected integers \[2\]"),
+        (jnp.ones((3, 8)), jnp.ones(2), "group_sizes: got float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dictionary_matmul(x, packed, sizes)
     with pytest.raises(ValueError, match="block: got 0"):
         dictionary_matmul(jnp.ones((2, 8)), packed, block=0)
     with pytest.raises(ValueError, match="w: got ArrayImpl"):

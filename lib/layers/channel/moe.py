@@ -11,9 +11,11 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ... import moe
+from ...compress import CompressedTernary
 from ...formats import QuantizedTensor
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import rows
+from ...moe.experts import Kernel
 from ..modules.inputs import check_input
 from ..modules.packed import matrix_param
 from .mlp import GLU, MLP, activation_fn
@@ -280,18 +282,19 @@ class Experts(nn.Module):
 
 
 class StackedKernel(nn.Module):
-    """The kernels of all experts, stacked: an array or a `QuantizedTensor` [E, K, N]."""
+    """The kernels of all experts, stacked: an array, `QuantizedTensor` or `CompressedTernary` [E, K, N]."""
 
     shape: tuple[int, ...]
     scale: float
     param_dtype: DTypeLike
 
     @nn.compact
-    def __call__(self) -> Array | QuantizedTensor:
+    def __call__(self) -> Kernel:
         init = nn.initializers.variance_scaling(
             self.scale**2, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
         )
-        return matrix_param(self, "kernel", init, self.shape, self.param_dtype)
+        packed = QuantizedTensor, CompressedTernary
+        return matrix_param(self, "kernel", init, self.shape, self.param_dtype, packed)
 
     def reads(self, x: Array, group_sizes: Array) -> None:
         """Do nothing with the rows that each expert is about to multiply: calibration intercepts the call."""

@@ -19,15 +19,25 @@ from ...kernels.common.operation import Backend
 Matrix = Array | QuantizedTensor
 
 
-def matrix_param(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Matrix:
-    """Do as `module.param` does, but take a `QuantizedTensor` of this shape for an array.
+def matrix_param(
+    module: nn.Module,
+    name: str,
+    init: Any,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    packed: tuple[Any, ...] = (QuantizedTensor,),
+) -> Any:
+    """Do as `module.param` does, but take a packed matrix of this shape for an array.
+
+    Args:
+      packed: the types of packed matrices that the module can multiply by.
 
     Raises:
       ScopeParamShapeError: the param has another shape.
     """
     if module.has_variable("params", name):
         value = nn.meta.unbox(module.get_variable("params", name))
-        if isinstance(value, QuantizedTensor):
+        if isinstance(value, packed):
             if value.shape != shape:
                 raise ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
             return value
