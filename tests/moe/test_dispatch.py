@@ -93,9 +93,37 @@ def test_random_selection_drops_no_place_more_than_another():
         rows, plan = moe.dispatch(x, routing, method="gather", capacity=10, key=key)
         return moe.combine(rows, plan)[:, 0] > 0
 
-    np.testing.assert_array_equal(kept(None), np.arange(40) < 10)
-    share = jax.jit(jax.vmap(kept))(jax.random.split(jax.random.key(0), 2000)).mean(0)
-    assert (np.abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 2000)).all()
+    np.testing.assert_array_equal(jax.jit(kept)(None), np.arange(40) < 10)
+    share = jax.jit(jax.vmap(kept))(jax.random.split(jax.random.key(0), 500)).mean(0)
+    assert (np.abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 500)).all()
+
+
+def test_drops_by_position_are_even_at_random_and_skewed_in_order():
+    """Top 2 of uneven scores overflow some experts; where all have room, nothing is lost."""
+    trials, n = 400, 24
+    key_logits, key_drops = jax.random.split(jax.random.key(1))
+    logits = jax.random.normal(key_logits, (trials, n, 4)) + jnp.array([2.0, 0.5, 0.0, -1.0])
+    x = jnp.ones((n, 1))
+
+    def lost(logits, key, capacity=1.0):
+        routing = moe.softmax_top_k(logits, 2)
+        rows, plan = moe.dispatch(x, routing, method="gather", capacity=capacity, key=key)
+        return 1 - moe.combine(rows, plan)[:, 0], plan.dropped
+
+    keys = jax.random.split(key_drops, trials)
+    (in_order, dropped), (at_random, as_many) = jax.jit(
+        lambda: (jax.vmap(lambda s: lost(s, None))(logits), jax.vmap(lost)(logits, keys))
+    )()
+    assert float(dropped.mean()) > 0.1
+    np.testing.assert_array_equal(dropped, as_many)
+    error = np.asarray(at_random.std(0)) / np.sqrt(trials)
+    even = np.asarray(at_random.mean(0))
+    assert (np.abs(even - even.mean()) < 5 * error).all()
+    skewed = np.asarray(in_order.mean(0))
+    assert skewed[-8:].mean() > 2 * skewed[:8].mean() > 0
+    assert (np.abs(skewed - skewed.mean()) > 5 * error).mean() > 0.5
+    roomy = jax.jit(lambda key: lost(logits[0], key, n)[0])
+    assert max(float(jnp.abs(roomy(key)).max()) for key in (None, keys[0])) < 1e-6
 
 
 def test_soft_routing_is_its_definition():
