@@ -26,13 +26,14 @@ def total_loss(collection: Mapping[str, Any]) -> Array:
 
 
 def load_summary(collection: Mapping[str, Any]) -> dict[str, Array]:
-    """Average the entropy of loads, and the shares of dropped assignments and unrouted tokens, over layers.
+    """Average over layers how even loads are, what is dropped, and how many experts tokens have.
 
     Args:
       collection: as in `total_loss`.
 
     Returns:
-      {"load_entropy", "dropped_share", "unrouted_share"}; empty without such layers.
+      "load_entropy" (1 where loads are even), "dropped_share" of assignments, "unrouted_share" of tokens, and
+      "active_experts" of a token; empty without such layers.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -40,7 +41,7 @@ def load_summary(collection: Mapping[str, Any]) -> dict[str, Array]:
         >>> variables = layer.init(jax.random.key(1), x)
         >>> y, sown = layer.apply(variables, x, mutable=["moe"])
         >>> sorted(frugax.moe.load_summary(sown))
-        ['dropped_share', 'load_entropy', 'unrouted_share']
+        ['active_experts', 'dropped_share', 'load_entropy', 'unrouted_share']
     """
     found = list(_find(collection, "statistics"))
     if not found:
@@ -49,6 +50,7 @@ def load_summary(collection: Mapping[str, Any]) -> dict[str, Array]:
         "load_entropy": [x["routing"].entropy for x in found],
         "dropped_share": [x["dropped"] for x in found],
         "unrouted_share": [x["routing"].unrouted for x in found],
+        "active_experts": [x["active"] for x in found],
     }
     return {name: jnp.mean(jnp.stack(jax.tree.map(jnp.mean, x))) for name, x in values.items()}
 

@@ -70,11 +70,11 @@ class MoE(nn.Module):
 
     Returns:
       [B, T, D]. With `mutable=["moe"]` also the collection "moe": "loss", to be added to the loss of
-      training, and "statistics" with "routing" (a `RoutingStatistics`), "dropped" (the share of assignments)
-      and "losses" (unscaled, by name); `frugax.moe.total_loss` and `frugax.moe.load_summary` take them
-      together over layers. With `mutable=["router_state"]` the bias of "sigmoid_top_k" moves. A key
-      `rngs={"router": ...}` says that the call is one of training: noise, jitter and balanced choices are
-      only there.
+      training, and "statistics" with "routing" (a `RoutingStatistics`), "dropped" (the share of assignments),
+      "active" (experts of a token, on average) and "losses" (unscaled, by name). `frugax.moe.total_loss`
+      and `frugax.moe.load_summary` take them together over layers. With `mutable=["router_state"]` the bias
+      of "sigmoid_top_k" moves. A key `rngs={"router": ...}` says that the call is one of training: noise,
+      jitter and balanced choices are only there.
 
     Raises:
       ValueError: naming the argument that can't be right. Logits that are not finite give outputs that are
@@ -163,7 +163,7 @@ class MoE(nn.Module):
             lost = ~jnp.isfinite(scores).reshape(B * T, -1).all(-1)
             lost = lost if tokens.mask is None else lost & tokens.mask
             y = jnp.where(lost[:, None], jnp.nan, y)
-        self._report(routing, dropped)
+        self._report(routing, dropped, B * T if tokens.mask is None else jnp.sum(tokens.mask))
         return y.reshape(B, T, D)
 
     def _mix(self, x: Array, routing: moe.Routing | moe.SoftRouting) -> tuple[Array, Array]:
@@ -217,7 +217,7 @@ class MoE(nn.Module):
             name="shared",
         )
 
-    def _report(self, routing: moe.Routing | moe.SoftRouting, dropped: Array) -> None:
+    def _report(self, routing: moe.Routing | moe.SoftRouting, dropped: Array, tokens: int | Array) -> None:
         """Sow the weighted loss and the statistics of a call."""
         if isinstance(routing, moe.SoftRouting) or not self.is_mutable_collection("moe"):
             return
@@ -230,6 +230,7 @@ class MoE(nn.Module):
             )
         loss = sum((w * routing.losses[n] for n, w in weights.items() if n in routing.losses), jnp.zeros(()))
         values = {"routing": routing.statistics, "dropped": dropped, "losses": routing.losses}
+        values["active"] = jnp.sum(routing.weights != 0) / jnp.maximum(tokens, 1)
         self._sow("loss", loss)
         self._sow("statistics", jax.lax.stop_gradient(values))
 

@@ -154,6 +154,7 @@ def test_blockffn_skips_what_no_token_activates():
     load = sown["moe"]["statistics"]["routing"].load
     assert load[1] == 0
     np.testing.assert_allclose(load, (gates != 0).sum((0, 1)) / (gates != 0).sum(), rtol=1e-6)
+    np.testing.assert_allclose(sown["moe"]["statistics"]["active"], (gates != 0).sum(-1).mean(), rtol=1e-6)
 
 
 def test_blockffn_losses_keep_to_documents():
