@@ -14,8 +14,11 @@ from jax import Array, lax
 from ..common.arguments import accumulator, known, operand_dtype, pad_to, trim
 from ..common.sharding import vary_like
 
-TILE = 256  # rows; as fast as one large product
-LAST = (32, 64, 128, 192, 256)  # rows of a group's last tile
+# Rows of a tile, the last number, and those that a group's last tile may have. By measurement: of more rows
+# the last tiles multiply more for nothing, of fewer a product is slower. A sum over rows adds a matrix for
+# each tile.
+OF_ROWS = (32, 64, 128, 192, 256)
+OF_SUMS = (32, 64, 128, 256, 384, 512)
 
 
 def by_rows(x: Array, matrix: Callable[[Array], Array], sizes: Array, N: int) -> Array:
@@ -27,43 +30,46 @@ def by_rows(x: Array, matrix: Callable[[Array], Array], sizes: Array, N: int) ->
       sizes: int32 [E].
       N: columns of the result.
     """
-    count, x = x.shape[0], _at_least_a_tile(x)
+    count, tile = x.shape[0], OF_ROWS[-1]
+    x = _at_least(tile, x)
     M = x.shape[0]
 
     def group(e: Array, y: Array) -> Array:
         w = matrix(e)
 
         def whole(at: Array, y: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(y, _product(_rows(x, at, TILE), w), at, 0)
+            return lax.dynamic_update_slice_in_dim(y, _product(_rows(x, at, tile), w), at, 0)
 
         def last(at: Array, count: int, mine: Array, y: Array) -> Array:
-            tile = jnp.where(mine[:, None], _product(_rows(x, at, count), w), _rows(y, at, count))
-            return lax.dynamic_update_slice_in_dim(y, tile, at, 0)
+            part = jnp.where(mine[:, None], _product(_rows(x, at, count), w), _rows(y, at, count))
+            return lax.dynamic_update_slice_in_dim(y, part, at, 0)
 
-        return _each_tile(sizes, e, M, y, whole, last)
+        return _each_tile(OF_ROWS, sizes, e, M, y, whole, last)
 
     return trim(_each_group(sizes, jnp.zeros((M, N), accumulator(x.dtype)), group, (x, sizes)), (count, N))
 
 
 def by_groups(x: Array, y: Array, sizes: Array) -> Array:
     """Sum the products x_i y_i^T over the rows of each group: [E, K, N]; zeros of empty groups."""
-    x, y = _at_least_a_tile(x), _at_least_a_tile(y)
+    tile = OF_SUMS[-1]
+    x, y = _at_least(tile, x), _at_least(tile, y)
     M, dtype = x.shape[0], accumulator(x.dtype)
     shape = sizes.shape[0], x.shape[1], y.shape[1]
 
     def group(e: Array, sums: Array) -> Array:
-        def whole(at: Array, total: Array) -> Array:
-            return total + _product(_rows(x, at, TILE).T, _rows(y, at, TILE))
+        def whole(at: Array, sums: Array) -> Array:
+            more = _product(_rows(x, at, tile).T, _rows(y, at, tile))
+            return put(sums, lax.dynamic_index_in_dim(sums, e, keepdims=False) + more)
 
-        def last(at: Array, count: int, mine: Array, total: Array) -> Array:
+        def last(at: Array, count: int, mine: Array, sums: Array) -> Array:
             # Both: what isn't finite in another group's row stays there.
-            mine = mine[:, None]
-            left, right = (jnp.where(mine, _rows(a, at, count), 0) for a in (x, y))
-            return total + _product(left.T, right)
+            left, right = (jnp.where(mine[:, None], _rows(a, at, count), 0) for a in (x, y))
+            return put(sums, _product(left.T, right))  # the first of the group's: nothing to add to
 
-        start = vary_like(jnp.zeros(shape[1:], dtype), (x, y, sizes))
-        total = _each_tile(sizes, e, M, start, whole, last)
-        return lax.dynamic_update_index_in_dim(sums, total, e, 0)
+        def put(sums: Array, total: Array) -> Array:
+            return lax.dynamic_update_index_in_dim(sums, total, e, 0)
+
+        return _each_tile(OF_SUMS, sizes, e, M, sums, whole, last)
 
     return _each_group(sizes, jnp.zeros(shape, dtype), group, (x, y, sizes))
 
@@ -79,6 +85,7 @@ def _each_group(sizes: Array, start: Array, group: Callable[[Array, Array], Arra
 
 
 def _each_tile(
+    heights: tuple[int, ...],
     sizes: Array,
     e: Array,
     M: int,
@@ -86,9 +93,10 @@ def _each_tile(
     whole: Callable[[Array, Array], Array],
     last: Callable[[Array, int, Array, Array], Array],
 ) -> Array:
-    """Visit the rows of group e: tiles of TILE rows, and a last one that may have other groups' rows too.
+    """Visit the rows of group e: the last tile, which may have other groups' rows too, then those before it.
 
     Args:
+      heights: rows of a tile, behind those that the last tile may have.
       sizes: int32 [E].
       e: the group.
       M: rows of all groups.
@@ -96,13 +104,12 @@ def _each_tile(
       whole: (first row, state) -> state, for a tile of this group's rows alone.
       last: (first row, rows, which of them are this group's, state) -> state.
     """
+    tile = heights[-1]
     end = jnp.sum(jnp.where(jnp.arange(sizes.shape[0], dtype=jnp.int32) <= e, sizes, 0), dtype=jnp.int32)
-    tiles, left = sizes[e] // TILE, sizes[e] % TILE
+    tiles, left = sizes[e] // tile, sizes[e] % tile
     start, rest = end - sizes[e], end - left
-    if not known(M) or M >= TILE:
-        state = lax.fori_loop(0, tiles, lambda i, state: whole(start + i * TILE, state), state)
     fewer = 0
-    for count in (*(n for n in LAST if n < M), M) if known(M) and M < TILE else LAST:
+    for count in (*(n for n in heights if n < M), M) if known(M) and tile > M else heights:
 
         def visit(zero: Array | int, state: Array, count: int = count) -> Array:
             at = jnp.minimum(rest, M - count) + zero
@@ -111,6 +118,8 @@ def _each_tile(
 
         state = _when((left > fewer) & (left <= count), visit, state)
         fewer = count
+    if not known(M) or tile <= M:
+        state = lax.fori_loop(0, tiles, lambda i, state: whole(start + i * tile, state), state)
     return state
 
 
@@ -123,9 +132,9 @@ def _when(condition: Array, change: Callable[[Array | int, Array], Array], state
     return lax.fori_loop(0, condition.astype(jnp.int32), change, state)
 
 
-def _at_least_a_tile(x: Array) -> Array:
+def _at_least(tile: int, x: Array) -> Array:
     """x with a tile of zeros behind it where nobody knows how many rows it has, as in exported programs."""
-    return x if known(x.shape[0]) else pad_to(x, (x.shape[0] + TILE, *x.shape[1:]))
+    return x if known(x.shape[0]) else pad_to(x, (x.shape[0] + tile, *x.shape[1:]))
 
 
 def _rows(x: Array, at: Array, count: int) -> Array:
