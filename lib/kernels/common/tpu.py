@@ -35,7 +35,7 @@ class Launch:
 
     Attributes:
       name: the kernel's, for profiles.
-      grid: its sizes; the last axis varies fastest.
+      grid: its sizes; the last axis varies fastest. One may be an int32 that is known at run time alone.
       semantics: of each axis of the grid, "parallel" or "arbitrary" (in order).
       vmem_limit: bytes of VMEM that the kernel may hold; None: the compiler's default, 16 MiB on v5e.
     """
@@ -43,7 +43,7 @@ class Launch:
     def __init__(
         self,
         name: str,
-        grid: tuple[int, ...],
+        grid: tuple[int | Array, ...],
         semantics: Sequence[str],
         *,
         interpret: bool,
@@ -53,10 +53,15 @@ class Launch:
         self.compiler_params = pltpu.CompilerParams(
             dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_limit
         )
+        self.scalars: dict[str, Array] = {}
         self.operands: dict[str, tuple[Array, pl.BlockSpec]] = {}
         self.results: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
         self.scratch: dict[str, Any] = {}
         self.aliases: dict[int, int] = {}
+
+    def prefetch(self, name: str, x: Array) -> None:
+        """Give the kernel an int32 array in scalar memory; the index of every block gets its ref as well."""
+        self.scalars[name] = x
 
     def add(self, name: str, x: Array | None, spec: pl.BlockSpec) -> None:
         """Give the kernel an array, in blocks of `spec`; None: nothing."""
@@ -77,19 +82,22 @@ class Launch:
 
     def run(self, kernel: Callable[..., None]) -> dict[str, Array]:
         """Each result by its name."""
-        names = [f"{name}_ref" for name in (*self.operands, *self.results, *self.scratch)]
+        names = [f"{name}_ref" for name in (*self.scalars, *self.operands, *self.results, *self.scratch)]
         results = pl.pallas_call(
             lambda *refs: kernel(**dict(zip(names, refs, strict=True))),
-            grid=self.grid,
-            in_specs=[spec for _, spec in self.operands.values()],
-            out_specs=[spec for _, spec in self.results.values()],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(self.scalars),
+                grid=self.grid,
+                in_specs=[spec for _, spec in self.operands.values()],
+                out_specs=[spec for _, spec in self.results.values()],
+                scratch_shapes=list(self.scratch.values()),
+            ),
             out_shape=[shape for shape, _ in self.results.values()],
-            scratch_shapes=list(self.scratch.values()),
-            input_output_aliases=self.aliases,
+            input_output_aliases={len(self.scalars) + at: to for at, to in self.aliases.items()},
             compiler_params=self.compiler_params,
             interpret=self.interpret,
             name=self.name,
-        )(*(x for x, _ in self.operands.values()))
+        )(*self.scalars.values(), *(x for x, _ in self.operands.values()))
         return dict(zip(self.results, results, strict=True))
 
 

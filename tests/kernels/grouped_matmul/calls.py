@@ -53,10 +53,18 @@ PACKED = [
 ]
 FLOAT64 = [case | {"dtype": "float64"} for case in (PLAIN[1], PLAIN[4], PACKED[0])]
 ON_GPU = [{"sizes": [9, 0, 5], "K": 64, "N": 64, "B": 20, "dtype": "bfloat16"} | ROUTED]
+ON_TPU = [
+    PLAIN[1],
+    {"sizes": [4, 9, 6], "K": 8, "N": 6, "dtype": "bfloat16"} | ROUTED,
+    *PACKED[:4],
+    {"sizes": [3, 5], "K": 50, "N": 10, "format": "uint4", "dtype": "bfloat16"},
+    PLAIN[3],
+]
 CASES = {
     "reference": FLOAT64,
     "xla": [*PLAIN, *PACKED, *FLOAT64],
     "pallas_gpu": ON_GPU,
+    "pallas_tpu": ON_TPU,
     None: [PLAIN[4]],
 }
 COMPILED = [{"sizes": [700, 0, 300], "K": 256, "N": 256, "B": 1024, "dtype": "bfloat16"}]
@@ -110,5 +118,6 @@ VALUES = [  # an error outside of jit, where values are seen
     ({"gather": I32(7) + 6}, "gather: got 6 to 6; expected 0 to 6 - 1"),
     ({"scatter": I32(7) - 1}, "scatter: got -1 to -1; expected 0 to 3 - 1"),
 ]
-REFUSED = [("pallas_gpu", {}, "not float32")]
+HALF = {"lhs": np.zeros((6, 4), np.float16), "rhs": np.zeros((3, 4, 5), np.float16)}
+REFUSED = [("pallas_gpu", {}, "not float32"), ("pallas_tpu", HALF, "not float16")]
 CHECKED = [({}, None), *((change, f"{next(iter(change))}: a ") for change, _ in VALUES)]

@@ -68,7 +68,7 @@ def backward(call: Inputs, cotangent: Array, spec: Spec, *, interpret: bool) -> 
 
 def forward_tiled(call: Inputs, spec: Spec, tiling: TPUTiling, *, interpret: bool) -> Array:
     """`forward` with blocks of one's choice."""
-    size, t, wide = _sizes(call, spec), tiling, call.x.dtype == F32
+    size, t, wide = sizes_of(call, spec), tiling, call.x.dtype == F32
     p = _product(size, spec, t, _kind(call, spec, size), _parts_of(call, spec), wide, interpret)
     x, scales = call.x, None
     if spec.activations is not None:
@@ -111,7 +111,7 @@ def backward_tiled(
     call: Inputs, cotangent: Array, spec: Spec, tiling: TPUTiling, *, interpret: bool
 ) -> Array:
     """dy W^T [M, K], with blocks of one's choice."""
-    size, t, wide = _sizes(call, spec), tiling, call.x.dtype == F32
+    size, t, wide = sizes_of(call, spec), tiling, call.x.dtype == F32
     steps = (pl.cdiv(size.M, t.tokens), pl.cdiv(size.N, t.columns))
     p = _product(size, spec, t, Kind.SCALED, 3 if wide else 1, wide, interpret, steps=steps[1])
     semantics, name = ("parallel", "arbitrary"), "quantized_matmul_backward"
@@ -125,7 +125,7 @@ def backward_tiled(
     return trim(launch.run(partial(backward_kernel, p))["dx"], call.x.shape)
 
 
-class _Sizes(NamedTuple):
+class Sizes(NamedTuple):
     """A call as the kernels see it: M, K and groups padded."""
 
     M: int
@@ -136,7 +136,7 @@ class _Sizes(NamedTuple):
     groups: int
 
 
-def _sizes(call: Inputs, spec: Spec) -> _Sizes:
+def sizes_of(call: Inputs, spec: Spec) -> Sizes:
     bits, packed = spec.format.bits, call.codes.shape[0]
     block, K = block_of(spec, packed), packed * 8 // bits
     if bits == 8:
@@ -146,7 +146,7 @@ def _sizes(call: Inputs, spec: Spec) -> _Sizes:
         K, block = round_up(spec.K, BLOCK), BLOCK
     group = K if spec.group_size >= spec.K else _together(spec.group_size)
     M = round_up(call.x.shape[0], 16 if call.x.dtype == F32 else 8)
-    return _Sizes(M, K, call.codes.shape[1], block, group, -(-K // group))
+    return Sizes(M, K, call.codes.shape[1], block, group, -(-K // group))
 
 
 def _together(group_size: int) -> int:
@@ -155,7 +155,7 @@ def _together(group_size: int) -> int:
 
 
 def _launch_sizes(call: Inputs, spec: Spec, backward: bool) -> TPUTiling | None:
-    size, bits = _sizes(call, spec), spec.format.bits
+    size, bits = sizes_of(call, spec), spec.format.bits
     parts = _parts_of(call, spec) if not backward else 3 if call.x.dtype == F32 else 1
     if not backward and _kind(call, spec, size) is not Kind.SCALED:
         parts *= max(TILE // size.group, 1)
@@ -178,7 +178,7 @@ def _parts_of(call: Inputs, spec: Spec) -> int:
     return 1 if _one_scale(spec) and exact(spec.activations.element) else 2 + wide
 
 
-def _kind(call: Inputs, spec: Spec, size: _Sizes) -> Kind:
+def _kind(call: Inputs, spec: Spec, size: Sizes) -> Kind:
     element, bits = spec.format.element, spec.format.bits
     linear, small = line(element), size.group < TILE
     many = size.M * _parts_of(call, spec) * max(TILE // size.group, 1) > MANY
@@ -195,7 +195,7 @@ def _kind(call: Inputs, spec: Spec, size: _Sizes) -> Kind:
 
 
 def _product(
-    size: _Sizes, spec: Spec, t: TPUTiling, kind: Kind, parts: int, wide: bool, interpret: bool, steps=None
+    size: Sizes, spec: Spec, t: TPUTiling, kind: Kind, parts: int, wide: bool, interpret: bool, steps=None
 ) -> Product:
     inexact = kind is Kind.SCALED or not exact(spec.format.element)
     tiles = Tiles(spec.format, size.block, size.group, 3 if inexact and wide else 1, interpret)
@@ -231,31 +231,44 @@ def _read(
     launch: Launch,
     call: Inputs,
     spec: Spec,
-    size: _Sizes,
+    size: Sizes,
     t: TPUTiling,
     p: Product,
     groups: int,
     at: Callable[..., tuple[Any, Any]],
 ) -> None:
     """Add W's arrays, and scratch for what they decode to; `at` gives the place of a block of codes."""
+    arrays = arranged(call, spec, size, groups)
+    rows = t.depth * spec.format.bits // 8
+    launch.add("codes", arrays["codes"], pl.BlockSpec((rows, t.columns), lambda m, *place: at(*place)))
+    strip = pl.BlockSpec((groups, t.columns), lambda m, n, *k: (0, n))
+    for name in ("scales", "zeros"):
+        if name in arrays:
+            launch.add(name, arrays[name], strip)
+            if name == "scales" or p.kind is Kind.SCALED:
+                launch.hold(name.removesuffix("s"), (groups, t.columns))
+    for name in ("outer", "offset"):
+        if name in arrays:
+            launch.add(name, arrays[name], pl.BlockSpec(memory_space=pltpu.SMEM))
+
+
+def arranged(call: Inputs, spec: Spec, size: Sizes, groups: int) -> dict[str, Array]:
+    """W's arrays by name as the kernels read them: whole packing blocks, and so many groups of rows."""
     codes, bits = call.codes, spec.format.bits
     if bits == 8:
         codes = pad_to(codes, (size.K, size.N))
     elif block_of(spec, codes.shape[0]) != size.block:  # odd sizes are packed anew
         codes = pad_to(unpack_rows(codes, spec.format, block_of(spec, codes.shape[0])), (size.K, size.N))
         codes = pack(codes.T, bits).T
-    rows = t.depth * bits // 8
-    launch.add("codes", codes, pl.BlockSpec((rows, t.columns), lambda m, *place: at(*place)))
-    strip = pl.BlockSpec((groups, t.columns), lambda m, n, *k: (0, n))
+    found = {"codes": codes}
     for name in ("scales", "zeros"):
         x = getattr(call, name)
         if x is not None:
             if size.group < spec.group_size < spec.K:
                 x = jnp.repeat(x, spec.group_size // size.group, 0)
-            launch.add(name, pad_to(x[:groups], (groups, size.N)), strip)
-            if name == "scales" or p.kind is Kind.SCALED:
-                launch.hold(name.removesuffix("s"), (groups, t.columns))
+            found[name] = pad_to(x[:groups], (groups, size.N))
     for name in ("outer", "offset"):
         x = getattr(call, name)
         if x is not None:
-            launch.add(name, x.reshape(1, 1), pl.BlockSpec(memory_space=pltpu.SMEM))
+            found[name] = x.reshape(1, 1)
+    return found

@@ -1,0 +1,143 @@
+"""Rows times the matrix of their group, or times its transpose.
+
+A tile's products go to the result by copies of the kernel's own, in stripes: those that belong to one group
+alone. The stripe at the border of two waits in fast memory until the next visit has its rows too.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ...common.arguments import pad_to
+from ...common.chips import LANES, VMEM_LIMIT
+from ...common.tiling import round_up
+from ...common.tpu import F32, Launch, dot, iota
+from .packed import Packed
+from .tiling import Tiling
+from .visits import STRIPE, Visits, visits
+
+
+def multiply(
+    x: Array,
+    w: Array | Packed,
+    group_sizes: Array,
+    t: Tiling,
+    *,
+    transposed: bool = False,
+    interpret: bool,
+) -> Array:
+    """x [M, K] times w [E, K, N], or [E, N, K] if transposed: [M, N] in x's dtype; zeros past all groups."""
+    M, (_, K, N) = x.shape[0], w.shape
+    K, N = (N, K) if transposed else (K, N)
+    x = pad_to(x, (round_up(M, STRIPE), K))
+    steps = visits(group_sizes, x.shape[0], t.heights)
+    y = visited(x, w, steps, t, transposed=transposed, interpret=interpret)
+    return y if y.shape == (M, N) else y[:M, :N]
+
+
+def visited(
+    x: Array, w: Array | Packed, steps: Visits, t: Tiling, *, transposed: bool, interpret: bool
+) -> Array:
+    """The product for visits that are known; rows and columns are those of whole stripes and blocks."""
+    M, K = x.shape
+    across = pl.cdiv(w.shape[1 if transposed else 2], t.columns)
+    name = "grouped_matmul" + "_transposed" * transposed
+    grid, semantics = (across, steps.total[0]), ("parallel", "arbitrary")
+    launch = Launch(name, grid, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT)
+    for field, scalars in steps.scalars().items():
+        launch.prefetch(field, scalars)
+    rows = pl.BlockSpec(
+        (pl.Element(t.rows), pl.Element(K)),
+        lambda n, v, group, block, *_: (pl.multiple_of(block[v], STRIPE), 0),
+    )
+    launch.add("x", x, rows)
+    decode = None
+    if isinstance(w, Packed):
+        decode = w.read(launch, t.columns, x.dtype, transposed, interpret)
+    elif transposed:
+        launch.add("w", w, pl.BlockSpec((None, t.columns, K), lambda n, v, group, *_: (group[v], n, 0)))
+    else:
+        launch.add("w", w, pl.BlockSpec((None, K, t.columns), lambda n, v, group, *_: (group[v], 0, n)))
+    launch.write("y", (M, across * t.columns), x.dtype, pl.BlockSpec(memory_space=pl.ANY))
+    launch.hold("tile", (2, t.rows, t.columns), x.dtype)
+    launch.hold("border", (STRIPE, t.columns), x.dtype)
+    launch.scratch["sent"] = pltpu.SemaphoreType.DMA((2,))
+    return launch.run(partial(_kernel, t, transposed, decode))["y"]
+
+
+def _kernel(
+    t: Tiling, transposed: bool, decode: Callable[..., None] | None, *, group_ref, block_ref, base_ref,
+    start_ref, low_ref, high_ref, kind_ref, x_ref, w_ref, y_ref, tile_ref, border_ref, sent_ref, **packed,
+):  # fmt: skip
+    """Grid (columns, visits)."""
+    n, v, last = pl.program_id(0), pl.program_id(1), pl.num_programs(1) - 1
+    column = pl.multiple_of(n * t.columns, LANES)
+
+    def copies(v: Any, act: Callable[[Any], None]) -> None:
+        """Start the copies of a visit's whole stripes, or wait for them."""
+        slot, start = v & 1, start_ref[v]
+        first, rows = start - base_ref[v], (high_ref[v] & -STRIPE) - start
+        size = STRIPE << ((t.rows // STRIPE).bit_length() - 1)
+        while size >= STRIPE:
+
+            @pl.when(rows & size != 0)
+            def _(size=size):
+                before = rows & -(2 * size)  # rows of larger copies
+                tile = tile_ref.at[slot, pl.ds(pl.multiple_of(first + before, STRIPE), size)]
+                there = pl.ds(pl.multiple_of(start + before, STRIPE), size)
+                act(pltpu.make_async_copy(tile, y_ref.at[there, pl.ds(column, t.columns)], sent_ref.at[slot]))
+
+            size //= 2
+
+    @pl.when(v >= 2)
+    def _():
+        copies(v - 2, lambda copy: copy.wait())
+
+    if decode is not None:
+
+        @pl.when((v == 0) | (group_ref[jnp.maximum(v - 1, 0)] != group_ref[v]))
+        def _():
+            decode(n=n, w_ref=w_ref, **packed)
+
+    slot, start, low, high = v & 1, start_ref[v], low_ref[v], high_ref[v]
+    for kind, height in enumerate(t.heights):
+
+        @pl.when(kind_ref[v] == kind)
+        def _(height=height):
+            x = x_ref[pl.ds(pl.multiple_of(base_ref[v] - block_ref[v], STRIPE), height), :]
+            y = dot(x, w_ref[...], "nt" if transposed else "nn")
+            tile_ref[slot, pl.ds(0, height), :] = y.astype(tile_ref.dtype)
+
+    @pl.when(kind_ref[v] == len(t.heights))
+    def _():
+        tile_ref[slot] = jnp.zeros(tile_ref.shape[1:], tile_ref.dtype)
+
+    first = pl.multiple_of(start - base_ref[v], STRIPE)  # row of the first stripe in the tile
+
+    @pl.when(low > start)
+    def _():
+        stripe = tile_ref[slot, pl.ds(first, STRIPE)].astype(F32)
+        earlier = iota(stripe.shape, 0) < low - start
+        merged = jnp.where(earlier, border_ref[...].astype(F32), stripe)
+        tile_ref[slot, pl.ds(first, STRIPE)] = merged.astype(tile_ref.dtype)
+
+    @pl.when(high & (STRIPE - 1) != 0)
+    def _():
+        whole = (high & -STRIPE) - start
+        border_ref[...] = tile_ref[slot, pl.ds(pl.multiple_of(first + whole, STRIPE), STRIPE)]
+
+    copies(v, lambda copy: copy.start())
+
+    @pl.when(v == last)
+    def _():
+        def wait(v, carry):
+            copies(v, lambda copy: copy.wait())
+            return carry
+
+        lax.fori_loop(jnp.maximum(v - 1, 0), v + 1, wait, np.int32(0))
