@@ -52,7 +52,10 @@ PACKED = [
     {"sizes": [3, 5], "K": 160, "N": 10, "format": "bitmod4"},
 ]
 FLOAT64 = [case | {"dtype": "float64"} for case in (PLAIN[1], PLAIN[4], PACKED[0])]
-ON_GPU = [{"sizes": [9, 0, 5], "K": 64, "N": 64, "B": 20, "dtype": "bfloat16"} | ROUTED]
+ON_GPU = [
+    {"sizes": [9, 0, 5], "K": 64, "N": 64, "B": 20, "dtype": "bfloat16"} | ROUTED,
+    {"sizes": [3, 0, 5], "K": 256, "N": 128, "B": 9, "format": "int4", "dtype": "bfloat16"},
+]
 ON_TPU = [
     PLAIN[1],
     {"sizes": [4, 9, 6], "K": 8, "N": 6, "dtype": "bfloat16"} | ROUTED,

@@ -1,5 +1,6 @@
 """The GPU kernels, interpreted, and the tiles that they go through."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 import frugax
+from experiments.benchmarks import deviceless_gpu
 from frugax.kernels.grouped_matmul import OPERATION, grouped_matmul
 from frugax.kernels.grouped_matmul.inputs import check
 from frugax.kernels.grouped_matmul.pallas_gpu.experts import edges
+from frugax.kernels.grouped_matmul.pallas_gpu.packed import places
 from frugax.kernels.grouped_matmul.pallas_gpu.persistent import banded
 from frugax.kernels.grouped_matmul.pallas_gpu.product import visits
 from frugax.kernels.grouped_matmul.pallas_gpu.tiling import DEPTH, of_experts, of_rows
@@ -58,6 +61,46 @@ def test_the_products_are_the_definitions(group_sizes, sizes):
         else:
             assert not np.any(np.asarray(a, np.float32))  # no rows, no gradient
     assert not np.any(np.asarray(actual[0][total:], np.float32))
+
+
+@full
+@pytest.mark.parametrize(
+    ("format", "group", "group_sizes", "M"),
+    [
+        ("uint4", 64, [11, 0, 3], 16),  # zeros; an expert's rows in two tiles
+        ("nvfp4", None, [0, 2], 4),  # scales in two levels
+        ("int3", 128, [1] * 6, 6),  # two planes of bits
+    ],
+)
+def test_packed_experts_are_decoded_where_they_are_multiplied(format, group, group_sizes, M):
+    rng, E = generator(4), len(group_sizes)
+    w = frugax.formats.quantize(
+        jnp.asarray(rng.standard_normal((E, 256, 128)), jnp.float32), format, axis=1, group_size=group
+    )
+    x, dy = (jnp.asarray(rng.standard_normal((M, n)), jnp.bfloat16) for n in (256, 128))
+    group_sizes = jnp.asarray(group_sizes, jnp.int32)
+
+    def both(x, dy, backend):
+        y, pullback = jax.vjp(lambda x: grouped_matmul(x, w, group_sizes=group_sizes, backend=backend), x)
+        return y, *pullback(dy)
+
+    actual = jax.jit(partial(both, backend="pallas_gpu"))(x, dy)
+    with jax.enable_x64(True):
+        wanted = jax.jit(partial(both, backend="reference"))(*(np.asarray(a, np.float64) for a in (x, dy)))
+    for a, e in zip(actual, wanted, strict=True):
+        assert_close(a, e, "bfloat16")
+
+
+def test_places_of_packed_experts_rows_are_in_tiles_of_their_expert():
+    rng, tokens = generator(5), 8
+    for E, M in ((3, 100), (40, 33)):
+        sizes = rng.multinomial(rng.integers(M + 1), rng.dirichlet(np.full(E, 0.3)))
+        expert, row = map(np.asarray, places(jnp.asarray(sizes, jnp.int32), M, tokens))
+        owner, total = np.repeat(np.arange(E), sizes), sum(sizes)
+        assert len(set(row[:total])) == total
+        np.testing.assert_array_equal(expert[row[:total] // tokens], owner)
+        assert (row[total:] == len(expert) * tokens).all()
+        assert (expert >= 0).sum() == sum(-(-size // tokens) for size in sizes)
 
 
 @pytest.mark.parametrize("rows", [64, 128])
@@ -113,7 +156,9 @@ def test_tiles_are_as_wide_as_leave_work_for_each_processor():
         (dict(dtype="float32"), "not float32"),
         (dict(K=96), "K and N by 64, not K=96 and N=64"),
         (dict(N=100), "N=100"),
-        (dict(format="int4"), "no decoder of packed experts"),
+        (dict(format="int4"), "columns by 128, not 64"),
+        (dict(format="int1", K=256, N=128), "2 to 8 bits, not 1"),
+        (dict(format="int4", K=256, N=128, dtype="float32"), "not float32"),
     ],
 )
 def test_what_it_leaves_to_xla(sizes, reason):
@@ -124,3 +169,27 @@ def test_what_it_leaves_to_xla(sizes, reason):
         w = frugax.formats.quantize(w.astype(jnp.float32), sizes["format"], axis=1)
     call, spec = check(jnp.zeros((3, K), dtype), w, jnp.array([1, 2]), None, None, None, None)
     assert reason in OPERATION.unsupported_reason("pallas_gpu", call, {"spec": spec})
+
+
+@full
+@pytest.mark.deviceless
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs jax-cuda13-plugin")
+@pytest.mark.parametrize(("format", "kernels"), [(None, 3), ("uint4", 2), ("nvfp4", 2)])
+def test_few_rows_of_many_experts_compile_for_h200(format, kernels):
+    """One warpgroup multiplies; and packed experts, which have no gradient."""
+    x, w, dy = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((64, 256), (32, 256, 384), (64, 384)))
+    if format is not None:
+        w = jax.eval_shape(partial(frugax.formats.quantize, format=format, axis=1), w)
+
+    def both(x, w, sizes, dy):
+        if format is None:
+            y, pullback = jax.vjp(partial(grouped_matmul, group_sizes=sizes), x, w)
+        else:
+            y, pullback = jax.vjp(lambda x: grouped_matmul(x, w, sizes), x)
+        return y, pullback(dy)
+
+    found = deviceless_gpu.kernels_for_h200(both, x, w, jax.ShapeDtypeStruct((32,), jnp.int32), dy)
+    assert len(found) == kernels
+    for kernel in found:
+        assert kernel.spill_stores == kernel.spill_loads == 0
+        assert kernel.wgmma > 0

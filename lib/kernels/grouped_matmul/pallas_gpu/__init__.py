@@ -8,6 +8,7 @@ from jax import Array
 from ...common import compat
 from .. import rows
 from ..inputs import Inputs, Spec, shape
+from . import packed
 from .experts import gradient
 from .product import product
 from .tiling import DEPTH
@@ -17,7 +18,7 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
     """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
     _, _, K, N = shape(call, spec)
     if call.rhs is None:
-        return "the GPU kernel has no decoder of packed experts"
+        return packed.unsupported_reason(call, spec)
     if call.lhs.dtype not in (jnp.bfloat16, jnp.float16):
         return f"the GPU kernel multiplies bfloat16 and float16, not {call.lhs.dtype}"
     if K % DEPTH or N % DEPTH:
@@ -28,16 +29,17 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
 
 def forward(call: Inputs, spec: Spec, *, interpret: bool) -> Array:
     """The call's result, in lhs's dtype."""
-    return rows.forward(call, spec, _products(call, interpret))
+    return rows.forward(call, spec, _products(call, spec, interpret))
 
 
 def backward(call: Inputs, cotangent: Array, spec: Spec, *, interpret: bool) -> Inputs:
     """The gradients of lhs, rhs and weights."""
-    return rows.backward(call, spec, cotangent, _products(call, interpret))
+    return rows.backward(call, spec, cotangent, _products(call, spec, interpret))
 
 
-def _products(call: Inputs, interpret: bool) -> rows.Products:
-    assert call.rhs is not None  # unsupported_reason
+def _products(call: Inputs, spec: Spec, interpret: bool) -> rows.Products:
+    if call.rhs is None:
+        return packed.products(call, spec, interpret=interpret)
     multiply = partial(product, w=call.rhs, group_sizes=call.group_sizes, interpret=interpret)
     return rows.Products(
         forward=partial(multiply, transposed=False),

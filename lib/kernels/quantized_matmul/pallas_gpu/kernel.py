@@ -7,7 +7,8 @@ by the tokens, y^T += W^T x^T, while it decodes the next.
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,24 @@ from .tiling import AT_ONCE, Tiling
 LEAST = 32  # float32 values that can be copied to shared memory: 128 bytes
 
 
-def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Array:
+class Stack(NamedTuple):
+    """Matrices W one below the other, as the call has them: each tile of tokens multiplies one.
+
+    Attributes:
+      of_tile: int32, the number of a tile's matrix; -1 for a tile that is left out, results unset.
+      matrices: how many there are.
+    """
+
+    of_tile: Array
+    matrices: int
+
+
+def product(call: Inputs, spec: Spec, sizes: Tiling, stack: Stack | None = None, *, interpret: bool) -> Array:
     """x W + b [M, N] in x's dtype."""
     (M, _), (rows, N) = call.x.shape, call.codes.shape
+    matrices = 1 if stack is None else stack.matrices
     element, dtype = spec.format.element, call.x.dtype
-    steps = rows * 8 // spec.format.bits // sizes.block // sizes.splits
+    steps = rows // matrices * 8 // spec.format.bits // sizes.block // sizes.splits
     x, of_tokens = narrow.tokens(call, spec)
     x = pad_to(x, (round_up(M, sizes.tokens), steps * sizes.splits * sizes.block))
     whole = sizes.splits == 1
@@ -45,7 +59,8 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
     operands = {"x": x, "codes": call.codes, "scales": call.scales, "zeros": call.zeros} | last
     if of_tokens is not None:
         operands["tokens"] = pad_to(of_tokens, (x.shape[0] + LEAST,))
-    operands |= {name: x if x is None else x.reshape(1) for name, x in levels.items()}
+    operands |= {name: x if x is None else x.reshape(-1) for name, x in levels.items()}
+    operands["of_tile"] = None if stack is None else stack.of_tile
     operands = {name: array for name, array in operands.items() if array is not None}
     tiles, table = Tiles(interpret), decode.table(element, dtype)
     bytes_of = [sizes.block * width // 8 for width, _ in planes(element.bits)]  # of each plane of a block
@@ -55,6 +70,7 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
         out_ref, given = refs[-1], dict(zip(operands, refs, strict=False))
         split, m, n = (lax.axis_index(axis) for axis in ("split", "m", "n"))
         warpgroup = lax.axis_index("warpgroup")
+        matrix, given = matrix_of(given, m, levels)
         mine = pl.ds(warpgroup * COLUMNS, COLUMNS)
         columns = pl.ds((n * sizes.warpgroups + warpgroup) * COLUMNS, COLUMNS)
 
@@ -157,13 +173,16 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
                 shape = sizes.tokens, sizes.block
                 return plgpu.BlockSpec(shape, lambda k: (m, step(k)), transforms=transforms)
             if name == "codes":
-                shape = sizes.block * spec.format.bits // 8, sizes.columns
-                return plgpu.BlockSpec(shape, lambda k: (step(k), n), transforms=BYTES)
+                shape, blocks = (sizes.block * spec.format.bits // 8, sizes.columns), steps * sizes.splits
+                return plgpu.BlockSpec(shape, lambda k: (matrix * blocks + step(k), n), transforms=BYTES)
             per_group = sizes.group // sizes.block if sizes.group > sizes.block else 1
-            return plgpu.BlockSpec((sizes.groups, sizes.columns), lambda k: (step(k) // per_group, n))
+            groups = call.scales.shape[0] // matrices // sizes.groups
+            return plgpu.BlockSpec(
+                (sizes.groups, sizes.columns), lambda k: (matrix * groups + step(k) // per_group, n)
+            )
 
-        fetched = [name for name in given if name not in ("tokens", *last, *levels)]
-        plgpu.emit_pipeline_warp_specialized(
+        fetched = [name for name in given if name not in ("tokens", "of_tile", *last, *levels)]
+        pipeline = plgpu.emit_pipeline_warp_specialized(
             add_block,
             grid=(steps,),
             in_specs=[spec_of(name) for name in fetched],
@@ -172,7 +191,8 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
             num_compute_wgs=sizes.warpgroups,
             max_concurrent_steps=sizes.stages,
             compute_context=around,
-        )(*(given[name] for name in fetched))
+        )
+        run_if(matrix, lambda: pipeline(*(given[name] for name in fetched)))
 
     scratch: dict[str, Any] = {"staged": plgpu.SMEM((sizes.warpgroups, 2, at_once, COLUMNS), partial.dtype)}
     if last or of_tokens is not None:
@@ -195,6 +215,23 @@ def product(call: Inputs, spec: Spec, sizes: Tiling, *, interpret: bool) -> Arra
         return sums[0, :M]
     y = jnp.sum(sums[:, :M], axis=0)
     return (y if call.bias is None else y + call.bias.astype(F32)).astype(dtype)
+
+
+def matrix_of(given: dict, m: Any, levels: dict) -> tuple[Any, dict]:
+    """The number of tile m's matrix, and the operands with that one's levels of scales alone."""
+    if "of_tile" not in given:
+        return 0, given
+    matrix = given["of_tile"][m]
+    own = {name: given[name].at[pl.ds(matrix, 1)] for name in levels if name in given}
+    return matrix, given | own
+
+
+def run_if(matrix: Any, run: Callable[[], None]) -> None:
+    """Run a program for its matrix, if it has one."""
+    if isinstance(matrix, int):
+        run()
+    else:
+        pl.when(matrix >= 0)(run)
 
 
 def _scales(

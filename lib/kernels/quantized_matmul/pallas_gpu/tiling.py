@@ -50,8 +50,13 @@ class Tiling(NamedTuple):
         return max(1, self.block // self.group)
 
 
-def tiling(call: Inputs, spec: Spec, backward: bool = False) -> tuple[Tiling | None, str | None]:
-    """The sizes for a call, or for its gradient, or None and why there are none."""
+def tiling(
+    call: Inputs, spec: Spec, backward: bool = False, matrices: int = 1
+) -> tuple[Tiling | None, str | None]:
+    """The sizes for a call, or for its gradient, or None and why there are none.
+
+    `matrices`: as many are multiplied at once, each by as many tokens as the call has.
+    """
     bits, (M, _), (rows, N) = spec.format.bits, call.x.shape, call.codes.shape
     K = rows * 8 // bits
     rounded = spec.activations is not None and not backward
@@ -91,7 +96,7 @@ def tiling(call: Inputs, spec: Spec, backward: bool = False) -> tuple[Tiling | N
         tokens //= 2
     found = Tiling(tokens, warpgroups, block, HALF if backward else chunk, group, 1, 1, whole_sums)
     programs, steps = (K // block, N // COLUMNS) if backward else (N // columns, K // block)
-    splits = _splits(-(-M // tokens) * programs, steps)
+    splits = _splits(matrices * -(-M // tokens) * programs, steps)
     stages = min(STAGES, steps // splits, room // round_up(step_bytes(tokens), 1024))
     return found._replace(splits=splits, stages=stages), None
 

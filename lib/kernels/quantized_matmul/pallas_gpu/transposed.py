@@ -19,23 +19,35 @@ from ...common.hopper import F32, Tiles, launch
 from ...common.tiling import round_up
 from ..inputs import Inputs, Spec
 from . import decode
+from .kernel import Stack, matrix_of, run_if
 from .registers import BYTES, COLUMNS, HALF, load_rows, load_rows_columns, look_up, shifted, store_rows
 from .tiling import AT_ONCE, Tiling
 
 
-def gradient(call: Inputs, dy: Array, spec: Spec, sizes: Tiling, *, interpret: bool) -> Array:
+def gradient(
+    call: Inputs, dy: Array, spec: Spec, sizes: Tiling, stack: Stack | None = None, *, interpret: bool
+) -> Array:
     """dy W^T [M, K] in x's dtype; dy [M, N]."""
     (M, N), dtype, element = dy.shape, call.x.dtype, spec.format.element
     block, bits = sizes.block, spec.format.bits
-    K = call.codes.shape[0] * 8 // bits
+    matrices = 1 if stack is None else stack.matrices
+    K = call.codes.shape[0] // matrices * 8 // bits
     steps = N // COLUMNS // sizes.splits
     dy = pad_to(dy.astype(dtype), (round_up(M, sizes.tokens), N))
     whole = sizes.splits == 1
     partial = jax.ShapeDtypeStruct((sizes.splits, dy.shape[0], K), dtype if whole else F32)
     at_once = min(AT_ONCE, sizes.tokens)
-    operands = {"even": dy[:, ::2], "odd": dy[:, 1::2], "codes": call.codes, "scales": call.scales}
+    operands: dict[str, Any] = {
+        "even": dy[:, ::2],
+        "odd": dy[:, 1::2],
+        "codes": call.codes,
+        "scales": call.scales,
+    }
     levels = {"outer": call.outer, "offset": call.offset}  # of coded scales
-    operands |= {"zeros": call.zeros} | {name: x if x is None else x.reshape(1) for name, x in levels.items()}
+    operands |= {"zeros": call.zeros} | {
+        name: x if x is None else x.reshape(-1) for name, x in levels.items()
+    }
+    operands["of_tile"] = None if stack is None else stack.of_tile
     operands = {name: array for name, array in operands.items() if array is not None}
     tiles, table = Tiles(interpret), decode.table(element, dtype)
     mine = block // HALF // sizes.warpgroups  # tiles of a warpgroup
@@ -44,6 +56,7 @@ def gradient(call: Inputs, dy: Array, spec: Spec, sizes: Tiling, *, interpret: b
         out_ref, given = refs[-1], dict(zip(operands, refs, strict=False))
         split, m, b = (lax.axis_index(axis) for axis in ("split", "m", "block"))
         warpgroup = lax.axis_index("warpgroup")
+        matrix, given = matrix_of(given, m, levels)
 
         def around(pipeline) -> None:
             sums = pipeline(tuple(tiles.full((HALF, sizes.tokens), 0) for _ in range(mine)))
@@ -111,12 +124,17 @@ def gradient(call: Inputs, dy: Array, spec: Spec, sizes: Tiling, *, interpret: b
                 return plgpu.BlockSpec((sizes.tokens, HALF), lambda n: (m, step(n)), transforms=transforms)
             if name == "codes":
                 shape = block * bits // 8, COLUMNS
-                return plgpu.BlockSpec(shape, lambda n: (b, step(n)), transforms=BYTES)
+                return plgpu.BlockSpec(
+                    shape, lambda n: (matrix * (K // block) + b, step(n)), transforms=BYTES
+                )
             per_group = max(1, sizes.group // block)
-            return plgpu.BlockSpec((sizes.groups, COLUMNS), lambda n: (b // per_group, step(n)))
+            groups = call.scales.shape[0] // matrices // sizes.groups
+            return plgpu.BlockSpec(
+                (sizes.groups, COLUMNS), lambda n: (matrix * groups + b // per_group, step(n))
+            )
 
-        fetched = [name for name in given if name not in levels]
-        plgpu.emit_pipeline_warp_specialized(
+        fetched = [name for name in given if name not in ("of_tile", *levels)]
+        pipeline = plgpu.emit_pipeline_warp_specialized(
             add_columns,
             grid=(steps,),
             in_specs=[spec_of(name) for name in fetched],
@@ -125,7 +143,8 @@ def gradient(call: Inputs, dy: Array, spec: Spec, sizes: Tiling, *, interpret: b
             num_compute_wgs=sizes.warpgroups,
             max_concurrent_steps=sizes.stages,
             compute_context=around,
-        )(*(given[name] for name in fetched))
+        )
+        run_if(matrix, lambda: pipeline(*(given[name] for name in fetched)))
 
     (sums,) = plgpu.kernel(
         body,
