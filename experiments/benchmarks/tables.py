@@ -276,6 +276,30 @@ def low_bit() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def qmoe() -> str:
+    """Tabulate experts in ternary weights by each method, and what codewords of a dictionary take."""
+    result, rows = read("qmoe"), []
+    for r in result["rows"]:
+        cells = [f"{100 * r['zeros']:.1f} %", f"{r['entropy']:.3f}"] if "zeros" in r else ["", ""]
+        if "codewords" in r:
+            cells += [
+                f"{r['codewords']:.3f}",
+                f"{r['bits_per_weight']:.3f}",
+                f"{100 * r['output_error']:.1f} %",
+            ]
+        else:
+            cells += ["", f"{r['bits_per_weight']:.0f}", ""]
+        name = "as they were" if r["method"] == "none" else r["method"]
+        rows.append([name, *cells, f"{r['bits_per_byte']:.3f}"])
+    fewest, most = result["tokens_of_an_expert"].values()
+    about = (
+        f"{result['expert_weights']:,} weights of experts with 512 inputs, {fewest:,} to {most:,} tokens of "
+    )
+    about += f"statistics each, {result['held_out_bytes']:,} held-out bytes"
+    head = ["", "zeros", "entropy", "codewords", "bits a weight in all", "output error", "bits per byte"]
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def low_bit_training() -> str:
     """Tabulate what each option of low-bit training costs, beside float32."""
     result, rows = read("low_bit_training"), []
@@ -421,6 +445,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "bipolar": bipolar,
         "minilm": minilm,
         "low_bit": low_bit,
+        "qmoe": qmoe,
     },
     "docs/results/optimizers.md": {
         "optimizers_quality": optimizers_quality,
