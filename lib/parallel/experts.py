@@ -16,6 +16,7 @@ from ..kernels.common.sharding import vary_like
 from ..moe.dispatch import combine, dispatch, places
 from ..moe.routing import Routing
 from .exchange import AxisNames, Transport, exchange, moved
+from .mesh import BATCH_AXES
 
 # (params of this device's experts, rows [M, D] in their order, group_sizes [E / P]) -> [M, D']
 Experts = Callable[[Any, Array, Array], Array]
@@ -82,7 +83,7 @@ def expert_parallel(
         all tokens, the same tokens are dropped as on one device.
       max_rows: the most rows that a device sends to another, which bounds memory; what is over is dropped.
         None: as many as there can be.
-      key: as in `frugax.moe.dispatch`: drop any tokens instead of the last.
+      key: drop any tokens instead of the last, of any devices; the same on all of them.
       transport: as in `Exchange`.
 
     Returns:
@@ -156,6 +157,9 @@ def experts_over_mesh(
     *,
     axis_name: AxisNames,
     token_axes: AxisNames | None = None,
+    capacity: int | float | None = None,
+    capacity_axes: AxisNames | None = None,
+    key: Key[Array, ""] | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "t d2"], ExpertLoad]:
@@ -169,9 +173,12 @@ def experts_over_mesh(
       experts: as in `expert_parallel`.
       params: of all experts, each with E in front.
       axis_name: mesh axis or axes that experts are split over.
-      token_axes: axes that tokens are split over, at least those; None: those.
+      token_axes: axes that tokens are split over, at least those. None: of the mesh's axes those that split
+        a batch (`BATCH_AXES`), and those of the experts.
+      capacity, key: as in `expert_parallel`.
+      capacity_axes: as there, but None, all `token_axes`: the same tokens are dropped as on one device.
       mesh: None: that of `jax.set_mesh`.
-      options: of `expert_parallel`.
+      options: others of `expert_parallel`.
 
     Raises:
       ValueError: there is no mesh or no such axis, or sizes do not divide.
@@ -191,13 +198,19 @@ def experts_over_mesh(
         ((6, 3), [6, 6])
     """
     axes = as_tuple(axis_name)
-    token_axes = axes if token_axes is None else as_tuple(token_axes)
     within = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    for axis in token_axes:
-        if axis not in within.axis_names:
-            raise ValueError(f"token_axes: got {axis!r}; expected axes of the mesh, {within.axis_names}")
+    if token_axes is None:
+        token_axes = tuple(axis for axis in within.axis_names if axis in (*BATCH_AXES, *axes))
+    token_axes = as_tuple(token_axes)
+    for name, given in (("axis_name", axes), ("token_axes", token_axes)):
+        if not set(given) <= set(within.axis_names):
+            raise ValueError(
+                f"{name}: got {given}; expected axes of the mesh in context, {within.axis_names}"
+            )
+    capacity_axes = token_axes if capacity_axes is None else capacity_axes
     if not set(axes) <= set(token_axes):
         raise ValueError(f"axis_name: got {axes}; expected axes that tokens are split over, {token_axes}")
+    _check_single(routing)
     if routing.by != "token":
         raise ValueError("routing: got one where experts choose; expected one where tokens choose")
     size = math.prod(within.shape[axis] for axis in token_axes)
@@ -206,22 +219,25 @@ def experts_over_mesh(
         raise ValueError(f"{got}; expected a multiple of {size}, the devices of {token_axes}")
     check_experts(routing, params, math.prod(within.shape[axis] for axis in axes), axes, whole=True)
 
-    def local(x, routing, params):
-        return expert_parallel(x, routing, experts, params, axis_name=axes, token_axes=token_axes, **options)
+    def local(x, routing, params, key):
+        drop = dict(capacity=capacity, capacity_axes=capacity_axes, key=key)
+        same = dict(axis_name=axes, token_axes=token_axes)
+        return expert_parallel(x, routing, experts, params, **same, **drop, **options)
 
     split = P(token_axes)
     by_token = jax.tree.map(lambda a: split if a is routing.indices or a is routing.weights else P(), routing)
-    run = jax.shard_map(local, mesh=mesh, in_specs=(split, by_token, P(axes)), out_specs=(split, P()))
-    return run(x, routing, params)
+    in_specs = split, by_token, P(axes), P()
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(split, P()))(x, routing, params, key)
 
 
 def _limited(routing: Routing, capacity: int, axes: tuple[str, ...], key: Array | None) -> Routing:
     """Set the weight of each assignment over an expert's capacity to 0, which is to drop it.
 
     Over `axes` a token's place is that in the order of choices, then of devices, then of tokens, as on one
-    device. Only counts [k, E] travel for it.
+    device; with a key devices and tokens are in any order. Only counts [k, E] travel for it.
     """
-    place = places(routing, key)
+    device = jax.lax.axis_index(axes) if axes else 0
+    place = places(routing, key if key is None else jax.random.fold_in(key, device))
     if axes:
         _, experts, weights = routing.assignments()
         choices = routing.indices.shape[1] if routing.by == "token" else 1
@@ -229,7 +245,8 @@ def _limited(routing: Routing, capacity: int, axes: tuple[str, ...], key: Array 
         counts = jnp.zeros((choices, routing.experts), jnp.int32)
         counts = counts.at[choice, experts].add((weights != 0).astype(jnp.int32))
         every = jax.lax.all_gather(counts, axes)  # [devices, k, E]
-        before = jnp.arange(len(every)) < jax.lax.axis_index(axes)
+        order = jnp.arange(len(every)) if key is None else jax.random.permutation(key, len(every))
+        before = order < order[device]
         earlier = jnp.sum(every * before[:, None, None], 0)  # the same choice, on devices before this one
         others = jnp.sum(every, 0) - counts
         place = place + (earlier + jnp.cumsum(others, 0) - others)[choice, experts]
@@ -286,8 +303,7 @@ def check_experts(
     routing: Routing, params: Any, devices: int, axes: tuple[str, ...], *, whole: bool = False
 ) -> None:
     """Raise ValueError unless the experts divide over the devices, and params have them in front."""
-    if not isinstance(routing, Routing):
-        raise ValueError(f"routing: got {type(routing).__name__}; expected a Routing to single experts")
+    _check_single(routing)
     E = routing.experts
     if E % devices:
         raise ValueError(f"routing: got {E} experts; expected a multiple of {devices}, the devices of {axes}")
@@ -296,6 +312,11 @@ def check_experts(
         if leaf.shape[:1] != (expected,):
             where = f"params{jax.tree_util.keystr(path)}: got {list(leaf.shape)}"
             raise ValueError(f"{where}; expected {expected} experts in front, of {E} over {devices} devices")
+
+
+def _check_single(routing: Any) -> None:
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing: got {type(routing).__name__}; expected a Routing to single experts")
 
 
 def as_tuple(axes: AxisNames) -> tuple[str, ...]:

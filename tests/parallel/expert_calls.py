@@ -201,12 +201,12 @@ def check(mesh, form, name, drop) -> None:
         assert received(compiled.as_text(), devices, tensor) == {k: 2 * n for k, n in formula.items()}
 
 
-def check_key(mesh) -> None:
+def check_key(mesh, drop) -> None:
     """Any tokens are dropped where a key says so: as many, but others."""
     x, params = arguments()
     outputs = {}
     for name, key in {"last": None, "any": jax.random.key(5)}.items():
-        options = DROPS["by device"] | {"key": key}
+        options = DROPS[drop] | {"key": key}
         outputs[name] = jax.jit(inside(FOLDINGS["copies"], options, mesh))(x, params)
     (last, _, load), (any_, _, same) = outputs.values()
     np.testing.assert_array_equal(load.tokens, same.tokens)
@@ -217,7 +217,8 @@ def check_key(mesh) -> None:
 if __name__ == "__main__":
     mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     if sys.argv[1:] == ["key"]:
-        check_key(mesh)
+        check_key(mesh, "by device")
+        check_key(mesh, "over all")
     else:
         form, name, drop = sys.argv[1:]
         check(mesh, {"inside": inside, "outside": outside}[form], name, drop)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from frugax import moe, parallel
+from frugax import layers, moe, parallel
 from tests.devices import run_on_eight_devices
 
 CASES = [
@@ -27,6 +27,11 @@ CASES = [
 )
 def test_experts_over_devices_are_those_of_one(case):
     run_on_eight_devices("tests.parallel.expert_calls", *case)
+
+
+@pytest.mark.parametrize("case", ["layer", pytest.param("decoder", marks=pytest.mark.full)])
+def test_layers_over_a_mesh_are_those_of_one_device(case):
+    run_on_eight_devices("tests.parallel.moe_layer_calls", case)
 
 
 @pytest.mark.full
@@ -51,25 +56,49 @@ def test_folding_over_the_tensor_axis_moves_fewer_bytes():
     assert dropless["all_to_all"] == 2 * 7 * 512 * 4 * 64 * 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"dispatch": "einsum", "capacity": 1.0},
+            "dispatch: got 'einsum' with expert_axis='expert'; expected",
+        ),
+        ({}, r"axis_name: got \('expert',\); expected axes of the mesh in context, \(\)"),
+    ],
+)
+def test_layers_say_what_they_cannot_split(options, message):
+    layer, x = layers.MoE(experts=4, expert_axis="expert", **options), jnp.ones((1, 4, 8))
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)  # takes no mesh
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(layer.apply, params, x)
+
+
 MESH = AbstractMesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
 def whole(tokens=8, experts=8, weights=8, routing=None, **options):
     options = {"axis_name": "data", "token_axes": ("data", "tensor")} | options
-    routing = routing or moe.softmax_top_k(jnp.zeros((tokens, experts)), 2)
-    x, params = jnp.ones((tokens, 3)), {"w": jnp.ones((weights, 3, 3))}
-    return jax.eval_shape(
-        lambda: parallel.experts_over_mesh(x, routing, lambda w, x, n: x, params, mesh=MESH, **options)
-    )
+    route = routing or (lambda logits: moe.softmax_top_k(logits, 2))
+
+    def run(x, logits, params):
+        return parallel.experts_over_mesh(x, route(logits), lambda w, x, n: x, params, mesh=MESH, **options)
+
+    params = {"w": jnp.ones((weights, 3, 3))}
+    return jax.eval_shape(run, jnp.ones((tokens, 3)), jnp.ones((tokens, experts)), params)
 
 
-def part(routing, **options):
+def part(routing, tokens=8, experts=8):
+    def run(x, w):
+        chosen = routing(jnp.zeros((tokens, experts)))
+        return parallel.expert_parallel(x, chosen, lambda w, x, n: x, w, axis_name="data")
+
     split = P("data")
-    run = lambda x, w: parallel.expert_parallel(x, routing, lambda w, x, n: x, w, axis_name="data", **options)  # noqa: E731
-    specs = dict(in_specs=(split, split), out_specs=(split, P()))
-    return jax.eval_shape(
-        jax.shard_map(run, mesh=MESH, check_vma=False, **specs), jnp.ones((32, 3)), jnp.ones((8, 3))
-    )
+    run = jax.shard_map(run, mesh=MESH, in_specs=(split, split), out_specs=(split, P()), check_vma=False)
+    return jax.eval_shape(run, jnp.ones((32, 3)), jnp.ones((8, 3)))
+
+
+def first(logits):
+    return moe.softmax_top_k(logits, 1)
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -78,23 +107,23 @@ def test_bad_input_is_named():
         r"routing: got 6 experts; expected a multiple of 4": lambda: whole(experts=6),
         r"params\['w'\]: got \[4, 3, 3\]; expected 8 experts in front": lambda: whole(weights=4),
         r"x: got 12 tokens; expected a multiple of 8": lambda: whole(tokens=12),
-        r"token_axes: got 'expert'; expected axes of the mesh": lambda: whole(token_axes=("data", "expert")),
+        r"token_axes: got \('data', 'expert'\); expected axes of the mesh": lambda: whole(
+            token_axes=("data", "expert")
+        ),
         r"axis_name: got \('data',\); expected axes that": lambda: whole(token_axes=("tensor",)),
+        r"axis_name: got \('expert',\); expected axes of": lambda: whole(axis_name="expert", token_axes=None),
         r"routing: got one where experts choose": lambda: whole(
-            routing=moe.expert_choice(jnp.zeros((8, 8)), capacity=2)
+            routing=lambda logits: moe.expert_choice(logits, capacity=2)
+        ),
+        r"routing: got SoftRouting; expected a Routing to": lambda: whole(
+            routing=lambda logits: moe.soft_route(logits[..., None])
         ),
         r"capacity: got 0, 0 tokens an expert": lambda: whole(capacity=0),
         r"max_rows: got 0; expected at least 1": lambda: whole(max_rows=0),
         r"transport: got 'fast'; expected None or one of": lambda: whole(transport="fast"),
-        r"routing: got 6 experts; expected a multiple of 4, the devices": lambda: part(
-            moe.softmax_top_k(jnp.zeros((8, 6)), 1)
-        ),
-        r"params: got \[2, 3\]; expected 4 experts in front, of 16": lambda: part(
-            moe.softmax_top_k(jnp.zeros((8, 16)), 1)
-        ),
-        r"x: got \[8, 3\]; expected the 7 tokens that were routed": lambda: part(
-            moe.softmax_top_k(jnp.zeros((7, 8)), 1)
-        ),
+        r"routing: got 6 experts; expected a multiple of 4, the devices": lambda: part(first, experts=6),
+        r"params: got \[2, 3\]; expected 4 experts in front, of 16": lambda: part(first, experts=16),
+        r"x: got \[8, 3\]; expected the 7 tokens that were routed": lambda: part(first, tokens=7),
     }
     for message, call in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -103,5 +132,5 @@ def test_bad_input_is_named():
 
 def test_experts_may_choose():
     """Where experts choose among a device's tokens, shapes are those of tokens."""
-    y, load = part(moe.expert_choice(jnp.zeros((8, 8)), capacity=3))
+    y, load = part(lambda logits: moe.expert_choice(logits, capacity=3))
     assert (y.shape, load.tokens.shape) == ((32, 3), (8,))

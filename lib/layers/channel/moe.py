@@ -16,6 +16,7 @@ from ...formats import QuantizedTensor
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import rows
 from ...moe.experts import Kernel
+from ...parallel.experts import experts_over_mesh
 from ..modules.inputs import check_input
 from ..modules.packed import matrix_param
 from .mlp import GLU, MLP, activation_fn
@@ -54,6 +55,9 @@ class MoE(nn.Module):
       jitter: in training the router's input is multiplied by uniform numbers in 1 - jitter to 1 + jitter.
       tasks: number of tasks, each with a router of its own; the call then takes `task`.
       remat: compute the experts again in the backward pass instead of keeping their hidden values.
+      expert_axis: axes of `jax.set_mesh`'s mesh that experts are split over: tokens travel to them and back
+        (`frugax.parallel.experts_over_mesh`), by "sort", or by "gather", which drops what it drops on one
+        device. Packed experts are not split. None: the compiler does what the experts' sharding asks for.
       dtype, param_dtype, out_scale, backend: as in `Mixer`. The router's parameters are float32.
 
     Args of the call:
@@ -107,6 +111,7 @@ class MoE(nn.Module):
     jitter: float = 0.0
     tasks: int | None = None
     remat: bool = False
+    expert_axis: str | tuple[str, ...] | None = None
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     out_scale: float = 1.0
@@ -178,6 +183,9 @@ class MoE(nn.Module):
         calibrating = self.is_mutable_collection("params")  # nothing is computed again then, or for nobody
         remat: Any = jax.checkpoint if self.remat and not calibrating else lambda f: f
         method = "sort" if self.dispatch in ("dense", "expert_major") and calibrating else self.dispatch
+        if self.expert_axis is not None and not calibrating:
+            apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
+            return self._over_mesh(x, routing, kernels, apply)
         if method == "dense" and isinstance(routing, moe.Routing):
             dense = remat(functools.partial(moe.dense_experts, **how))
             return dense(x, routing.dense_weights(len(x)), kernels), jnp.zeros(())
@@ -201,6 +209,24 @@ class MoE(nn.Module):
             observe = lambda name, rows: modules[name].reads(rows, plan.group_sizes)  # noqa: E731
             apply = functools.partial(apply, observe=observe)
         return moe.combine(apply(sent, kernels, sizes), plan), plan.dropped
+
+    def _over_mesh(self, x: Array, routing: Any, kernels: Any, apply: Any) -> tuple[Array, Array]:
+        """The same where devices share the experts."""
+        if self.dispatch not in ("sort", "gather"):
+            got = f"dispatch: got {self.dispatch!r} with expert_axis={self.expert_axis!r}"
+            raise ValueError(f"{got}; expected 'sort' or 'gather'")
+        if not all(isinstance(kernel, Array) for kernel in kernels.values()):
+            raise ValueError("params: got packed experts with an expert_axis; expected arrays")
+        y, load = experts_over_mesh(
+            x,
+            routing,
+            lambda kernels, rows, sizes: apply(rows, kernels, sizes),
+            kernels,
+            axis_name=self.expert_axis,
+            capacity=self.capacity,
+            key=self.make_rng("router") if self.dispatch == "gather" and self.has_rng("router") else None,
+        )
+        return y, load.dropped
 
     def _shared(self) -> nn.Module:
         kind: Any = EXPERTS[self.expert]

@@ -1,0 +1,64 @@
+"""Run by test_experts.py on eight devices: a layer and a decoder with experts over a mesh, against one."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import frugax
+from tests.errors import assert_close
+
+MOE = {"experts": 8, "k": 2, "expand": 1}
+
+
+def layer(**options):
+    """A layer that drops, its input, and its loss."""
+    model = frugax.layers.MoE(**MOE, dispatch="gather", capacity=1.0, **options)
+    return model, jax.random.normal(jax.random.key(0), (4, 6, 8)), lambda y, x: jnp.mean((y - x) ** 2)
+
+
+def decoder(**options):
+    """A decoder of two blocks that drops nothing, its tokens, and its loss."""
+    block = frugax.layers.Block("GatedLinearAttention", "MoE", {"heads": 2}, MOE | options)
+    model = frugax.layers.Decoder(11, 8, (block,), repeats=2, backend="reference")
+
+    def loss(result, tokens):
+        losses = optax.softmax_cross_entropy_with_integer_labels(result[0][:, :-1], tokens[:, 1:])
+        return jnp.mean(losses)
+
+    return model, jax.random.randint(jax.random.key(0), (4, 6), 0, 11), loss
+
+
+def check(make) -> None:
+    """Losses, auxiliary ones too, gradients, and the dropped share, with rows of a batch spread."""
+
+    def step(model, loss):
+        def value(params, x):
+            result, sown = model.apply({"params": params}, x, mutable=["moe"])
+            total = loss(result, x) + 10 * frugax.moe.total_loss(sown)
+            return total, frugax.moe.load_summary(sown)
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+    one, x, loss = make()
+    params = jax.jit(one.init)(jax.random.key(1), x)["params"]
+    (value, summary), gradients = step(one, loss)(params, x)
+    split, _, _ = make(expert_axis=("expert", "tensor"))
+    mesh = frugax.parallel.make_mesh(data=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, P(frugax.parallel.BATCH_AXES)))
+        compiled = step(split, loss).lower(params, spread).compile()
+        (value_, summary_), gradients_ = compiled(params, spread)
+    assert "all-to-all" in compiled.as_text()
+    assert_close((value_, gradients_), (value, gradients), "float32", times=2)
+    for name in summary:
+        np.testing.assert_allclose(summary_[name], summary[name], atol=1e-5, err_msg=name)
+    assert bool(summary["dropped_share"] > 0) == (make is layer)
+
+
+if __name__ == "__main__":
+    check({"layer": layer, "decoder": decoder}[sys.argv[1]])
