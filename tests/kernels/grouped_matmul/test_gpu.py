@@ -10,7 +10,7 @@ import pytest
 
 import frugax
 from experiments.benchmarks import deviceless_gpu
-from frugax.kernels.grouped_matmul import OPERATION, grouped_matmul
+from frugax.kernels.grouped_matmul import OPERATION, grouped_matmul, pallas_gpu, xla
 from frugax.kernels.grouped_matmul.inputs import check
 from frugax.kernels.grouped_matmul.pallas_gpu.experts import edges
 from frugax.kernels.grouped_matmul.pallas_gpu.packed import places
@@ -169,6 +169,15 @@ def test_what_it_leaves_to_xla(sizes, reason):
         w = frugax.formats.quantize(w.astype(jnp.float32), sizes["format"], axis=1)
     call, spec = check(jnp.zeros((3, K), dtype), w, jnp.array([1, 2]), None, None, None, None)
     assert reason in OPERATION.unsupported_reason("pallas_gpu", call, {"spec": spec})
+
+
+def test_a_shard_of_columns_that_64_does_not_divide_is_xlas():
+    rng = generator(6)
+    x, w, dy = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((3, 64), (2, 64, 32), (3, 32)))
+    call, spec = check(x, w, jnp.array([1, 2]), None, None, None, None)
+    assert_close(pallas_gpu.forward(call, spec, interpret=True), xla.forward(call, spec), "bfloat16")
+    gradients = pallas_gpu.backward(call, dy, spec, interpret=True), xla.backward(call, dy, spec)
+    assert_close(*((g.lhs, g.rhs) for g in gradients), "bfloat16")
 
 
 @full

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...common import compat
-from .. import rows
+from .. import rows, xla
 from ..inputs import Inputs, Spec, shape
 from . import packed
 from .experts import gradient
@@ -29,11 +29,15 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
 
 def forward(call: Inputs, spec: Spec, *, interpret: bool) -> Array:
     """The call's result, in lhs's dtype."""
+    if unsupported_reason(call, spec) is not None:  # of a shard, which has fewer columns than the call
+        return xla.forward(call, spec)
     return rows.forward(call, spec, _products(call, spec, interpret))
 
 
 def backward(call: Inputs, cotangent: Array, spec: Spec, *, interpret: bool) -> Inputs:
     """The gradients of lhs, rhs and weights."""
+    if unsupported_reason(call, spec) is not None:
+        return xla.backward(call, cotangent, spec)
     return rows.backward(call, spec, cotangent, _products(call, spec, interpret))
 
 
