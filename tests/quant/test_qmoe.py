@@ -82,6 +82,24 @@ def test_calibration_gathers_the_tokens_of_each_expert(dispatch):
             assert_close(mine, Statistics.of(jnp.asarray(inputs, jnp.float32)), "float32", name=name)
 
 
+@pytest.mark.full
+def test_experts_of_layers_under_a_scan_are_stacked_and_run_in_codewords():
+    block = frugax.layers.Block("MLGRU", "MoE", {}, {"experts": 3, "k": 1, "expand": 1})
+    model = frugax.layers.Decoder(16, 8, (block,), 2, remat=True, backend="xla")
+    tokens = jax.random.randint(jax.random.key(0), (4, 40), 0, 16)
+    params = jax.jit(model.init)(jax.random.key(1), tokens)["params"]
+    statistics = calibrate(model, {"params": params}, [tokens], only="experts")
+    (path, first), (_, out) = statistics.items()
+    assert path == "layers/block_0/channel/experts/gate_in/kernel"
+    assert first.gram.shape == out.gram.shape == (2, 3, 8, 8)
+    assert first.count.sum(-1).tolist() == out.count.sum(-1).tolist() == [160, 160]
+    packed, _ = quantize_params(params, {"experts": lambda path, w: qmoe(w, statistics[path])})
+    is_packed = lambda x: isinstance(x, frugax.formats.QuantizedTensor)  # noqa: E731
+    small = jax.tree.map(lambda x: compress_ternary(x) if is_packed(x) else x, packed, is_leaf=is_packed)
+    run = jax.jit(lambda params: model.apply({"params": params}, tokens)[0])
+    assert_close(run(small), run(packed), "float32")
+
+
 def trained(width=32, steps=150):
     """A layer that was trained to imitate a network, and inputs with few directions: trained on, and new."""
     layer = frugax.layers.MoE(experts=4, k=1, expert="MLP", activation="relu", expand=2, backend="xla")
