@@ -48,6 +48,27 @@ def tpu_schedule(operation: str) -> str:
     return f"{about}\n\n{table(head, rows)}"
 
 
+def tpu_grouped_matmul() -> str:
+    """Cycles beside megablox's in whichever of its tile sizes takes it least."""
+    result = read("tpu_schedule_grouped_matmul")
+    found = {(r["kernel"], r["chip"]): r for r in result["rows"] if "error" not in r}
+    rows = []
+    for (kernel, chip), r in found.items():
+        if "megablox" in kernel:
+            continue
+        rivals = [
+            x for (name, on), x in found.items() if on == chip and name.startswith(f"{kernel} megablox")
+        ]
+        best = min(rivals, key=lambda x: x["cycles"])
+        sizes, ratio = best["kernel"].split()[-1], r["cycles"] / best["cycles"]
+        least = max(r["cycles"], r["floor"]) / max(best["cycles"], r["floor"])
+        rows.append([kernel, chip, f"{r['cycles']:,}", f"{best['cycles']:,}", sizes, f"{ratio:.2f}x"])
+        rows[-1] += [f"{least:.2f}x", f"{r['floor']:,}"]
+    head = ["kernel", "chip", "cycles", "megablox", "its tiles", "ratio", "with the floor", "floor"]
+    versions = f"jax {result['jax']}, libtpu {result['libtpu']}"
+    return f"{result['shapes'].splitlines()[0]} {versions}, {result['date']}.\n\n{table(head, rows)}"
+
+
 def recurrences_cpu() -> str:
     rows, about = [], []
     for name in ("linear_recurrence", "causal_conv1d"):
@@ -158,6 +179,17 @@ def quantized_matmul_cpu() -> str:
             ratio = f"{r['times_as_fast_as_float32']}x"
             rows.append([tokens, name, r["weights_MB"], r["median_ms"], r["min_ms"], ratio])
     head = ["", "", "weights MB", "median ms", "least ms", "times as fast as float32"]
+    return f"{plain_caption(result)} {BY_TURNS}\n\n{table(head, rows)}"
+
+
+def grouped_matmul_cpu() -> str:
+    """Tabulate products of rows with experts, and a mixture's step, beside dense ones."""
+    result, rows = read("grouped_matmul_cpu"), []
+    for shape, found in result["results"].items():
+        for name, r in found.items():
+            ratios = f"{r['times_the_dense']}x", f"{r['cpu_times_the_dense']}x"
+            rows.append([shape, name, r["median_ms"], *ratios, r["temporary_MB"]])
+    head = ["", "", "median ms", "times the dense", "CPU seconds, times the dense", "temporaries MB"]
     return f"{plain_caption(result)} {BY_TURNS}\n\n{table(head, rows)}"
 
 
@@ -390,6 +422,33 @@ def expert_placement() -> str:
     return f"{result['model']}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def m3vit_digits() -> str:
+    result = read("m3vit_digits")
+    rows = [
+        [
+            name,
+            f"{r['parameters']:,}",
+            f"{r['active']:,}",
+            *(f"{100 * mean(r[task]):.1f}" for task in ("digit", "above four")),
+            f"{mean(r['edges']):.3f}",
+            f"{100 * mean(r['mean difference']):+.1f} %",
+        ]
+        for name, r in result["rows"].items()
+    ]
+    head = [
+        "",
+        "parameters",
+        "that a task meets",
+        "digit, %",
+        "above four, %",
+        "error of edges",
+        "on average",
+    ]
+    settings = result["settings"]
+    about = f"{settings['steps']} steps, {result['held_out']} held out, the mean of {settings['seeds']} seeds"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def family_rows() -> str:
     """Tabulate the families of papers: one row each, with its methods."""
     rows = []
@@ -429,6 +488,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "recurrences_cpu": recurrences_cpu,
         "rnn_cpu": rnn_cpu,
         "quantized_matmul_cpu": quantized_matmul_cpu,
+        "grouped_matmul_cpu": grouped_matmul_cpu,
         "mamba_cpu": mamba_cpu,
     },
     "docs/results/training.md": {
@@ -438,7 +498,11 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "mamba_lyapunov": mamba_lyapunov,
         "low_bit_training": low_bit_training,
     },
-    "docs/results/experts.md": {"expert_placement": expert_placement, "memory_bank": memory_bank},
+    "docs/results/experts.md": {
+        "expert_placement": expert_placement,
+        "m3vit_digits": m3vit_digits,
+        "memory_bank": memory_bank,
+    },
     "docs/results/formats.md": {
         "formats": formats,
         "minifloats": minifloats,
@@ -461,6 +525,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "tpu_rnn": partial(tpu_schedule, "rnn"),
         "tpu_quantized_update": partial(tpu_schedule, "quantized_update"),
         "tpu_quantized_matmul": partial(tpu_schedule, "quantized_matmul"),
+        "tpu_grouped_matmul": tpu_grouped_matmul,
         "hopper_linear_attention": partial(hopper, "linear_attention"),
         "hopper_selective_scan": partial(hopper, "selective_scan"),
         "hopper_rnn": partial(hopper, "rnn"),

@@ -59,9 +59,9 @@ def dispatch(
       x: tokens.
       routing: from a router. Assignments with weight 0 take no place.
       method: "sort" drops nothing: rows [n, D] in the order of experts, n = T * k, for
-        `jax.lax.ragged_dot` with the plan's `group_sizes`; rows past their sum are zero. "gather" and
-        "einsum": [E, C, D], where assignments over an expert's capacity C are dropped and free places are
-        zero. "einsum" is the definition by one-hot arrays [T, E, C]. A `SoftRouting` has its own method.
+        `frugax.kernels.grouped_matmul` with the plan's `group_sizes`; rows past their sum are zero. "gather"
+        and "einsum": [E, C, D], where assignments over an expert's capacity C are dropped and free places
+        are zero. "einsum" is the definition by one-hot arrays [T, E, C]. A `SoftRouting` has its own method.
       capacity: C as a number, or as a float a factor of the mean number of assignments, rounded up. None with
         "gather" and "einsum": all tokens.
       key: None drops the last tokens, the second choices before the first. A key drops any, so that a
@@ -93,7 +93,7 @@ def dispatch(
         share = routing.into.astype(jnp.float32)
         rows = jnp.einsum("tes,td->esd", share, x.astype(jnp.float32)).astype(x.dtype)
         slots = jnp.full(share.shape[1], share.shape[2], jnp.int32)
-        return rows, DispatchPlan(slots, jnp.zeros(()), (), routing.out, len(x), "soft")
+        return rows, DispatchPlan(slots, jnp.zeros(()), (), routing.out, x.shape[0], "soft")
     if method not in get_args(Method):
         raise ValueError(f"method: got {method!r}; expected one of {', '.join(get_args(Method))}")
     if routing.by == "token":
@@ -102,7 +102,7 @@ def dispatch(
         if capacity is not None:
             raise ValueError(f"capacity: got {capacity} with method='sort'; expected None, it drops nothing")
         return _sorted(x, routing)
-    C = _capacity(capacity, len(x), routing)
+    C = _capacity(capacity, x.shape[0], routing)
     tokens, experts, weights = routing.assignments()
     place = places(routing, key)
     taken = (weights != 0) & (place < C)
@@ -111,23 +111,23 @@ def dispatch(
     sizes = jnp.zeros(routing.experts, jnp.int32).at[experts].add(taken.astype(jnp.int32))
     if method == "gather":
         # A place's assignment; n where it is free.
-        n = len(tokens)
+        n = tokens.shape[0]
         at = jnp.where(taken, experts * C + place, routing.experts * C)
         of = (
             jnp.full(routing.experts * C, n, jnp.int32)
             .at[at]
             .set(jnp.arange(n, dtype=jnp.int32), mode="drop")
         )
-        token = jnp.append(tokens, len(x))[of]
+        token = jnp.append(tokens, x.shape[0])[of]
         rows = x.at[token].get(mode="fill", fill_value=0).reshape(routing.experts, C, -1)
         plan = DispatchPlan(
-            sizes, dropped, token, (at, jnp.where(taken, weights, 0.0), tokens), len(x), "gather"
+            sizes, dropped, token, (at, jnp.where(taken, weights, 0.0), tokens), x.shape[0], "gather"
         )
         return rows, plan
-    mask = _one_hot(tokens, experts, jnp.where(taken, place, C), (len(x), routing.experts, C))
+    mask = _one_hot(tokens, experts, jnp.where(taken, place, C), (x.shape[0], routing.experts, C))
     rows = jnp.einsum("ntec,td->ecd", mask, x.astype(jnp.float32)).astype(x.dtype)
     back = jnp.einsum("ntec,n->tec", mask, weights)
-    return rows, DispatchPlan(sizes, dropped, mask, back, len(x), "einsum")
+    return rows, DispatchPlan(sizes, dropped, mask, back, x.shape[0], "einsum")
 
 
 def combine(y: Float[Array, "... d"], plan: DispatchPlan) -> Float[Array, "t d"]:
@@ -156,14 +156,14 @@ def combine(y: Float[Array, "... d"], plan: DispatchPlan) -> Float[Array, "t d"]
         return jnp.einsum("tec,ecd->td", plan.back, wide).astype(y.dtype)
     if plan.method == "gather":
         at, weights, tokens = plan.back
-        _check_rows(y, (len(plan.group_sizes), len(plan.to) // len(plan.group_sizes)))
+        _check_rows(y, (plan.group_sizes.shape[0], plan.to.shape[0] // plan.group_sizes.shape[0]))
         flat = wide.reshape(-1, y.shape[-1])
         mine = flat.at[at].get(mode="fill", fill_value=0)
         return _sum(mine, weights, tokens, plan.tokens).astype(y.dtype)
     order, inverse = plan.to
     weights, tokens = plan.back
-    _check_rows(y, (len(order),))
-    real = jnp.arange(len(order)) < jnp.sum(plan.group_sizes)
+    _check_rows(y, (order.shape[0],))
+    real = jnp.arange(order.shape[0]) < jnp.sum(plan.group_sizes)
     mine = _permuted(jnp.where(real[:, None], wide, 0.0), inverse, order)
     return _sum(mine, weights, tokens, plan.tokens).astype(y.dtype)
 
@@ -173,18 +173,20 @@ def _sorted(x: Array, routing: Routing) -> tuple[Array, DispatchPlan]:
     sent = weights != 0
     order = jnp.argsort(jnp.where(sent, experts, routing.experts), stable=True)
     inverse = (
-        jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
+        jnp.zeros_like(order)
+        .at[order]
+        .set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
     )
     sizes = jnp.zeros(routing.experts, jnp.int32).at[experts].add(sent.astype(jnp.int32))
     if routing.by == "token":
         k = routing.indices.shape[1]
-        each = jnp.broadcast_to(x[:, None], (len(x), k, x.shape[1])).reshape(-1, x.shape[1])
+        each = jnp.broadcast_to(x[:, None], (x.shape[0], k, x.shape[1])).reshape(-1, x.shape[1])
     else:
         each = x[tokens]
     rows = _permuted(jnp.where(sent[:, None], each, 0), order, inverse)
     # Where tokens choose, assignments stand by token: no scatter brings them back.
     back = weights, None if routing.by == "token" else tokens
-    return rows, DispatchPlan(sizes, jnp.zeros(()), (order, inverse), back, len(x), "sort")
+    return rows, DispatchPlan(sizes, jnp.zeros(()), (order, inverse), back, x.shape[0], "sort")
 
 
 def _sum(y: Array, weights: Array, tokens: Array | None, count: int) -> Array:
@@ -217,7 +219,7 @@ _permuted.defvjp(_permuted_forward, _permuted_backward)
 def places(routing: Routing, key: Key[Array, ""] | None = None) -> Int[Array, "n"]:
     """Number each expert's assignments, first choices before second ones; `key` as in `dispatch`."""
     _, experts, weights = routing.assignments()
-    n, k = len(experts), routing.indices.shape[1] if routing.by == "token" else 1
+    n, k = experts.shape[0], routing.indices.shape[1] if routing.by == "token" else 1
     rank = jnp.arange(n) % k  # first choices before second ones
     within = jnp.arange(n) if key is None else jax.random.permutation(key, n)
     order = jnp.lexsort((within, rank))
@@ -245,7 +247,7 @@ def _one_hot(tokens, experts, places, shape) -> Array:
 
 
 def _check_tokens(x: Array, tokens: int) -> None:
-    if len(x) != tokens:
+    if x.shape[0] != tokens:
         raise ValueError(f"x: got {list(x.shape)}; expected the {tokens} tokens that were routed")
 
 
