@@ -48,7 +48,7 @@ def mixture(kind, split, x, chosen):
     return jax.jit(layer.apply)({"params": split}, x, routing=routing)
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["GLU", pytest.param("MLP", marks=pytest.mark.full)])
 def test_the_union_of_all_neurons_is_the_dense_layer(kind):
     """All experts of disjoint subsets of odd sizes, and two that overlap in what is shared."""
     params, x = dense(kind), DOMAINS
@@ -65,7 +65,7 @@ def test_the_union_of_all_neurons_is_the_dense_layer(kind):
         assert_close(mixture(kind, split, x, every), want, "float32")
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["GLU", pytest.param("MLP", marks=pytest.mark.full)])
 def test_an_expert_with_the_shared_one_is_its_subset(kind):
     """And better for its domain than as many neurons at random, or the other domain's."""
     params, x = dense(kind), DOMAINS

@@ -60,6 +60,7 @@ def test_pruning_keeps_the_most_used():
     assert_close(jax.jit(layer(3, 2).apply)({"params": small}, x), whole, "float32")
 
 
+@pytest.mark.full
 def test_packed_experts_are_pruned_packed():
     full, load = params(1), jnp.array([0.1, 0.3, 0.2, 0.35, 0.05])
     packed, _ = frugax.quant.quantize_params(full, {"experts": "int4"})

@@ -28,7 +28,7 @@ def layer(kind, k=2, **more):
     return frugax.layers.MoE(experts=E, k=k, expert=kind, expand=2, activation=DENSE[kind].activation, **more)
 
 
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("kind", ["GLU", pytest.param("MLP", marks=pytest.mark.full)])
 def test_function_is_kept(kind):
     """Whatever the router says; and by a shared expert beside copies that give nothing."""
     want, variables = dense(kind)
@@ -63,6 +63,7 @@ def test_ternary_experts_that_give_nothing_leave_the_shared_one():
     assert all((g == 0).all() for g in jax.tree.leaves(grads["shared"]))
 
 
+@pytest.mark.full
 def test_noise_makes_experts_differ():
     params = dense("GLU")[1]["params"]
     made = moe.upcycle(params, E, key=jax.random.key(3), noise=0.1)["experts"]
