@@ -188,7 +188,7 @@ class MoE(nn.Module):
             return self._over_mesh(x, routing, kernels, apply)
         if method == "dense" and isinstance(routing, moe.Routing):
             dense = remat(functools.partial(moe.dense_experts, **how))
-            return dense(x, routing.dense_weights(len(x)), kernels), jnp.zeros(())
+            return dense(x, routing.dense_weights(x.shape[0]), kernels), jnp.zeros(())
         if method == "expert_major" and isinstance(routing, moe.Routing):
 
             def one(kernels: Any, rows: Array) -> Array:

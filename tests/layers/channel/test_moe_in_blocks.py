@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import frugax
 from frugax.layers import Block, Decoder, MoE
@@ -104,3 +105,63 @@ def test_what_a_block_cannot_route_is_refused():
     blocks = [Block("MLGRU", "MoE", channel_args={"experts": e}, router_reads="previous") for e in (4, 8)]
     with pytest.raises(ValueError, match=r"blocks: got \[4, 8\] experts with router_reads='previous'"):
         jax.eval_shape(Decoder(V, D, tuple(blocks)).init, jax.random.key(0), TOKENS)
+
+
+ROUTERS = {
+    "softmax_top_k": {"groups": 2},
+    "sigmoid_top_k": {},
+    "noisy_top_k": {},
+    "sinkhorn_top_k": {},
+    "base": {},
+    "relu_route": {},
+    "hash_route": {"vocab_size": V},
+    "expert_choice": {},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_causal_router_trains_in_a_decoder(router):
+    """Inside the scan over depth, with a key and states of their own for each layer."""
+    arguments = ARGUMENTS | {"router": router, "router_args": ROUTERS[router]}
+    model = Decoder(V, D, (Block("GatedConvolution", "MoE", {"width": 2}, arguments),), repeats=REPEATS)
+    tokens = TOKENS[:, :4]
+    variables = model.init(jax.random.key(0), tokens)
+    params = variables["params"]
+    rest = {name: x for name, x in variables.items() if name != "params"}
+
+    def loss(params):
+        how = dict(rngs={"router": jax.random.key(1)}, mutable=["moe", *rest])
+        (logits, _), new = model.apply({"params": params, **rest}, tokens, **how)
+        return jnp.sum(logits**2) + frugax.moe.total_loss(new), new
+
+    grads, new = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+    routed = grads["layers"]["block_0"]["channel"].get("router", {})
+    assert all(g.any() for g in jax.tree.leaves(routed))
+    assert bool(routed) == (router != "hash_route")
+    summary = frugax.moe.load_summary(new)
+    assert 0 < float(summary["load_entropy"]) <= 1
+    if router == "hash_route":
+        (table,) = jax.tree.leaves(new["router_state"])
+        assert table.shape == (REPEATS, V)
+        assert (table[0] != table[1]).any()
+        assert set(np.bincount(table[0], minlength=E)) <= {1, 2}
+    if router in ("sigmoid_top_k", "hash_route"):
+        _, state = model.apply(variables, tokens)
+        whole = model.apply(variables, tokens)[0]
+        first, state = model.apply(variables, tokens[:, :3])
+        assert_close(first, whole[:, :3], "float32")
+        last, _ = model.apply(variables, tokens[:, 3:], state)
+        assert_close(last, whole[:, 3:], "float32")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dispatch", ["sort", "gather", "dense"])
+def test_any_batch_runs_an_exported_decoder(dispatch, unchecked_types):
+    block = Block("GatedConvolution", "MoE", {"width": 2}, ARGUMENTS | {"dispatch": dispatch})
+    model, variables = make((block,), repeats=2)
+    (batch,) = export.symbolic_shape("batch")
+    call = jax.jit(lambda tokens: model.apply(variables, tokens)[0])
+    exported = export.export(call)(jax.ShapeDtypeStruct((batch, TOKENS.shape[1]), TOKENS.dtype))
+    assert_close(exported.call(TOKENS), call(TOKENS), "float32")
