@@ -41,7 +41,7 @@ DROPS: dict[str, dict[str, Any]] = {
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
 def arguments():

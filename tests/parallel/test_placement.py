@@ -59,8 +59,8 @@ def test_plans_even_the_load_out():
 def test_tokens_go_to_the_nearest_copy():
     """Here before in the node before elsewhere, and evenly over what is as near."""
     routing = moe.hash_route(jnp.zeros(12, jnp.int32), jnp.zeros(1, jnp.int32), 6)  # all to the first
-    near = np.array([[-1], [0], [-1], [0], [0], [-1]])  # six devices, one expert each
-    far = np.where(np.arange(6)[:, None] > 3, -1, near)
+    near = jnp.array([[-1], [0], [-1], [0], [0], [-1]])  # six devices, one expert each
+    far = jnp.where(jnp.arange(6)[:, None] > 3, -1, near)
 
     @jax.jit
     def indices(copies):
