@@ -2,7 +2,7 @@
 
 How many rows a group has is known at run time alone: sizes are for groups of equal ones. The matrix unit is
 given a matrix once for each visit, which takes it as long as some 128 rows: so a visit should see a whole
-group if that is small. A quarter, half and three quarters of a tile are multiplied by code of their own.
+group if that is small. Tiles of a few heights are multiplied, each by code of its own.
 """
 
 from collections.abc import Iterable
@@ -13,6 +13,9 @@ from ...common.tiling import Limit, round_up, search
 from .visits import STRIPE
 
 ROWS = 512  # of a large tile: more are no faster
+NUMBERS = (
+    2**21
+)  # of such a tile: of longer rows there are fewer, and more columns that are multiplied at once
 CODE = 3 * 2**29  # multiplications of a visit: the code for more takes long to compile
 STEP = 2**17  # bytes of HBM that could be read in the time that a visit costs on top
 
@@ -44,12 +47,13 @@ class OuterTiling:
         return self.heights[-1]
 
 
-def heights_for(M: int, groups: int) -> tuple[int, ...]:
-    """Tiles of half as many rows more than a group's share, in quarters; of no more than M, or 512."""
-    M = round_up(M, STRIPE)
-    rows = min(round_up(3 * M // (2 * groups), 4 * STRIPE), ROWS, M)
-    quarters = {round_up(rows * n // 4, STRIPE) for n in (1, 2, 3)}
-    return (*sorted(n for n in quarters if n < rows), rows)
+def heights_for(M: int, groups: int, most: int = ROWS) -> tuple[int, ...]:
+    """Half of a group's share of M rows, all of it, a quarter and a half more; large tiles in quarters."""
+    share, M = round_up(-(-M // groups), STRIPE), round_up(M, STRIPE)
+    rows = min(3 * share // 2, most)
+    some = (rows // 4, rows // 2, 3 * rows // 4) if rows == most else (share // 2, share, 5 * share // 4)
+    heights = {round_up(n, STRIPE) for n in (*some, rows)}
+    return (*sorted(n for n in heights if n < M), *([M] if max(heights) >= M else []))
 
 
 def for_product(
@@ -73,7 +77,7 @@ def for_product(
       fixed: bytes of VMEM besides.
       wide: the numbers of columns to try; None: any of whole registers.
     """
-    heights = heights_for(M, groups)
+    heights = heights_for(M, groups, max(LANES, min(ROWS, NUMBERS // K // LANES * LANES)))
     rows, visits = heights[-1], -(-M // heights[-1]) + groups
 
     def vmem(columns: int) -> int:
