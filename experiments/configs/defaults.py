@@ -23,6 +23,7 @@ def defaults() -> ConfigDict:
     config.mesh.slice = 1  # groups with slow links between them, such as slices of a TPU: rows of a batch
     config.mesh.data = -1  # rows of a batch
     config.mesh.fsdp = 1  # rows of a batch, and what `zero` says
+    config.mesh.expert = 1  # rows of a batch, and the experts of MoE layers with expert_axis="expert"
     config.mesh.tensor = 1  # each matrix
     config.mesh.zero = 3  # over fsdp: 1 the optimizer's state, 2 gradients too, 3 params too; 0 nothing
 

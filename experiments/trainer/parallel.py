@@ -38,7 +38,7 @@ def make_layout(config: ConfigDict) -> Layout:
         cut as the mesh says (from `create` and `abstract`).
     """
     devices = jax.devices()
-    sizes = {name: config.mesh[name] for name in ("slice", "data", "fsdp", "tensor")}
+    sizes = {name: config.mesh[name] for name in ("slice", "data", "fsdp", "expert", "tensor")}
     given = math.prod(size for size in sizes.values() if size != -1)
     wanted = given if -1 not in sizes.values() else given * max(len(devices) // given, 1)
     if wanted > len(devices) or (wanted != len(devices) and jax.process_count() > 1):
@@ -84,7 +84,8 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int) -> Layout:
 
     def compile_step(step, state, batch):
         out = jax.tree.map(lambda x: x.sharding, state), everywhere
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+        with jax.set_mesh(mesh):  # where a layer names the axis of its experts
+            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
 
     gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
     return Layout(

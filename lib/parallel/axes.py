@@ -15,6 +15,7 @@ TABLE: tuple[tuple[str, Axes], ...] = (
     (r"head/kernel", ("embed", "vocab")),
     (r"experts/(gate_in|in)/kernel", ("experts", "embed", "mlp")),
     (r"experts/out/kernel", ("experts", "mlp", "embed")),
+    (r"router/kernel", ("embed", None)),
     (r"router/.*", (None,)),
     (r"channel/(shared/)?(gate_in|in|k)/kernel", ("embed", "mlp")),
     (r"channel/(shared/)?(out|v)/kernel", ("mlp", "embed")),

@@ -30,6 +30,7 @@ MEANT = {
     "mesh.slice": (-1,),
     "mesh.data": (-1,),
     "mesh.fsdp": (-1,),
+    "mesh.expert": (-1,),
     "mesh.tensor": (-1,),
     "mesh.zero": (0,),
     "distributed.processes": (0,),

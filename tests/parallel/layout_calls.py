@@ -45,9 +45,16 @@ def layout_of(**mesh):
     return make_layout(config)
 
 
-def run(layout, optimizer, steps=3, width=32):
-    """Losses, this process's copy of the params, and the compiled step."""
-    block = frugax.layers.Block("GatedLinearAttention", "GLU", {"heads": 2}, {"expand": 2.0})
+BLOCKS = {
+    "dense": frugax.layers.Block("GatedLinearAttention", "GLU", {"heads": 2}, {"expand": 2.0}),
+    "experts": frugax.layers.Block(
+        "MLGRU", "MoE", (), {"experts": 8, "k": 2, "expand": 1.0, "expert_axis": "expert"}
+    ),
+}
+
+
+def run(layout, optimizer, steps=3, width=32, block=BLOCKS["dense"]):
+    """Losses, this process's copy of the params, the compiled step, and a sum of logits on one device."""
     module = frugax.layers.Decoder(VOCAB, width, (block,), repeats=2, tie_embeddings=False, backend="xla")
 
     def init():
@@ -63,12 +70,18 @@ def run(layout, optimizer, steps=3, width=32):
         losses.append(float(metrics["loss"]))
     for x, like in zip(jax.tree.leaves(state), jax.tree.leaves(layout.abstract(init)), strict=True):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim), (x.shape, x.sharding, like.sharding)
-    return losses, layout.whole(layout.take(state).params), compiled
+    params = layout.whole(layout.take(state).params)
+    logits, _ = jax.jit(module.apply)({"params": params}, np.zeros((1, TIME), np.int32))
+    return losses, params, compiled, float(logits.sum())
 
 
-def compare(name, mesh):
+def compare(name, mesh, block="dense"):
     optimizer = OPTIMIZERS[name]()
-    one, many = run(layout_of(), optimizer), run(layout_of(**mesh), optimizer)
+    one, many = (run(layout_of(**m), optimizer, block=BLOCKS[block]) for m in ({}, mesh))
+    if block == "experts":
+        text = many[2].as_text()
+        assert " all-to-all(" in text or " all-to-all-start(" in text
+    assert np.isfinite(many[3])  # the module runs on one device as well
     np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
     # Codes of 8 bits flip where a sum's order decides; Muon's and a subspace's iterations amplify it.
     worst = max(jax.tree.leaves(jax.tree.map(error, many[1], one[1])))
@@ -79,7 +92,7 @@ def memory():
     """Bytes of a device's state: params P, AdamW's 2 P and an average P; stages share them by eight."""
     sizes = []
     for zero in (0, 1, 2, 3):
-        _, params, compiled = run(layout_of(fsdp=8, zero=zero), OPTIMIZERS["adamw"](), steps=1, width=64)
+        _, params, compiled, _ = run(layout_of(fsdp=8, zero=zero), OPTIMIZERS["adamw"](), steps=1, width=64)
         whole = sum(x.nbytes for x in jax.tree.leaves(params))
         sizes.append(compiled.memory_analysis().argument_size_in_bytes / whole)
     none, optimizer_apart, grads_apart, all_apart = sizes
@@ -93,4 +106,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "memory":
         memory()
     else:
-        compare(sys.argv[1], json.loads(sys.argv[2]))
+        compare(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:])

@@ -109,5 +109,13 @@ def test_stages_of_zero_train_as_one_device_does(optimizer, zero):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 8}, {"data": 2, "expert": 4}, {"fsdp": 2, "expert": 2, "tensor": 2}]
+)
+def test_experts_over_a_mesh_train_as_on_one_device(sizes):
+    run_on_eight_devices("tests.parallel.layout_calls", "adamw", json.dumps(sizes), "experts")
+
+
+@pytest.mark.full
 def test_stages_of_zero_save_the_memory_that_they_say():
     run_on_eight_devices("tests.parallel.layout_calls", "memory")

@@ -57,7 +57,8 @@ class MoE(nn.Module):
       remat: compute the experts again in the backward pass instead of keeping their hidden values.
       expert_axis: axes of `jax.set_mesh`'s mesh that experts are split over: tokens travel to them and back
         (`frugax.parallel.experts_over_mesh`), by "sort", or by "gather", which drops what it drops on one
-        device. Packed experts are not split. None: the compiler does what the experts' sharding asks for.
+        device. Packed experts are not split. Without a mesh all experts are here. None: the compiler does
+        what the experts' sharding asks for.
       dtype, param_dtype, out_scale, backend: as in `Mixer`. The router's parameters are float32.
 
     Args of the call:
@@ -183,7 +184,8 @@ class MoE(nn.Module):
         calibrating = self.is_mutable_collection("params")  # nothing is computed again then, or for nobody
         remat: Any = jax.checkpoint if self.remat and not calibrating else lambda f: f
         method = "sort" if self.dispatch in ("dense", "expert_major") and calibrating else self.dispatch
-        if self.expert_axis is not None and not calibrating:
+        here = jax.sharding.get_abstract_mesh().empty  # outside of `jax.set_mesh`, as in evaluation
+        if self.expert_axis is not None and not here and not calibrating:
             apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
             return self._over_mesh(x, routing, kernels, apply)
         if method == "dense" and isinstance(routing, moe.Routing):
