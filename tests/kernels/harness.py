@@ -234,6 +234,7 @@ OPERATIONS = {
             states=(),
             split=("none", "n"),
             placed={"sizes": [4, 0, 6], "K": 8, "N": 4, "B": 11} | grouped_calls.ROUTED,
+            exported=grouped_calls.COMPILED[0],
             on_tpu=grouped_calls.COMPILED,
             on_gpu=grouped_calls.COMPILED,
             kernels=(3, 3),
