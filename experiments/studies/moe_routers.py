@@ -4,10 +4,11 @@
   python -m experiments.studies.moe_routers --smoke            two routers for a few steps; writes nothing
 
 The model reads bytes of the standard library: two layers of MLGRU and a mixture of eight experts, 64 wide, of
-which a token reads two. "dense" has one GLU as wide as two experts, so all do the same work a token, BlockFFN
-about as much. Runs of one seed share batches and the params that they have in common, so a gap to the softmax
-router is of one seed. What is evaluated has every token served, but where a capacity is named; "dropped" is
-the share of assignments that a capacity of 1.25 times the mean would turn away in a batch of 2048 tokens.
+which a token reads two. "dense" has one GLU as wide as two experts, so that all do the same work a token, but
+for BlockFFN, where the number of experts varies. Runs of one seed share batches and the params that they have
+in common, so a gap to the softmax router is of one seed. What is evaluated has every token served, but where
+a capacity is named; "dropped" is the share of assignments that a capacity of 1.25 times the mean would turn
+away in a batch of 2048 tokens.
 
 Source: for the routers, `frugax.moe`; Hwang et al. 2023, Pre-gated MoE (arXiv 2308.12066); Song et al. 2025,
 SmallThinker (2507.20984); Song et al. 2025, BlockFFN (2507.08771); Wang et al. 2025, MoTE (2506.14435).
