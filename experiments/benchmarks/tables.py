@@ -411,6 +411,30 @@ def memory_bank() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def moe_routers() -> str:
+    """Tabulate routers by loss, loads and what a capacity would drop."""
+    result = read("moe_routers")
+
+    def share(row: dict, key: str) -> str:
+        return f"{100 * row[key]:.1f}" if key in row else ""
+
+    rows = [
+        [
+            name,
+            f"{r['parameters']:,}",
+            f"{mean(r['held_out_bits_per_byte']):.3f}",
+            f"{r['gap']:+.3f} +- {r['standard_error']:.3f}",
+            f"{r['load_entropy']:.3f}" if "load_entropy" in r else "",
+            *(share(r, key) for key in ("dropped_share", "active_share", "active_share_of_chunks")),
+        ]
+        for name, r in result["rows"].items()
+    ]
+    head = ["channel mixer", "parameters", "bits a byte", "beside softmax", "entropy of loads", "dropped, %"]
+    head += ["experts of a token, %", "of 8 tokens, %"]
+    about = f"{result['model']}; {result['steps']} steps, {result['seeds']} seeds"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def expert_placement() -> str:
     result = read("expert_placement")
     rows = [
@@ -499,6 +523,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "low_bit_training": low_bit_training,
     },
     "docs/results/experts.md": {
+        "moe_routers": moe_routers,
         "expert_placement": expert_placement,
         "m3vit_digits": m3vit_digits,
         "memory_bank": memory_bank,
