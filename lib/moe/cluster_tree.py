@@ -47,7 +47,7 @@ def cluster_tree(
 
     Args:
       embeddings: of n documents, such as the means of a sentence encoder's outputs.
-      branching: children of a node, level by level; the paper has 16 on each of four levels.
+      branching: children of a node, level by level.
       seed: of k-means++, which chooses the first centroids.
       iterations: of Lloyd's algorithm, at most, in each node.
 
