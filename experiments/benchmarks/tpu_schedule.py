@@ -43,6 +43,8 @@ class Kernel:
     flops: float
     vector_operations: float = 0  # elementwise ones, in float32, where they may be the bound
     donated: tuple[int, ...] = ()  # arguments whose memory the results take
+    launch: str = ""  # how the names of its launches begin; "": as the operation's
+    shares: tuple[float, ...] | None = None  # of the grid steps, in which each long branch of the body runs
 
 
 def linear_attention() -> list[Kernel]:
@@ -201,8 +203,111 @@ def quantized_matmul() -> list[Kernel]:
     return kernels
 
 
+def grouped_matmul() -> list[Kernel]:
+    """M=8192, bfloat16; 8 experts 2048x4096 or 64 of 2048x1024, groups equal or skewed; jax's megablox."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from frugax.kernels.grouped_matmul.pallas_tpu import outer, product
+    from frugax.kernels.grouped_matmul.pallas_tpu.tiling import for_outer, for_product
+    from frugax.kernels.grouped_matmul.pallas_tpu.visits import visits
+
+    def ours(sizes, M, K, N, phase):
+        """The launch for known visits: the schedule of a grid says only then how many steps it has."""
+        E, every_group = len(sizes), phase == "drhs"
+        k, n = (N, K) if phase == "dlhs" else (K, N)
+        t = (for_outer if every_group else for_product)(M, k, n, E, itemsize=2)
+        with jax.ensure_compile_time_eval():
+            found = visits(jnp.asarray(sizes), M, t.heights, every_group=every_group)
+            found = jax.tree.map(np.asarray, found)
+        V = int(found.total[0])
+        found = found._replace(total=(V,))
+        kind, group = found.kind[:V], found.group[:V]
+        last = np.append(group[1:] != group[:-1], True)
+        when = [kind == i for i in range(len(t.heights))]
+        if every_group:
+            when = [which for here in when for which in (here & ~last, here & last)]
+            f = partial(outer.visited, steps=found, sizes=(E, K, N), t=t, interpret=False)
+        else:
+            f = partial(product.visited, steps=found, t=t, transposed=phase == "dlhs", interpret=False)
+        return f, tuple(float(np.mean(which)) for which in (*when, kind == len(t.heights)))
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    kernels = []
+    for experts, M, K, N, E, tilings in (
+        ("8 experts", 8192, 2048, 4096, 8, ((256, 1024), (512, 1024))),
+        ("64 experts", 8192, 2048, 1024, 64, ((64, 1024), (128, 1024))),
+    ):
+        share = 1 / np.arange(1, E + 1)
+        rng = np.random.default_rng(0)
+        skewed = rng.multinomial(M, rng.permutation(share / share.sum()))
+        for name, sizes in (("equal", np.full(E, M // E)), ("skewed", skewed)):
+            sizes = sizes.astype(np.int32)
+            for phase in ("forward", "dlhs", "drhs"):
+                shapes = {
+                    "forward": (array(M, K), array(E, K, N)),
+                    "dlhs": (array(M, N), array(E, K, N)),
+                    "drhs": (array(M, K), array(M, N)),
+                }[phase]
+                label, flops = f"{phase} {experts} {name}", 2 * M * K * N
+                f, shares = ours(sizes, M, K, N, phase)
+                kernels.append(Kernel(label, f, shapes, flops, shares=shares))
+                for rows, columns in tilings:
+                    depth = {"forward": K, "dlhs": N, "drhs": min(K, 1024)}[phase]
+                    wide = columns
+                    while rows * depth * wide > 2**29:  # it has the compiler's 16 MiB of fast memory on v5e
+                        wide //= 2
+                    f, shares = _megablox(sizes, (rows, depth, wide), phase)
+                    rival = f"{label} megablox {rows}x{depth}x{wide}"
+                    kernels.append(Kernel(rival, f, shapes, flops, launch="megablox", shares=shares))
+    return kernels
+
+
+def _megablox(sizes: Any, tiling: tuple[int, int, int], phase: str) -> tuple[Callable[..., Any], tuple]:
+    """jax's megablox for groups that are known, and the shares of its branches."""
+    import importlib
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    module = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    make = module.make_group_metadata
+    rows, groups = sum(sizes), len(sizes)
+    with jax.ensure_compile_time_eval():
+        known, total = jax.tree.map(
+            np.asarray,
+            make(
+                group_sizes=jnp.asarray(sizes),
+                m=rows,
+                tm=tiling[0],
+                start_group=jnp.int32(0),
+                num_nonzero_groups=groups,
+                visit_empty_groups=phase == "drhs",
+            ),
+        )
+
+    def megablox(x, w):
+        module.make_group_metadata = lambda **_: (known, int(total))
+        try:
+            if phase == "drhs":
+                return module.tgmm.__wrapped__(x.T, w, jnp.asarray(sizes), jnp.bfloat16, tiling)
+            run = partial(module.gmm.__wrapped__, transpose_rhs=phase == "dlhs")
+            return run(x, w, jnp.asarray(sizes), jnp.bfloat16, tiling)
+        finally:
+            module.make_group_metadata = make
+
+    group = known[1][: int(total)]
+    first = float(np.mean(np.append(True, group[1:] != group[:-1])))
+    return megablox, (first, float(np.mean(sizes[group] > 0)), first) if phase == "drhs" else ()
+
+
 # name -> what to compile. Another operation adds a function here.
 OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {
+    "grouped_matmul": grouped_matmul,
     "linear_attention": linear_attention,
     "quantized_matmul": quantized_matmul,
     "quantized_update": quantized_update,
@@ -214,17 +319,19 @@ OPERATIONS: dict[str, Callable[[], list[Kernel]]] = {
 VECTOR = {"v5e": 4096, "v5p": 8192, "v6e": 4096, "tpu7x": 4096}
 
 
-def count_bundles(text: str) -> list[int]:
+def count_bundles(text: str, shares: tuple[float, ...] | None = None) -> list[float]:
     """Count how often each bundle of a `final_bundles` dump runs.
 
     A loop's trips are in its exit test, which may stand in a loop inside it. The outermost loop is the grid,
     software-pipelined: its first and its last turn skip the largest region that a branch can skip, and only
     move blocks. Regions inside that one (`pl.when`) are taken to run once, as those for the first and the
-    last block of a sequence do: a kernel must have no others.
+    last block of a sequence do: a kernel must have no others. With `shares`, as many of them, the longest,
+    run in those shares of the steps, in order; what else there is runs in every step.
     """
     loops: list[dict[str, Any]] = []  # depth, trips, names of the next turn's counters: of those open
     within: list[tuple[dict[str, Any], ...]] = []  # the loops around each bundle
     ends, skips = {}, []  # region -> bundle; (bundle, region)
+    tests: dict[int, str] = {}  # bundle -> the predicate that skips a region
     bundles: list[tuple[str | None, int, str]] = []
     pattern = r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)(.*)"
     for kind, marks, body in (m.groups() for m in map(partial(re.match, pattern), text.splitlines()) if m):
@@ -243,15 +350,30 @@ def count_bundles(text: str) -> list[int]:
             step = re.search(rf"{counter} = sadd\.s32 (\d+), ", text)
             (loop,) = [x for x in loops if counter in x["next"]] or loops[-1:]
             loop["trips"] = int(most) // int(step[1] if step else 1)
-        if depth == 1 and (skip := re.search(r"br\.rel \([^)]*\) target = \$region(\d+)", body)):
-            skips.append((place, skip[1]))
+        if depth == 1 and (skip := re.search(r"br\.rel \((!?%\w+)\) target = \$region(\d+)", body)):
+            skips.append((place, skip[2]))
+            tests[place] = skip[1]
         if kind == "PF":
             ends.update(dict.fromkeys(re.findall(r"region (\d+)", body), place))
     regions = sorted(
         ((ends[name] - first, first, ends[name]) for first, name in skips if ends.get(name, 0) > first)
     )
     main = regions.pop() if regions else None
-    times = []
+    if shares is not None and main is not None:
+        inside = [region for region in regions if main[1] < region[1] and region[2] < main[2]]
+        if len(inside) < len(shares):
+            raise ValueError(f"shares: got {len(shares)}; expected one for each of {len(inside)} branches")
+        longest = sorted(inside[len(inside) - len(shares) :], key=lambda region: region[1])
+        # Where all results are copied by the kernel itself, only the first turn skips it.
+        skipping = 1 if f"{tests[main[1]]} = scmp.lt" in text else 2
+        return [
+            _turns(around, skipping if main[1] < place < main[2] else 0)
+            * next(
+                (n for n, (_, first, end) in zip(shares, longest, strict=True) if first < place < end), 1.0
+            )
+            for place, around in enumerate(within)
+        ]
+    times: list[float] = []
     for place, around in enumerate(within):
         count = 1
         for level, loop in enumerate(around):
@@ -263,22 +385,30 @@ def count_bundles(text: str) -> list[int]:
     return times
 
 
-def read_dump(folder: Path, kernel: str) -> dict[str, Any]:
+def _turns(loops: tuple[dict[str, Any], ...], skipping: int) -> float:
+    """How often a place within these loops is passed, if so many turns of the outermost one skip it."""
+    count = 1
+    for level, loop in enumerate(loops):
+        count *= max(1, loop["trips"] - skipping) if level == 0 else loop["trips"]
+    return count
+
+
+def read_dump(folder: Path, kernel: str, shares: tuple[float, ...] | None = None) -> dict[str, Any]:
     """Cycles, slots and VMEM of every launch whose name begins with `kernel`."""
     total: dict[str, Any] = {"cycles": 0, "bundles": 0, "vmem": 0, **dict.fromkeys(SLOTS, 0)}
     for path in sorted(folder.glob(f"*-{kernel}*-final_bundles.txt")):
         if "schedule-analysis" in path.name:
             continue
         prefix = re.match(rf"(\d+-{kernel}.*?)-\d+-final_bundles", path.name)[1]
-        times = count_bundles(path.read_text())
+        times = count_bundles(path.read_text(), shares)
         (use,) = folder.glob(f"{prefix}-*-final_hlo-static-per-bundle-utilization.txt")
         rows = [[int(x) for x in line.split()] for line in use.read_text().splitlines() if line[:1].isdigit()]
         capacity = [int(x) for x in re.search(r"VALU.*\n\s*([\d ]+)\n", use.read_text())[1].split()]
         rows = rows[1:] if rows[0] == capacity else rows
-        total["cycles"] += sum(times)
+        total["cycles"] += round(sum(times))
         total["bundles"] += len(times)
         for slot, values in zip(SLOTS, zip(*rows, strict=True), strict=True):
-            total[slot] += sum(n * x for n, x in zip(times, values, strict=False))
+            total[slot] += round(sum(n * x for n, x in zip(times, values, strict=False)))
         total["capacity"] = dict(zip(SLOTS, capacity, strict=True))
         (sizes,) = folder.glob(f"{prefix}-*-post-CP.txt")
         vmem = re.findall(r"space=vmem, size = (0x[0-9a-f]+), scoped", sizes.read_text())
@@ -328,7 +458,7 @@ def measure(operation: str, label: str, chip: str, folder: Path) -> dict[str, An
     version = pltpu.ChipVersion("7x" if chip == "tpu7x" else chip)
     info = pltpu.get_tpu_info_for_chip(version, 1)
     hertz = CLOCK[chip] * 1e9
-    found = read_dump(folder, operation)
+    found = read_dump(folder, kernel.launch or operation, kernel.shares)
 
     arrays = [*jax.tree.leaves(kernel.structs), *jax.tree.leaves(compiled.out_info)]
     moved = sum(x.size * x.dtype.itemsize for x in arrays)

@@ -17,6 +17,7 @@ NUMBERS = (
     2**21
 )  # of such a tile: of longer rows there are fewer, and more columns that are multiplied at once
 CODE = 3 * 2**29  # multiplications of a visit: the code for more takes long to compile
+HALVED = 2048  # columns from which on there are two blocks at least: v5p has two cores that share a launch
 STEP = 2**17  # bytes of HBM that could be read in the time that a visit costs on top
 
 
@@ -91,7 +92,8 @@ def for_product(
         absent = K * (across * columns - N) * groups  # columns that aren't there
         return across * (M * K * itemsize + visits * STEP) + itemsize * (trimmed + absent)
 
-    widths = list(range(LANES, round_up(N, LANES) + 1, LANES) if wide is None else wide)
+    most = round_up(N, LANES) if N < HALVED else N // 2
+    widths = list(range(LANES, most + 1, LANES) if wide is None else wide)
     widths = [n for n in widths if rows * K * n <= CODE] or widths[:1]
     limit = Limit("bytes of VMEM", 7 * VMEM_LIMIT // 8, vmem)
     found = search({"columns": widths}, [limit], cost)
