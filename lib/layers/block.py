@@ -40,11 +40,14 @@ class Block:
         "previous": the input of the mixture before it, in the decoder's order (pre-gated MoE); the first one
         reads its own. Those that are known early report the "chosen" experts in the collection "moe", and
         pre-gated ones the "announced" experts of the next.
+      parallel: both mixers read one normed input, x + mixer(norm(x)) + channel(norm(x)): there is no
+        "channel_norm", and under tensor parallelism one sum over devices can serve both.
 
     Raises:
       ValueError: a name or an argument that isn't there, with those that are.
 
-    Source: SmallThinker (arXiv 2507.20984), as in llama.cpp; Hwang et al. 2023, pre-gated MoE (2308.12066).
+    Source: SmallThinker (arXiv 2507.20984), as in llama.cpp; Hwang et al. 2023, pre-gated MoE (2308.12066);
+    Jiang et al. 2024, MegaScale (2402.15627), for the parallel block of GPT-J and PaLM.
 
     Example:
         >>> import frugax
@@ -60,6 +63,7 @@ class Block:
     norm: str | type[nn.Module] = "RMSNorm"
     norm_args: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()
     router_reads: str = "channel"
+    parallel: bool = False
 
     def __post_init__(self):
         # Sorted pairs of hashable values: equal blocks are equal, and jit can key on them.
@@ -208,13 +212,15 @@ class BlockLayer(nn.Module):
         mixer = self.block.mixer_class(
             **dict(self.block.mixer_args), **dtypes, backend=self.backend, out_scale=out_scale, name="mixer"
         )
-        y, state = mixer(self._norm("mixer_norm", dtypes)(x), state=state, **how, **of_mixer)
+        normed = self._norm("mixer_norm", dtypes)(x)
+        y, state = mixer(normed, state=state, **how, **of_mixer)
         x = x + y
         if self.block.channel is not None:
             args = dict(self.block.channel_args) | dtypes | {"out_scale": out_scale, "name": "channel"}
             if hasattr(self.block.channel_class, "backend"):
                 args["backend"] = self.backend
-            normed = self._norm("channel_norm", dtypes)(x)
+            if not self.block.parallel:
+                normed = self._norm("channel_norm", dtypes)(x)
             if has_two:
                 channel = self.block.channel_class(**args)
                 y, channel_state = channel(normed, state=channel_state, **how, **of_channel)

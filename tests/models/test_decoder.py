@@ -487,3 +487,27 @@ def test_errors_of_half_precision_could_be_seen():
     model, variables, tokens = make()
     a, b = model.apply(variables, tokens)[0], model.apply(variables, (tokens + 1) % V)[0]
     assert error(a, b) > 12 * 2 * bound(jnp.bfloat16)
+
+
+def test_a_parallel_block_adds_both_mixers_of_one_norm():
+    block = Block("LinearAttention", "GLU", {"heads": 2}, parallel=True)
+    model = Decoder(11, 8, (block,), backend="xla")
+    tokens = jnp.array([[1, 5, 3, 7, 2]])
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    params = jax.tree.map(lambda x: x[0], variables["params"]["layers"]["block_0"])
+    assert set(params) == {"mixer", "mixer_norm", "channel"}
+
+    @jax.jit
+    def by_hand(variables, params):
+        x = variables["params"]["embedding"][tokens]
+        norm = lambda w, x: frugax.layers.RMSNorm().apply({"params": w}, x)  # noqa: E731
+        normed = norm(params["mixer_norm"], x)
+        scale = 2**-0.5
+        mixer = frugax.layers.LinearAttention(heads=2, out_scale=scale, backend="xla")
+        channel = frugax.layers.GLU(out_scale=scale)
+        mixed, _ = mixer.apply({"params": params["mixer"]}, normed)
+        x = x + mixed + channel.apply({"params": params["channel"]}, normed)
+        return norm(variables["params"]["norm"], x) @ variables["params"]["embedding"].T
+
+    logits, _ = jax.jit(model.apply)(variables, tokens)
+    assert_close(logits, by_hand(variables, params), "float32")
