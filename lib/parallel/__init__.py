@@ -5,6 +5,7 @@ from .axes import logical_axes
 from .collective_matmul import all_gather_matmul, matmul_reduce_scatter, overlapped_seconds
 from .experts import ExpertLoad, expert_parallel, expert_parallel_bytes, experts_over_mesh
 from .mesh import AXES, BATCH_AXES, make_mesh
+from .mesh_matmul import MeshCost, folded_ring, mesh_cost, mesh_gemm, mesh_gemv
 from .placement import expert_parallel_with_copies, plan_placement, route_to_copies
 from .rules import RULES, shardings, state_shardings, table
 from .sequence import causal_conv1d, linear_attention, linear_recurrence
@@ -14,17 +15,22 @@ __all__ = [
     "BATCH_AXES",
     "RULES",
     "ExpertLoad",
+    "MeshCost",
     "all_gather_matmul",
     "causal_conv1d",
     "expert_parallel",
     "expert_parallel_bytes",
     "expert_parallel_with_copies",
     "experts_over_mesh",
+    "folded_ring",
     "linear_attention",
     "linear_recurrence",
     "logical_axes",
     "make_mesh",
     "matmul_reduce_scatter",
+    "mesh_cost",
+    "mesh_gemm",
+    "mesh_gemv",
     "overlapped_seconds",
     "plan_placement",
     "ring_attention",
