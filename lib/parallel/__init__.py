@@ -8,6 +8,7 @@ from .mesh import AXES, BATCH_AXES, make_mesh
 from .mesh_matmul import MeshCost, folded_ring, mesh_cost, mesh_gemm, mesh_gemv
 from .placement import expert_parallel_with_copies, plan_placement, route_to_copies
 from .rules import RULES, shardings, state_shardings, table
+from .schedules import Timeline, pipeline_schedule, pipeline_timeline
 from .sequence import causal_conv1d, linear_attention, linear_recurrence
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RULES",
     "ExpertLoad",
     "MeshCost",
+    "Timeline",
     "all_gather_matmul",
     "causal_conv1d",
     "expert_parallel",
@@ -32,6 +34,8 @@ __all__ = [
     "mesh_gemm",
     "mesh_gemv",
     "overlapped_seconds",
+    "pipeline_schedule",
+    "pipeline_timeline",
     "plan_placement",
     "ring_attention",
     "ring_self_attention",
