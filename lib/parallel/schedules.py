@@ -18,9 +18,8 @@ class Timeline(NamedTuple):
     Attributes:
       seconds: from the first task to the last one's end.
       bubble: idle time of a device over its work.
-      in_flight: for each device, the most microbatches whose activations it holds at once; a chunk of v is
-        1 / v.
-        as 1 / v.
+      in_flight: for each device, the most microbatches whose activations it holds at once; a chunk of v
+        counts as 1 / v.
       starts: for each device, the second at which each of its tasks starts.
 
     Example:
