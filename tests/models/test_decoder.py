@@ -425,7 +425,7 @@ def test_a_mixer_of_ones_own():
     [
         ({"mixer": "Attention"}, "mixer: got 'Attention'; expected one of .*GatedLinearAttention"),
         ({"mixer": GLA}, "mixer: got Block"),
-        ({"channel": "MoE"}, "channel: got 'MoE'; expected one of GLU, MLP, RWKVChannel"),
+        ({"channel": "Experts"}, "channel: got 'Experts'; expected one of GLU, MLP, MoE, RWKVChannel"),
         ({"norm": "BatchNorm"}, "norm: got 'BatchNorm'; expected one of RMSNorm"),
         (
             {"mixer_args": {"head": 4}},

@@ -56,21 +56,19 @@ def test_folding_over_the_tensor_axis_moves_fewer_bytes():
     assert dropless["all_to_all"] == 2 * 7 * 512 * 4 * 64 * 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"dispatch": "einsum", "capacity": 1.0},
-            "dispatch: got 'einsum' with expert_axis='expert'; expected",
-        ),
-        ({}, r"axis_name: got \('expert',\); expected axes of the mesh in context, \(\)"),
-    ],
-)
-def test_layers_say_what_they_cannot_split(options, message):
-    layer, x = layers.MoE(experts=4, expert_axis="expert", **options), jnp.ones((1, 4, 8))
-    params = jax.eval_shape(layer.init, jax.random.key(0), x)  # takes no mesh
-    with pytest.raises(ValueError, match=message):
+def test_layers_say_what_they_cannot_split():
+    layer, x = layers.MoE(experts=4, expert_axis="expert"), jnp.ones((1, 4, 8))
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    assert jax.eval_shape(layer.apply, params, x).shape == x.shape  # without a mesh all experts are here
+    message = r"axis_name: got \('expert',\); expected axes of the mesh in context, \('data',\)"
+    with (
+        jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,))),
+        pytest.raises(ValueError, match=message),
+    ):
         jax.eval_shape(layer.apply, params, x)
+    wrong = layer.clone(dispatch="einsum", capacity=1.0)
+    with pytest.raises(ValueError, match="dispatch: got 'einsum' with expert_axis='expert'; expected"):
+        jax.eval_shape(wrong.apply, params, x)
 
 
 MESH = AbstractMesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

@@ -214,9 +214,6 @@ class MoE(nn.Module):
 
     def _over_mesh(self, x: Array, routing: Any, kernels: Any, apply: Any) -> tuple[Array, Array]:
         """The same where devices share the experts."""
-        if self.dispatch not in ("sort", "gather"):
-            got = f"dispatch: got {self.dispatch!r} with expert_axis={self.expert_axis!r}"
-            raise ValueError(f"{got}; expected 'sort' or 'gather'")
         if not all(isinstance(kernel, Array) for kernel in kernels.values()):
             raise ValueError("params: got packed experts with an expert_axis; expected arrays")
         y, load = experts_over_mesh(
@@ -291,6 +288,9 @@ class MoE(nn.Module):
                 f"capacity: got {self.capacity} with dispatch={self.dispatch!r}; expected None, or a number "
                 "above 0 with 'gather' or 'einsum'"
             )
+        if self.expert_axis is not None and self.dispatch not in ("sort", "gather"):
+            got = f"dispatch: got {self.dispatch!r} with expert_axis={self.expert_axis!r}"
+            raise ValueError(f"{got}; expected 'sort' or 'gather'")
         check_router(self.router, _pairs(self.router_args))
 
 
