@@ -7,7 +7,16 @@ from frugax import parallel
 from tests.devices import run_on_eight_devices
 
 
-@pytest.mark.parametrize("case", ["fixed", "scalar", "channel", "recurrence", "convolution"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("fixed", marks=pytest.mark.full),
+        "scalar",
+        pytest.param("channel", marks=pytest.mark.full),
+        "recurrence",
+        "convolution",
+    ],
+)
 def test_split_sequence_equals_whole(case):
     run_on_eight_devices("tests.parallel.sequence_calls", case, "reference")
 
