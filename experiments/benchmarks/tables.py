@@ -555,6 +555,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "hopper_selective_scan": partial(hopper, "selective_scan"),
         "hopper_rnn": partial(hopper, "rnn"),
         "hopper_adam_8bit": partial(hopper, "adam_8bit"),
+        "hopper_quantized_matmul": partial(hopper, "quantized_matmul"),
         "hopper_grouped_matmul": partial(hopper, "grouped_matmul"),
     },
 }
