@@ -118,8 +118,8 @@ def test_gradients_reach_all_of_the_router_by_the_weights():
         ({"experts": 0}, TOKENS, "experts: got 0; expected at least 1"),
         ({"layers": 0}, TOKENS, "layers: got 0"),
         ({"heads": 5}, TOKENS, "heads: got 5"),
-        ({}, TOKENS[0], r"tokens: got int32\[11\]"),
-        ({}, TOKENS * 1.0, r"tokens: got float32\[2, 11\]"),
+        ({}, TOKENS[0].astype(jnp.int32), r"tokens: got int32\[11\]"),
+        ({}, TOKENS.astype(jnp.float32), r"tokens: got float32\[2, 11\]"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_types")
