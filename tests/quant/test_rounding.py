@@ -40,7 +40,9 @@ def test_rounding_is_up_or_down_and_near_the_best_there_is(format):
     table = values(format)
     below = np.where(table <= np.asarray(W)[..., None], table, -np.inf).max(-1)
     above = np.where(table >= np.asarray(W)[..., None], table, np.inf).min(-1)
-    assert ((got == below.astype(np.float32)) | (got == above.astype(np.float32)) | (got == near)).all()
+    # A scale that is a mean may differ in its last bit: it is one program's sum here, another's there.
+    same = [np.isclose(got, x, rtol=2 * np.finfo(np.float32).eps, atol=0) for x in (below, above, near)]
+    assert np.any(same, 0).all()
     total = np.zeros(3)
     for n in range(N):
         ends = np.stack([np.where(np.isfinite(e[:, n]), e[:, n], near[:, n]) for e in (below, above)])

@@ -215,6 +215,7 @@ def test_states_and_shapes_are_refused_by_name():
         layer.apply(variables, X, lengths=jnp.ones(3, jnp.int32))
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("dispatch", ["sort", "gather"])
 def test_logits_that_are_not_finite_are_seen(dispatch):
     """Also of a token that is dropped: its output is NaN, others' are as before, and checkify raises."""
