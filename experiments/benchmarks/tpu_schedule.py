@@ -386,7 +386,7 @@ def count_bundles(text: str, shares: tuple[float, ...] | None = None) -> list[fl
 
 
 def _turns(loops: tuple[dict[str, Any], ...], skipping: int) -> float:
-    """How often a place within these loops is passed, if so many turns of the outermost one skip it."""
+    """Count how often a place within these loops is passed, if so many turns of the outermost one skip it."""
     count = 1
     for level, loop in enumerate(loops):
         count *= max(1, loop["trips"] - skipping) if level == 0 else loop["trips"]

@@ -124,7 +124,7 @@ def train(of: World, model: Decoder, steps: int, seed: int, tree: moe.ClusterTre
 
 
 def right(of: World, model: Decoder, params: Any, bank: Any, path: Array | None) -> np.ndarray:
-    """Whether each subject's common and own fact are right, [n, 2]."""
+    """Say if each subject's common and own fact are right, [n, 2]."""
 
     @jax.jit
     def answers(names, path):

@@ -67,7 +67,7 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int) -> Layout:
     by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def places(state: TrainState) -> TrainState:
-        """Where each array of a state belongs: ZeRO's stage 1 shares the optimizer's, 3 the params too."""
+        """Place each array of a state: ZeRO's stage 1 shares the optimizer's, 3 the params too."""
         of_params = shardings(state.params, mesh, zero=zero >= 3)
         apart = shardings(state.params, mesh, zero=zero >= 1)
         return jax.tree.map(lambda _: everywhere, state)._replace(

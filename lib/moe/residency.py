@@ -1,4 +1,4 @@
-"""Which experts are in fast memory, step by step: caches, prefetching, and batches that share experts.
+"""Experts in fast memory, step by step: caches, prefetching, and batches that share experts.
 
 All of it is NumPy over traces of experts, such as `Routing.indices` of tokens as they came.
 """
@@ -97,7 +97,7 @@ def expert_batches(requests: Iterable[Any], size: int) -> list[list[int]]:
 
 
 class Prefetched(NamedTuple):
-    """What `prefetch` finds.
+    """The result of `prefetch`.
 
     Attributes:
       hit_rate: the share of experts that were there when their block began, from the second block on.

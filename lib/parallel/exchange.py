@@ -18,7 +18,7 @@ Transport = Literal["padded", "ragged"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """How many rows go where: each device sends `counts[d]` neighbouring rows to device d.
+    """The numbers of rows and their ways: each device sends `counts[d]` neighbouring rows to device d.
 
     `send` and `bring_back` are linear and each other's transposes, which is how gradients travel.
 

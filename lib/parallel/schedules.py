@@ -13,7 +13,7 @@ class Task(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """What a schedule costs.
+    """The costs of a schedule.
 
     Attributes:
       seconds: from the first task to the last one's end.

@@ -73,7 +73,7 @@ def scattered(call: Inputs, spec: Spec, y: Array) -> Array:
 
 
 def real(call: Inputs) -> Array:
-    """Which of the M rows belong to a group, [M]."""
+    """Say which of the M rows belong to a group, [M]."""
     rows = call.lhs if call.gather is None else call.gather
     return jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(call.group_sizes, dtype=jnp.int32)
 

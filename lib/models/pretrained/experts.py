@@ -12,7 +12,7 @@ from .files import Tensor, open_files, read_config, setting
 
 
 class Names(NamedTuple):
-    """How a model_type calls what a layer of experts is made of, in its config and in its files."""
+    """The names that a model_type gives to the parts of a layer of experts, in its config and its files."""
 
     experts: tuple[str, ...]  # the settings with the number of experts, the first that is there
     width: str  # the setting with the hidden width of one expert

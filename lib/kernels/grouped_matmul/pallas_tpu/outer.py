@@ -87,7 +87,7 @@ def _kernel(
 
 
 def _rows(height: int, low: Array, high: Array, dtype) -> Array:
-    """Which rows count, for `_only`: low <= row < high. Two bfloat16 rows share a word of the mask."""
+    """The rows that count, for `_only`: low <= row < high. Two bfloat16 rows share a word of the mask."""
     if dtype == F32:
         row = iota((height, LANES), 0)
         return jnp.where((row >= low) & (row < high), np.int32(-1), np.int32(0))

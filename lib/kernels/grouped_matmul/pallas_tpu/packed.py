@@ -26,7 +26,7 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
 
 
 def blocks(call: Inputs, spec: Spec, transposed: bool) -> tuple[dict[str, Any], int]:
-    """What `for_product` has to know of packed experts, and their K in whole packing blocks."""
+    """The facts of packed experts for `for_product`, and their K in whole packing blocks."""
     one, of_one = _of_one(call, spec)
     size, bits = quantized.sizes_of(one, of_one), of_one.format.bits
     strip = (2 * 5 + 8) * size.groups  # bytes of a column's scales and zeros, as stored and as decoded

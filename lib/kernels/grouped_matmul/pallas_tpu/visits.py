@@ -13,7 +13,7 @@ STRIPE = 16  # rows of a bfloat16 register
 
 
 class Visits(NamedTuple):
-    """What each visit works on, int32 [V], of which the first `total` are real.
+    """The work of each visit, int32 [V], of which the first `total` are real.
 
     Attributes:
       group: of its rows; the last one that has rows, where they belong to none.
