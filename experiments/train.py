@@ -122,8 +122,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         """Held-out bits per byte; None where `stop` said so."""
         several = jax.process_count() > 1  # they must agree, so none of them stops on its own
         bits: float | None = 0.0
-        mine = layout.take(state)
-        params, collections = layout.whole((params_to_use(mine), mine.collections))
+        params, collections = _variables(layout, state)
         if is_first:
             asked = (lambda: False) if several else stop
             bits = bits_per_byte(module, params, held_out, asked, collections=collections)
@@ -168,15 +167,22 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         else:
             times = {}
         checkpoints.close()
-        mine = layout.whole(layout.take(state))
+        variables = _variables(layout, state)
         if not is_first:
             return None
         if (best := checkpoints.best_step()) is not None:
             times |= {"best_step": best, "best_held_out_bits_per_byte": checkpoints.bits_of(best)}
-        return report(config, module, mine, corpus, tokenizer, times, say=metrics.say)
+        taken = layout.take(state)
+        return report(config, module, taken, variables, corpus, tokenizer, times, say=metrics.say)
     finally:
         metrics.close()
         checkpoints.release()
+
+
+def _variables(layout, state) -> tuple[Any, Any]:
+    """This process's own copy of the params to use and of the collections; all processes must call it."""
+    mine = layout.take(state)
+    return layout.whole((params_to_use(mine), mine.collections))
 
 
 def _held_out(config, corpus, tokenizer) -> list[Any]:

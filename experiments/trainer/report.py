@@ -13,7 +13,7 @@ from experiments.data import Corpus, Tokenizer
 from experiments.evaluate import compare
 from experiments.trainer.metrics import plot_loss
 from experiments.trainer.sampling import sample_text
-from experiments.trainer.state import TrainState, params_to_use
+from experiments.trainer.state import TrainState
 
 
 def tree_bytes(tree: Any) -> int:
@@ -25,6 +25,7 @@ def report(
     config: ConfigDict,
     module: Any,
     state: TrainState,
+    variables: tuple[Any, dict[str, Any]],
     corpus: Corpus,
     tokenizer: Tokenizer,
     times: dict[str, float],
@@ -36,7 +37,8 @@ def report(
     Args:
       config: the run's; its evaluation or its sample may be turned off.
       module: the language model.
-      state: of the last step; the average of its params is what is evaluated, if the run keeps one.
+      state: of the last step, for its sizes.
+      variables: the params to use (their average, if the run keeps one) and the collections beside them.
       corpus: evaluated where something of it is held out.
       tokenizer: the run's.
       times: compile_seconds, training_seconds, steps; empty where this process took no step. And the best
@@ -46,19 +48,17 @@ def report(
     Returns:
       What summary.json holds.
     """
-    params = params_to_use(state)
+    params, collections = variables
     start = time.monotonic()
     comparison = None
     if config.evaluation.enabled and corpus.heldout:
-        comparison = compare(
-            module, params, corpus, tokenizer, config.evaluation, collections=state.collections
-        )
+        comparison = compare(module, params, corpus, tokenizer, config.evaluation, collections=collections)
     evaluation_seconds = time.monotonic() - start
     text = ""
     if config.sample.tokens:
         pieces = sample_text(
             module,
-            {"params": params, **state.collections},
+            {"params": params, **collections},
             tokenizer,
             config.sample.prompt,
             steps=config.sample.tokens,
