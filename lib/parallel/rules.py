@@ -30,8 +30,9 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, z
       params: arrays or shapes.
       mesh: from `make_mesh`, or a `jax.sharding.AbstractMesh` with its axes.
       rules: for each logical axis (see `logical_axes`) the mesh axis, or axes, that share it; None: none.
-      zero: also spread each array over the mesh axis "fsdp", along its longest dimension that is left and
-        divides. That is stage 3 of ZeRO for params, stage 2 for gradients, stage 1 for an optimizer's state.
+      zero: also spread each array over the mesh axes "fsdp" and "sequence", whose devices would all have the
+        same, along its longest dimension that is left and divides. That is stage 3 of ZeRO for
+        params, stage 2 for gradients, stage 1 for an optimizer's state.
 
     Returns:
       A NamedSharding for each leaf.
@@ -61,7 +62,8 @@ def state_shardings(
     """Place an optimizer's state as the params that it belongs to: stage 1 of ZeRO, whatever params have.
 
     A moment in its param's shape is placed as the param. Others, such as codes, scales, projectors and
-    moments in a subspace, share dimensions of the same size with it; what is left goes over "fsdp" alone.
+    moments in a subspace, share dimensions of the same size with it; what is left goes over "fsdp" and
+    "sequence" alone.
 
     Args:
       state: `optimizer.init(params)`, or its shapes. A leaf belongs to the param whose path is part of its.
@@ -155,10 +157,12 @@ def _spread(
 ) -> None:
     if any("fsdp" in _names(part) for part in parts):
         return
-    for i in sorted(dimensions, key=lambda i: -shape[i]):
-        if shape[i] % mesh.shape["fsdp"] == 0:
-            parts[i] = "fsdp"
-            return
+    both = ("fsdp", "sequence")
+    for over in (both, "fsdp") if mesh.shape.get("sequence", 1) > 1 else ("fsdp",):
+        for i in sorted(dimensions, key=lambda i: -shape[i]):
+            if shape[i] % _size(mesh, over) == 0:
+                parts[i] = over
+                return
 
 
 def _names(part: Any) -> tuple[str, ...]:
