@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ..kernels.common.operation import Backend
+from ..parallel.activations import place_activations
 from .mixers.mixer import Mixer
 
 NORMS = ("RMSNorm", "SimpleRMSNorm", "LayerNorm")
@@ -214,7 +215,7 @@ class BlockLayer(nn.Module):
         )
         normed = self._norm("mixer_norm", dtypes)(x)
         y, state = mixer(normed, state=state, **how, **of_mixer)
-        x = x + y
+        x = place_activations(x + y)
         if self.block.channel is not None:
             args = dict(self.block.channel_args) | dtypes | {"out_scale": out_scale, "name": "channel"}
             if hasattr(self.block.channel_class, "backend"):
@@ -234,7 +235,7 @@ class BlockLayer(nn.Module):
                     routed, announced = _pre_gated(normed, announced, shared["first_gate"], **of_channel)
                     given |= routed
                 y = self.block.channel_class(**args)(normed, **given)
-            x = x + y
+            x = place_activations(x + y)
         return x, state, announced
 
     def _norm(self, name: str, dtypes: dict[str, Any]) -> nn.Module:

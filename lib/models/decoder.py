@@ -17,6 +17,7 @@ from ..layers.modules.bit_linear import BitLinear
 from ..layers.modules.inputs import check_segment_ids
 from ..layers.modules.packed import matrix_param, take_rows, times_transposed
 from ..layers.modules.stacked import STACKED
+from ..parallel.activations import place_activations
 
 
 class DecoderState(NamedTuple):
@@ -127,7 +128,7 @@ class Decoder(nn.Module):
         table = (self.vocab_size, self.width)
         embedding = matrix_param(self, "embedding", init, table, self.param_dtype)
         known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
-        x = take_rows(embedding, known, self.dtype)
+        x = place_activations(take_rows(embedding, known, self.dtype))
 
         layers = nn.scan(
             _Layers,

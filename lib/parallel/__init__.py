@@ -1,5 +1,6 @@
 """One model over many devices: the mesh, the places of arrays on it, and what needs more than a place."""
 
+from .activations import place_activations
 from .attention import ring_attention, ring_self_attention, ulysses_attention
 from .axes import logical_axes
 from .collective_matmul import all_gather_matmul, matmul_reduce_scatter, overlapped_seconds
@@ -36,6 +37,7 @@ __all__ = [
     "overlapped_seconds",
     "pipeline_schedule",
     "pipeline_timeline",
+    "place_activations",
     "plan_placement",
     "ring_attention",
     "ring_self_attention",
