@@ -101,6 +101,7 @@ def shrink(config: ConfigDict) -> None:
     config.steps = 12
     config.batch_size = 2 * config.accumulate
     config.data.sequence_length = 64
+    config.model.vocab_size = 0
     config.model.width = 48
     config.model.repeats = 1
     config.optimizer.warmup_steps = 2
@@ -109,3 +110,5 @@ def shrink(config: ConfigDict) -> None:
     config.evaluation.sequence_length = 128
     config.evaluation.max_bytes = 4096
     config.sample.tokens = 40
+    for axis in config.mesh:
+        config.mesh[axis] = {"data": -1, "zero": config.mesh.zero}.get(axis, 1)

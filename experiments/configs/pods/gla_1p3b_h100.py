@@ -1,0 +1,43 @@
+"""The 1.3B gated linear attention model of gla_1p3b.py on eight H100s.
+
+Reproduces: the shape and the schedule of the 1.3B model of Yang et al. 2024 (GLA, arXiv 2312.06635).
+Should reach: no run of it is known here. Its plan is in docs/results/pods.md.
+Time: as there.
+
+  python -m experiments.plan --config=experiments/configs/pods/gla_1p3b_h100.py --topology=h100:8
+  python -m experiments.train --config=experiments/configs/pods/gla_1p3b_h100.py:smoke     in seconds
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs.defaults import block, check_variant, defaults, shrink
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The config; variant "smoke" ends in seconds on a CPU."""
+    check_variant(variant)
+    config = defaults()
+    config.steps = 190_000  # of half a million tokens
+    config.batch_size = 256
+    config.accumulate = 4
+    config.data.sequence_length = 2048
+
+    config.model.vocab_size = 32_000
+    config.model.width = 2048
+    config.model.repeats = 24
+    config.model.tie_embeddings = False
+    config.model.pattern = ("gla",)
+    config.model.blocks.gla = block(
+        mixer="GatedLinearAttention", channel="GLU", mixer_args=dict(heads=4), channel_args=dict(expand=2.75)
+    )
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 2000
+    config.mesh.data = 1
+    config.mesh.fsdp = 8
+
+    if variant == "smoke":
+        shrink(config)
+    return config
