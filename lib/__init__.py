@@ -25,6 +25,7 @@ __all__ = [
     "optim",
     "parallel",
     "peft",
+    "planner",
     "quant",
 ]
 
