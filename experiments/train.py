@@ -33,26 +33,31 @@ from experiments.trainer.lock import locked
 from experiments.trainer.metrics import Metrics
 from experiments.trainer.optimizers import check_optimizer, make_optimizer, schedule
 from experiments.trainer.parallel import make_layout
+from experiments.trainer.processes import check_same_everywhere, join_processes
 from experiments.trainer.report import report
 from experiments.trainer.runs import build_model, shapes_of
 from experiments.trainer.state import bits_per_byte, init_state, make_train_step, params_to_use
 
 
 class Sigterm:
-    """Remembers that SIGTERM came, so that the loop can save; outside of it SIGTERM ends the program."""
+    """Remembers that SIGTERM came, so that the loop can save; outside of it SIGTERM ends the program.
+
+    Several processes leave the signal to JAX, which tells them all of it (`Checkpoints.reached_preemption`).
+    """
 
     def __init__(self):
         self.came = False
 
     def __enter__(self) -> "Sigterm":
         # Only the main thread may handle signals, and only it gets them.
-        self._is_main = threading.current_thread() is threading.main_thread()
-        if self._is_main:
+        is_main = threading.current_thread() is threading.main_thread()
+        self._handles = is_main and jax.process_count() == 1
+        if self._handles:
             self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "came", True))
         return self
 
     def __exit__(self, *_) -> None:
-        if self._is_main:
+        if self._handles:
             signal.signal(signal.SIGTERM, self._before)
 
 
@@ -81,6 +86,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         least = f"{tokenizer.vocab_size}, the tokenizer's, or more"
         raise ValueError(f"model.vocab_size: got {config.model.vocab_size}; expected {least}")
     corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
+    check_same_everywhere({"the corpus in data.path": corpus.digest, "data.tokenizer": tokenizer.vocab_size})
     layout = make_layout(config)
     batches = make_loader(
         corpus,
@@ -88,8 +94,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         batch_size=config.batch_size,
         seq_len=config.data.sequence_length,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=layout.rows,
     )
     module = build_model(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -278,18 +283,6 @@ def run_steps(
         state,
         number,
         {"compile_seconds": compile_seconds, "training_seconds": seconds, "steps": number - done},
-    )
-
-
-def join_processes(config: ConfigDict) -> None:
-    """Connect to the other processes, if `config.distributed` says so; before anything touches a device."""
-    d = config.distributed
-    if not d.enabled:
-        return
-    jax.distributed.initialize(
-        coordinator_address=d.coordinator or None,
-        num_processes=d.processes or None,
-        process_id=d.process if d.process >= 0 else None,
     )
 
 

@@ -35,8 +35,6 @@ def prepare(config: ConfigDict) -> Training:
         batch_size=config.batch_size,
         seq_len=config.data.sequence_length,
         seed=config.seed,
-        process_index=0,
-        process_count=1,
     )
     module, optimizer = build_model(config), make_optimizer(config.optimizer, config.steps)
     state = jax.jit(lambda: init_state(module, optimizer, config.seed, 0.0))()

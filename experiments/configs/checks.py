@@ -91,6 +91,7 @@ TRAINING = {
     "distributed.coordinator": TEXT,
     "distributed.processes": integer(0),
     "distributed.process": integer(-1),
+    "distributed.timeout": integer(1),
     "data.path": TEXT,
     "data.tokenizer": TEXT,
     "data.sequence_length": integer(1),

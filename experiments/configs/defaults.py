@@ -32,6 +32,7 @@ def defaults() -> ConfigDict:
     config.distributed.coordinator = ""  # host:port of process 0
     config.distributed.processes = 0  # how many
     config.distributed.process = -1  # which one this is
+    config.distributed.timeout = 300  # seconds within which all have to come
 
     config.data = ConfigDict()
     config.data.path = ""  # folder, glob or file of text; empty: this interpreter's standard library

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -26,15 +27,13 @@ def make_loader(
     batch_size: int,
     seq_len: int,
     seed: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_epochs: int | None = None,
 ) -> "Loader":
     """Make a Grain iterator of batches of densely packed documents, in an order that follows from `seed`.
 
-    Each epoch packs the documents in another order and shuffles the rows. Which rows step n sees, and in
-    which order, does not depend on the number of processes: process i reads rows [i * b, (i + 1) * b) of each
-    batch, where b is batch_size // process_count.
+    Each epoch packs the documents in another order and shuffles the rows. Neither the rows that step n sees
+    nor their order depends on how many processes read: each reads its `rows` of the one batch.
 
     Args:
         corpus: from `find_corpus`.
@@ -43,15 +42,14 @@ def make_loader(
         batch_size: rows of a step over all processes.
         seq_len: positions of a row.
         seed: of the order, an integer >= 0.
-        process_index: this process, in [0, process_count).
-        process_count: how many processes read.
+        rows: which rows of each batch are read here, in this order; None takes all of them.
         num_epochs: None goes on forever. Otherwise the last batch is filled up with rows of weight 0.
 
     Returns:
         An iterator of dicts: tokens, targets, segment_ids [b, T] int32, weights [b, T] float32 (0 is
-        padding), and bytes [b] int32, how many bytes of text the targets of a row stand for. `get_state()` is
-        a small dict for JSON; `set_state` of it continues with the batch that would have come next. It is a
-        `grain.DatasetIterator`, so `grain.checkpoint.CheckpointSave` and `CheckpointRestore` take it.
+        padding), and bytes [b] int32, how many bytes of text the targets of a row stand for; b is len(rows).
+        `get_state()` is a small dict for JSON, the same whichever rows are read; `set_state` of it continues
+        with the batch that would have come next. It is a `grain.DatasetIterator`.
 
     Raises:
         ValueError: an argument is out of range, or the split is smaller than one row.
@@ -65,12 +63,9 @@ def make_loader(
     if split not in ("train", "heldout"):
         raise ValueError(f"split: got {split!r}; expected 'train' or 'heldout'")
     _check_sizes(batch_size, seq_len)
-    if process_count < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size: got {batch_size}; expected a multiple of process_count, {process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index: got {process_index}; expected 0 to {process_count - 1}")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not all(0 <= row < batch_size for row in rows):
+        raise ValueError(f"rows: got {tuple(rows)}; expected some of 0 to {batch_size - 1}")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs: got {num_epochs}; expected at least 1, or None for no end")
     if seed < 0:
@@ -86,10 +81,10 @@ def make_loader(
             f"seq_len: got {seq_len}; expected at most {documents.lengths.sum()}, the tokens of the {split} "
             f"split of {corpus.root}"
         )
-    source = _Rows(documents, batch_size, seq_len, seed, process_index, process_count, num_epochs)
+    source = _Rows(documents, batch_size, seq_len, seed, rows, num_epochs)
     batches = (
         grain.MapDataset.source(source)
-        .batch(batch_size // process_count)
+        .batch(len(rows))
         .to_iter_dataset(grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD))
     )
     identity = {
@@ -134,7 +129,7 @@ class Loader(grain.DatasetIterator):
 
 
 class _Rows:
-    """Row n of one process, over all epochs: a Grain random access source."""
+    """Row n of those read here, over all epochs: a Grain random access source."""
 
     def __init__(
         self,
@@ -142,16 +137,14 @@ class _Rows:
         batch_size: int,
         seq_len: int,
         seed: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int],
         num_epochs: int | None,
     ):
         self._documents = documents
         self._batch_size = batch_size
         self._seq_len = seq_len
         self._seed = seed
-        self._rows_here = batch_size // process_count
-        self._first = process_index * self._rows_here
+        self._rows = tuple(rows)
         self._per_epoch = math.ceil(documents.lengths.sum() / seq_len)
         self._total = None if num_epochs is None else num_epochs * self._per_epoch
         # Threads ask for the same epoch, or for two neighbours around an epoch's end.
@@ -160,11 +153,11 @@ class _Rows:
     def __len__(self) -> int:
         if self._total is None:
             return _ENDLESS
-        return math.ceil(self._total / self._batch_size) * self._rows_here
+        return math.ceil(self._total / self._batch_size) * len(self._rows)
 
     def __getitem__(self, index: int) -> Batch:
-        step, row = divmod(index, self._rows_here)
-        place = step * self._batch_size + self._first + row
+        step, row = divmod(index, len(self._rows))
+        place = step * self._batch_size + self._rows[row]
         if self._total is not None and place >= self._total:
             return empty_row(self._seq_len)
         epoch, place = divmod(place, self._per_epoch)

@@ -2,8 +2,8 @@
 
 RUN/checkpoints/<step>/ holds params, average (the params to use, where those are not the trained ones),
 training (optimizer state, RNG, step), collections (the model's variables that are no params, where it has
-some), data (the iterator's place, one file a process) and about (the config, held-out bits per byte where
-they were measured, and a checksum of every array).
+some), data (the iterator's place, the same for any number of processes) and about (the config, held-out bits
+per byte where they were measured, and a checksum of every array).
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -145,7 +144,7 @@ class Checkpoints:
         self._note(step, bits)
         about["checksum"] = _crc(about)
         args = {name: ocp.args.StandardSave(x) for name, x in items.items()}
-        args |= {"about": ocp.args.JsonSave(about), "data": grain.checkpoint.CheckpointSave(batches)}
+        args |= {"about": ocp.args.JsonSave(about), "data": ocp.args.JsonSave(batches.get_state())}
         try:
             self._manager.save(step, args=ocp.args.Composite(**args))
         except (OSError, ValueError, RuntimeError) as error:
@@ -193,12 +192,17 @@ class Checkpoints:
         """
         items = _split(like)
         args = {name: ocp.args.StandardRestore(x) for name, x in items.items()}
-        args["data"] = grain.checkpoint.CheckpointRestore(batches)
+        args["data"] = ocp.args.JsonRestore()
         read = self._read(step, args)
+        place = read.pop("data")
         read = {name: _own(read[name]) for name in items}
         self._check(step, read)
-        if self.about(step)["checksums"]["data"] != _crc(batches.get_state()):
+        if self.about(step)["checksums"]["data"] != _crc(place):
             raise self._read_error(step, "data is not what was written")
+        try:
+            batches.set_state(place)
+        except ValueError as error:
+            raise self._read_error(step, error) from error
         training, collections = read["training"], read.get("collections", {})
         return TrainState(params=read["params"], ema=read.get("average"), collections=collections, **training)
 

@@ -20,13 +20,14 @@ class Layout(NamedTuple):
 
     axis_name: str | None  # what `make_train_step` reduces over
     devices: int
+    rows: tuple[int, ...]  # of each batch: those that this process reads
     create: Callable[[Callable[[], Any]], Any]  # init function -> the state it makes, on the devices
     abstract: Callable[[Callable[[], Any]], Any]  # init function -> shapes and shardings, for `put`
     put: Callable[[Any], Any]  # a restored state -> the form the step takes
     take: Callable[[Any], Any]  # the form the step takes -> the arrays of one model, for checkpoints
     whole: Callable[[Any], Any]  # arrays of one model -> this process's own copy; all processes must call it
     place_grads: Callable[[Any], Any]  # gradients -> the same, where ZeRO's stage has them, inside the step
-    batch: Callable[[Any], Any]  # this process's rows (numpy) -> the global batch
+    batch: Callable[[Any], Any]  # `rows` of a batch (numpy) -> the global batch
     compile: Callable[[Callable, Any, Any], Callable]  # (step, state, batch) -> a compiled step
 
 
@@ -52,17 +53,17 @@ def make_layout(config: ConfigDict) -> Layout:
             f"({rows} devices times accumulate={config.accumulate})"
         )
     if config.parallel == "jit":
-        return _jit_over_mesh(mesh, config.mesh.zero)
+        return _jit_over_mesh(mesh, config.mesh.zero, config.batch_size)
     if config.parallel == "pmap":
         if jax.process_count() > 1:
             raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
         if rows != wanted or mesh.shape["fsdp"] > 1:
             raise ValueError("parallel: got 'pmap'; expected 'jit' for mesh.fsdp or mesh.tensor above 1")
-        return _pmap(devices[:wanted])
+        return _pmap(devices[:wanted], config.batch_size)
     raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' or 'pmap'")
 
 
-def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int) -> Layout:
+def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layout:
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
@@ -87,10 +88,26 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int) -> Layout:
         with jax.set_mesh(mesh):  # where a layer names the axis of its experts
             return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
 
+    # Not a part by this process's number: devices of several may share rows, or lie in another order.
+    indices = by_row.addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
+
+    def place_batch(batch):
+        def place(x):
+            def read(index):
+                here = range(batch_size)[index[0]]
+                first = rows.index(here.start)
+                return x[(slice(first, first + len(here)), *index[1:])]
+
+            return jax.make_array_from_callback((batch_size, *x.shape[1:]), by_row, read)
+
+        return jax.tree.map(place, dict(batch))
+
     gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
     return Layout(
         axis_name=None,
         devices=mesh.size,
+        rows=tuple(rows),
         create=lambda init: jax.jit(init, out_shardings=places(jax.eval_shape(init)))(),
         abstract=abstract,
         put=lambda state: state,
@@ -99,12 +116,12 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int) -> Layout:
         place_grads=lambda grads: jax.lax.with_sharding_constraint(
             grads, shardings(grads, mesh, zero=zero >= 2)
         ),
-        batch=lambda rows: {k: jax.make_array_from_process_local_data(by_row, v) for k, v in rows.items()},
+        batch=place_batch,
         compile=compile_step,
     )
 
 
-def _pmap(devices) -> Layout:
+def _pmap(devices, batch_size: int) -> Layout:
     n = len(devices)
     one = jax.sharding.SingleDeviceSharding(devices[0])
 
@@ -133,6 +150,7 @@ def _pmap(devices) -> Layout:
     return Layout(
         axis_name=AXIS,
         devices=n,
+        rows=tuple(range(batch_size)),
         create=lambda init: put(jax.jit(init)()),
         abstract=abstract,
         put=put,
