@@ -30,18 +30,28 @@ def place_activations(x: Array) -> Array:
         >>> y.shape[0] == mesh.size, y.sharding.shard_shape(y.shape)
         (True, (1, 3, 2))
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    split = {name for name in kinds if kinds[name] == AxisType.Auto and mesh.shape[name] > 1}
-    if not split or set(kinds) != set(AXES):  # another's mesh: its axes may mean something else
+    split = automatic_axes()
+    if not split:
         return x
 
     def part(size, names):
         names = tuple(name for name in names if name in split)
-        devices = math.prod(mesh.shape[name] for name in names)
-        divides = isinstance(size, int) and size % devices == 0
+        divides = isinstance(size, int) and size % math.prod(split[name] for name in names) == 0
         return names if divides else PartitionSpec.UNCONSTRAINED
 
     rows, time, *rest = x.shape
     spec = PartitionSpec(part(rows, BATCH_AXES), part(time, ("sequence",)), *(None,) * len(rest))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def automatic_axes() -> dict[str, int]:
+    """Return the devices along each axis of `jax.set_mesh`'s mesh that the compiler splits arrays over.
+
+    Axes of one device are left out, as are those that a `shard_map` around the call has made manual; of a
+    mesh that is not `make_mesh`'s there are none, since its names may mean something else.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(mesh.axis_names) != set(AXES):
+        return {}
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}

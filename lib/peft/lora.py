@@ -15,7 +15,7 @@ from jaxtyping import Key
 
 from ..formats import QuantizedTensor
 from ..kernels.common.arguments import accumulator
-from ..layers.modules.dense import Dense, QuantizedDense
+from ..layers.modules.dense import Dense, QuantizedDense, split_columns
 from ..optim.common.matrix_spec import leaf_path
 
 
@@ -213,8 +213,10 @@ def lora_apply(module: nn.Module, variables: Mapping[str, Any], adapters: Adapte
         unused.pop("/".join((*layer.path, "kernel")), None)
         a: Array = layer.get_variable("params", "lora_a")
         b: Array = layer.get_variable("params", "lora_b")
-        down = jnp.matmul(layer_args[0].astype(y.dtype), a.astype(y.dtype))
-        return y + jnp.matmul(down, b.astype(y.dtype))
+        dtype = jax.tree.leaves(y)[0].dtype
+        more = jnp.matmul(layer_args[0].astype(dtype), a.astype(dtype)) @ b.astype(dtype)
+        parts = getattr(layer, "parts", None)  # several matrices side by side, and a product of each
+        return y + more if parts is None else list(map(jnp.add, y, split_columns(more, parts)))
 
     with nn.intercept_methods(with_adapter):
         out = module.apply({**variables, "params": unflatten_dict(leaves, sep="/")}, *args, **kwargs)

@@ -1,6 +1,7 @@
 """Channel mixers: what a block does to each token by itself."""
 
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ...kernels.common.operation import Backend
-from ..modules.dense import projection
+from ..modules.dense import projection, projections
 from ..modules.inputs import check_input
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
@@ -52,11 +53,13 @@ class GLU(nn.Module):
     ternary: bool = False
     backend: Backend | None = None
 
+    pointwise: ClassVar[bool] = True  # each token by itself
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
         act, dense, hidden = _prepare(self, x)
         # One matrix for gate and value: one larger matmul instead of two.
-        gate, value = jnp.split(dense(2 * hidden, name="gate_in")(x), 2, axis=-1)
+        gate, value = projections((hidden, hidden), name="gate_in", **dense.keywords)(x)
         return dense(x.shape[-1], scale=self.out_scale, name="out")(act(gate) * value)
 
 
@@ -81,6 +84,8 @@ class MLP(nn.Module):
     out_scale: float = 1.0
     ternary: bool = False
     backend: Backend | None = None
+
+    pointwise: ClassVar[bool] = True  # each token by itself
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
@@ -44,7 +43,7 @@ class GatedConvolution(Mixer):
         D = x.shape[-1]
         if self.expand < 1:
             raise ValueError(f"expand: got {self.expand}; expected a whole number >= 1")
-        inner, gate = jnp.split(self.dense(x, 2 * self.expand * D, "in_gate"), 2, axis=-1)
+        inner, gate = self.dense_parts(x, (self.expand * D,) * 2, "in_gate")
         before = None if state is None else state.conv
         conv = ShortConv(self.width, "silu", self.param_dtype, self.backend, name="conv")
         y, last = conv(inner, state=before, **rows)

@@ -1,5 +1,6 @@
 """The base class of sequence mixers: dtypes, backend, and how they make their projections."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.typing import DTypeLike
 
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import RowArguments, rows
-from ..modules.dense import projection
+from ..modules.dense import projection, projections
 from ..modules.inputs import check_input
 
 
@@ -103,6 +104,12 @@ class Mixer(nn.Module):
         dtypes = {"dtype": x.dtype, "param_dtype": self.param_dtype}
         how = {"ternary": self.ternary, "backend": self.backend} | dtypes | attributes
         return projection(features, name=name, **how)(x)
+
+    def dense_parts(self, x: Array, sizes: Sequence[int], name: str, **attributes: Any) -> list[Array]:
+        """x [..., D] by several matrices that lie side by side in one, each of as many columns."""
+        dtypes = {"dtype": x.dtype, "param_dtype": self.param_dtype}
+        how = {"ternary": self.ternary, "backend": self.backend} | dtypes | attributes
+        return projections(sizes, name=name, **how)(x)
 
     def output(self, x: Array, features: int) -> Array:
         """The projection back to the residual stream, scaled for the depth at its birth."""
