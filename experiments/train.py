@@ -33,7 +33,7 @@ from experiments.trainer.lock import locked
 from experiments.trainer.metrics import Metrics
 from experiments.trainer.optimizers import check_optimizer, make_optimizer, schedule
 from experiments.trainer.parallel import make_layout
-from experiments.trainer.processes import check_same_everywhere, join_processes
+from experiments.trainer.processes import check_same_everywhere, ends_at_once, join_processes
 from experiments.trainer.report import report
 from experiments.trainer.runs import build_model, shapes_of
 from experiments.trainer.state import bits_per_byte, init_state, make_train_step, params_to_use
@@ -297,13 +297,14 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
         getLogger("frugax.optim").setLevel("INFO")  # which leaves an optimizer treats as matrices
-    try:
-        check_config(config)
-        join_processes(config)
-        train(config)
-    except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
-        logging.debug("traceback:", exc_info=True)  # --verbosity=1 shows it
-        sys.exit(f"experiments.train: {error}")
+    with ends_at_once():
+        try:
+            check_config(config)
+            join_processes(config)
+            train(config)
+        except (ValueError, OSError, CheckpointError, FloatingPointError) as error:
+            logging.debug("traceback:", exc_info=True)  # --verbosity=1 shows it
+            sys.exit(f"experiments.train: {error}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from experiments.configs.checks import flatten
 
 HEARTBEAT_S = 30  # a process that no one heard of for so long is dead: the others end
+_DAY_S = 86400
 
 
 def join_processes(config: ConfigDict) -> None:
@@ -39,9 +41,30 @@ def join_processes(config: ConfigDict) -> None:
             process_id=d.process if d.process >= 0 else None,
             initialization_timeout=d.timeout + 60,  # JAX's own prints a stack trace and no address
             heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=_DAY_S,  # the others wait while process 0 writes its report
         )
         shared = {name: value for name, value in flatten(config).items() if name != "distributed.process"}
         check_same_everywhere(shared | {"JAX": jax.__version__})
+
+
+@contextlib.contextmanager
+def ends_at_once() -> Iterator[None]:
+    """End this process at once if the body fails: on its way out JAX would wait for the other processes."""
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        which = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, SystemExit):
+            told = str(error)
+        elif isinstance(error, jax.errors.JaxRuntimeError):  # most often: another process is gone
+            told = f"experiments.train: {which} can't go on: {error}"
+        else:
+            told = traceback.format_exc()
+        print(told, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def check_same_everywhere(fields: Mapping[str, Any]) -> None:
