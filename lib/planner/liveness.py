@@ -163,12 +163,28 @@ def _flat(jaxpr: Jaxpr) -> _Program:
             constant.add(number := new(atom.aval))
             return number
 
+        def view(name: str, number: int, aval: Any) -> int:
+            operations.append(_Operation(name, {}, (number,), (new(aval),)))
+            return len(avals) - 1
+
+        def once(params: dict[str, Any], operands: list[int]) -> list[int]:
+            """A loop of one iteration is none."""
+            body, first = params["jaxpr"].jaxpr, params["num_consts"] + params["num_carry"]
+            slices = [
+                view("squeeze", n, v.aval) for n, v in zip(operands[first:], body.invars[first:], strict=True)
+            ]
+            results, carried = walk(body, operands[:first] + slices), params["num_carry"]
+            stacked = [view("expand_dims", n, avals[n]) for n in results[carried:]]
+            return results[:carried] + stacked
+
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             operands = [read(a) for a in eqn.invars]
             if name in _CALLS:
                 body = next(eqn.params[key] for key in _BODIES if key in eqn.params)
                 results = walk(body.jaxpr if isinstance(body, ClosedJaxpr) else body, operands)
+            elif name == "scan" and eqn.params["length"] == 1:
+                results = once(eqn.params, operands)
             else:
                 results = [new(v.aval) for v in eqn.outvars]
                 operations.append(_Operation(name, eqn.params, tuple(operands), tuple(results)))

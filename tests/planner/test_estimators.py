@@ -41,6 +41,9 @@ CASES = {
     "stacked results of a loop": (
         lambda x: jnp.tanh(jax.lax.scan(lambda c, _: (c + 1, c), x[0], length=64)[1]) @ x, (), 1,
     ),
+    "a loop of one iteration is none": (
+        lambda x: jax.lax.scan(lambda c, y: (c, y @ c), x, x[None] @ x)[1][0] @ x, (), 2,
+    ),
     "the larger branch": (
         lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: ((x @ x) @ x) @ x, lambda x: x, x), (), 2,
     ),

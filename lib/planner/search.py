@@ -1,0 +1,377 @@
+"""The best way to split training over devices: a model of its time and memory, and a search over meshes."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Cluster(NamedTuple):
+    """Devices and the links between them.
+
+    Attributes:
+      bandwidth: bytes a second from each device to each, [D, D]; measured ones, where links differ.
+      flops: of one device, a second.
+      memory: bytes of one device.
+    """
+
+    bandwidth: np.ndarray
+    flops: float
+    memory: float
+
+
+class Workload(NamedTuple):
+    """Costs of a training step of a model of equal layers.
+
+    Attributes:
+      layers: how many.
+      batch: sequences of a step.
+      time: tokens of a sequence.
+      layer_flops: of one layer's forward pass, for a token; a backward pass takes twice as many.
+      layer_gradients: bytes of one layer's gradients.
+      layer_state: bytes of one layer's params, gradients and optimizer state.
+      outer_gradients, outer_state: of the embedding and the head, which the busiest stage holds.
+      stream: bytes of a token between layers.
+      kept: bytes of a token that one layer keeps for its backward pass, split over a tensor axis.
+      kept_whole: likewise, of which each device of a tensor axis keeps a copy.
+    """
+
+    layers: int
+    batch: int
+    time: int
+    layer_flops: float
+    layer_gradients: int
+    layer_state: int
+    outer_gradients: int
+    outer_state: int
+    stream: int
+    kept: int
+    kept_whole: int
+
+
+class Configuration(NamedTuple):
+    """Sizes of the mesh axes, and sequences of a microbatch on one copy of the model."""
+
+    pipeline: int = 1
+    data: int = 1
+    fsdp: int = 1
+    sequence: int = 1
+    tensor: int = 1
+    microbatch: int = 1
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Sizes of the axes, in the order of `frugax.parallel.AXES`."""
+        return self[:5]
+
+    def microbatches(self, batch: int) -> int:
+        """Microbatches of a step."""
+        return batch // (self.data * self.fsdp * self.microbatch)
+
+
+class Latency(NamedTuple):
+    """Seconds of a step, by what takes them.
+
+    Attributes:
+      compute: of the stage's microbatches, with all that a microbatch waits for inside a stage.
+      bubble: of filling and emptying the pipeline.
+      messages: between stages, as far as the critical path meets them.
+      gradients: of adding gradients up over copies, after the last backward pass.
+    """
+
+    compute: float
+    bubble: float
+    messages: float
+    gradients: float
+
+    @property
+    def seconds(self) -> float:
+        """Their sum."""
+        return sum(self)
+
+
+class Found(NamedTuple):
+    """A configuration, the devices of its mesh in order, and what it costs."""
+
+    configuration: Configuration
+    placement: tuple[int, ...]
+    seconds: float
+    bytes: int
+
+
+def transformer_workload(
+    *, layers: int, width: int, batch: int, time: int, vocab: int = 0, state_itemsize: int = 16
+) -> Workload:
+    """Count a GPT: softmax attention with stored scores left out, an MLP of 4 widths, params of 2 bytes.
+
+    Args:
+      layers, width: of the model.
+      batch: sequences of a step.
+      time: tokens of a sequence.
+      vocab: of the embedding and of a head of its own.
+      state_itemsize: bytes of a param with its gradient and optimizer state; 16 of Adam in mixed precision.
+
+    Source: Korthikanti et al. 2022 (arXiv 2205.05198) for activations, without dropout and scores.
+
+    Example:
+        >>> import frugax
+        >>> frugax.planner.transformer_workload(layers=2, width=64, batch=8, time=32).layer_gradients
+        98304
+    """
+    params = 12 * width**2
+    flops = 2 * params + 2 * 2 * width * time
+    outer = 2 * vocab * width
+    return Workload(
+        layers, batch, time, flops, 2 * params, state_itemsize * params, 2 * outer, state_itemsize * outer,
+        2 * width, 2 * 12 * width, 2 * 4 * width,
+    )  # fmt: skip
+
+
+def configurations(
+    work: Workload, devices: int, *, axes: Sequence[str] = ("pipeline", "data", "fsdp", "tensor")
+) -> Iterator[Configuration]:
+    """Yield each way to use all devices whose sizes divide the model's.
+
+    Stages divide layers, copies and microbatches divide the batch, and the sequence axis divides time.
+
+    Args:
+      work: of the model.
+      devices: in all.
+      axes: names of the axes that may be larger than 1.
+
+    Raises:
+      ValueError: a name is none of an axis.
+
+    Example:
+        >>> import frugax
+        >>> work = frugax.planner.transformer_workload(layers=2, width=64, batch=2, time=32)
+        >>> [c.axes for c in frugax.planner.configurations(work, 2) if c.microbatch == 1]
+        [(1, 1, 1, 1, 2), (1, 1, 2, 1, 1), (1, 2, 1, 1, 1), (2, 1, 1, 1, 1)]
+    """
+    names = Configuration._fields[:5]
+    for name in axes:
+        if name not in names:
+            raise ValueError(f"axes: got {name!r}; expected some of {', '.join(names)}")
+    sizes = [_divisors(devices) if name in axes else [1] for name in names]
+    for pipeline, data, fsdp, sequence, tensor in itertools.product(*sizes):
+        copies = data * fsdp
+        if pipeline * copies * sequence * tensor != devices:
+            continue
+        if work.layers % pipeline or work.batch % copies or work.time % sequence:
+            continue
+        for microbatch in _divisors(work.batch // copies):
+            yield Configuration(pipeline, data, fsdp, sequence, tensor, microbatch)
+
+
+def device_bytes(work: Workload, c: Configuration) -> int:
+    """Estimate the bytes of the busiest device, that of the first stage.
+
+    It holds its share of the state, one layer's params gathered where the state is shared, and activations of
+    as many microbatches as 1F1B has in flight.
+
+    Example:
+        >>> import frugax
+        >>> work = frugax.planner.transformer_workload(layers=2, width=64, batch=8, time=32)
+        >>> c = frugax.planner.Configuration(fsdp=2)
+        >>> frugax.planner.device_bytes(work, c) < frugax.planner.device_bytes(work, c._replace(fsdp=1))
+        True
+    """
+    layers = work.layers // c.pipeline
+    state = (layers * work.layer_state + work.outer_state) / (c.tensor * c.fsdp)
+    gathered = (work.layer_gradients / c.tensor) if c.fsdp > 1 else 0
+    in_flight = min(c.pipeline, c.microbatches(work.batch))
+    tokens = c.microbatch * work.time / c.sequence
+    activations = in_flight * tokens * layers * (work.kept / c.tensor + work.kept_whole)
+    return math.ceil(state + gathered + activations)
+
+
+def latency(
+    work: Workload, c: Configuration, cluster: Cluster, placement: Sequence[int] | None = None
+) -> Latency:
+    """Model the seconds of a step with 1F1B, along the critical path of its pipeline.
+
+    With P stages, M microbatches and c seconds of one in a stage
+
+        seconds = M c + (P - 1) c + R 2 sum_i message / bandwidth_i + gradients
+
+    1F1B holds no more than P microbatches, so a microbatch waits for one before it to go down the pipeline
+    and back: messages are met in R, about M / P, rounds and not once. R is exactly that of
+    `pipeline_timeline` for links of equal speed. A stage's collectives take as long as the slowest link
+    of the slowest group lets them; gradients are those of the first stage, which is the last to finish.
+
+    Args:
+      work: of the model.
+      c: sizes of the mesh; they multiply to the cluster's devices.
+      cluster: its devices and links.
+      placement: the device at each place of the mesh, the last axis fastest; None: in order.
+
+    Returns:
+      Its `Latency`.
+
+    Raises:
+      ValueError: sizes don't multiply to the number of devices, or `placement` is no order of them.
+
+    Source: Yim et al. 2024, Pipette (arXiv 2405.18093); its public code for the messages' costs.
+
+    Example:
+        >>> import frugax, numpy as np
+        >>> work = frugax.planner.transformer_workload(layers=2, width=64, batch=8, time=32)
+        >>> cluster = frugax.planner.Cluster(np.full((2, 2), 1e9), flops=1e12, memory=1e9)
+        >>> found = frugax.planner.latency(work, frugax.planner.Configuration(pipeline=2), cluster)
+        >>> found.bubble == found.compute / 8
+        True
+    """
+    D = len(cluster.bandwidth)
+    at = np.arange(D) if placement is None else np.asarray(placement)
+    if math.prod(c.axes) != D:
+        raise ValueError(f"configuration: got {c.axes}; expected sizes that multiply to {D} devices")
+    if sorted(at.tolist()) != list(range(D)):
+        raise ValueError(f"placement: got {at.tolist()}; expected each of {D} devices once")
+    at = at.reshape(c.axes)
+    P, M = c.pipeline, c.microbatches(work.batch)
+    layers = work.layers // P
+    tokens = c.microbatch * work.time // c.sequence
+    stream = tokens * work.stream
+
+    def ring(axis: int, places: np.ndarray = at) -> float:
+        """Bytes a second of the slowest link of all rings along an axis."""
+        return float(cluster.bandwidth[places, np.roll(places, -1, axis)].min())
+
+    # Seconds of one microbatch, forward and backward, in a stage.
+    each = 3 * layers * tokens * work.layer_flops / (c.tensor * cluster.flops)
+    if c.tensor > 1:  # two all-reduces a layer forward, two backward (Megatron)
+        each += 4 * layers * _all_reduce(c.tensor, stream) / ring(4)
+    if c.sequence > 1:  # four all-to-alls of a share of the stream forward, four backward (Ulysses)
+        each += 8 * layers * stream * (c.sequence - 1) / c.sequence / ring(3)
+    stage = layers * work.layer_gradients / c.tensor
+    share = (c.fsdp - 1) / c.fsdp
+    if c.fsdp > 1:  # params are gathered for each pass
+        each += 2 * share * stage / ring(2)
+    messages = 0.0
+    if P > 1:  # down the slowest pipeline and back
+        links = cluster.bandwidth[at[:-1], at[1:]]
+        messages = _rounds(P, M) * 2 * float((stream / links).sum(0).max())
+    gradients = 0.0
+    whole = stage + work.outer_gradients / c.tensor
+    if c.fsdp > 1:
+        gradients += share * whole / ring(1, at[0])
+    if c.data > 1:
+        gradients += _all_reduce(c.data, whole / c.fsdp) / ring(0, at[0])
+    return Latency(M * each, (P - 1) * each, messages, gradients)
+
+
+def place(
+    work: Workload, c: Configuration, cluster: Cluster, *, steps: int = 2000, seed: int = 0
+) -> tuple[tuple[int, ...], float]:
+    """Choose which device takes which place of a mesh, by simulated annealing from their given order.
+
+    A step swaps two devices, moves one, or turns a run of them round. A worse order is taken with a
+    probability that falls with the temperature, from a tenth of the first latency to a thousandth of that.
+
+    Args:
+      work, c, cluster: as in `latency`.
+      steps: orders tried.
+      seed: of the choices; the same gives the same.
+
+    Returns:
+      The best order found and its seconds, never more than those of the given order.
+
+    Source: Yim et al. 2024, Pipette (arXiv 2405.18093).
+
+    Example:
+        >>> import frugax, numpy as np
+        >>> work = frugax.planner.transformer_workload(layers=4, width=64, batch=8, time=32)
+        >>> slow = np.full((4, 4), 1e8)
+        >>> slow[[0, 2, 1, 3], [2, 0, 3, 1]] = 1e10  # 0 is near 2, and 1 near 3
+        >>> cluster = frugax.planner.Cluster(slow, flops=1e12, memory=1e9)
+        >>> order, _ = frugax.planner.place(work, frugax.planner.Configuration(tensor=2, data=2), cluster)
+        >>> sorted(map(sorted, np.reshape(order, (2, 2)).tolist()))
+        [[0, 2], [1, 3]]
+    """
+    rng = np.random.default_rng(seed)
+    D = len(cluster.bandwidth)
+    now = list(range(D))
+    cost = start = latency(work, c, cluster, now).seconds
+    best, least = tuple(now), cost
+    if D < 2:
+        return best, least
+    for step in range(steps):
+        other = now.copy()
+        i, j = sorted(rng.choice(D, 2, replace=False).tolist())
+        move = rng.integers(3)
+        if move == 0:
+            other[i], other[j] = other[j], other[i]
+        elif move == 1:
+            other.insert(i, other.pop(j))
+        else:
+            other[i : j + 1] = other[i : j + 1][::-1]
+        new = latency(work, c, cluster, other).seconds
+        temperature = 0.1 * start * 1e-3 ** (step / steps)
+        if new <= cost or rng.random() < math.exp((cost - new) / temperature):
+            now, cost = other, new
+        if cost < least:
+            best, least = tuple(now), cost
+    return best, least
+
+
+def search(
+    work: Workload,
+    cluster: Cluster,
+    *,
+    axes: Sequence[str] = ("pipeline", "data", "fsdp", "tensor"),
+    steps: int = 2000,
+    seed: int = 0,
+    keep: int = 5,
+) -> list[Found]:
+    """Find the fastest configurations whose memory fits, and places for their devices.
+
+    Configurations over the memory are left out, the others are ordered by their latency in the given order of
+    devices, and the places of all are annealed where links differ.
+
+    Args:
+      work: of the model.
+      cluster: its devices and links.
+      axes, steps, seed: as in `configurations` and `place`.
+      keep: how many to return.
+
+    Returns:
+      The best ones, fastest first; with equal seconds those of fewer bytes. None fits: an empty list.
+
+    Source: Yim et al. 2024, Pipette (arXiv 2405.18093).
+
+    Example:
+        >>> import frugax, numpy as np
+        >>> work = frugax.planner.transformer_workload(layers=4, width=256, batch=8, time=128)
+        >>> cluster = frugax.planner.Cluster(np.full((4, 4), 1e10), flops=1e12, memory=30e6)
+        >>> best = frugax.planner.search(work, cluster)[0]
+        >>> best.bytes <= 30e6
+        True
+    """
+    same = len(np.unique(cluster.bandwidth[~np.eye(len(cluster.bandwidth), dtype=bool)])) < 2
+    found = []
+    for c in configurations(work, len(cluster.bandwidth), axes=axes):
+        needed = device_bytes(work, c)
+        if needed > cluster.memory:
+            continue
+        order, seconds = place(work, c, cluster, steps=0 if same else steps, seed=seed)
+        found.append(Found(c, order, seconds, needed))
+    return sorted(found, key=lambda f: (f.seconds, f.bytes))[:keep]
+
+
+def _rounds(stages: int, microbatches: int) -> float:
+    """How often the critical path of 1F1B goes down all links and back, in units of P - 1 links."""
+    if microbatches < 2:
+        return 1.0
+    later = microbatches - 2
+    return 1 + (later - later // stages) / (stages - 1)
+
+
+def _all_reduce(devices: int, size: float | int) -> float:
+    """Bytes that each device of a ring sends to add up arrays of `size` bytes."""
+    return 2 * (devices - 1) / devices * size
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
