@@ -85,7 +85,10 @@ TRAINING = {
     "log_every": integer(0),
     "tensorboard": SWITCH,
     "parallel": one_of("jit", "pmap"),
-    **{f"mesh.{axis}": integer(1, also=-1) for axis in ("slice", "data", "fsdp", "expert", "tensor")},
+    **{
+        f"mesh.{axis}": integer(1, also=-1)
+        for axis in ("slice", "data", "fsdp", "expert", "sequence", "tensor")
+    },
     "mesh.zero": one_of(0, 1, 2, 3),
     "distributed.enabled": SWITCH,
     "distributed.coordinator": TEXT,

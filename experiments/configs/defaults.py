@@ -24,6 +24,7 @@ def defaults() -> ConfigDict:
     config.mesh.data = -1  # rows of a batch
     config.mesh.fsdp = 1  # rows of a batch, and what `zero` says
     config.mesh.expert = 1  # rows of a batch, and the experts of MoE layers with expert_axis="expert"
+    config.mesh.sequence = 1  # the tokens of a row, for rows of many; see docs/how-to/parallel.md
     config.mesh.tensor = 1  # each matrix
     config.mesh.zero = 3  # over fsdp: 1 the optimizer's state, 2 gradients too, 3 params too; 0 nothing
 

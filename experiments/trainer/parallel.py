@@ -39,7 +39,7 @@ def make_layout(config: ConfigDict) -> Layout:
         cut as the mesh says (from `create` and `abstract`).
     """
     devices = jax.devices()
-    sizes = {name: config.mesh[name] for name in ("slice", "data", "fsdp", "expert", "tensor")}
+    sizes = {name: config.mesh[name] for name in ("slice", "data", "fsdp", "expert", "sequence", "tensor")}
     given = math.prod(size for size in sizes.values() if size != -1)
     wanted = given if -1 not in sizes.values() else given * max(len(devices) // given, 1)
     if wanted > len(devices) or (wanted != len(devices) and jax.process_count() > 1):
@@ -52,13 +52,20 @@ def make_layout(config: ConfigDict) -> Layout:
             f"batch_size: got {config.batch_size}; expected a multiple of {rows * config.accumulate} "
             f"({rows} devices times accumulate={config.accumulate})"
         )
+    if config.data.sequence_length % mesh.shape["sequence"]:
+        raise ValueError(
+            f"data.sequence_length: got {config.data.sequence_length}; expected a multiple of "
+            f"mesh.sequence={mesh.shape['sequence']}"
+        )
     if config.parallel == "jit":
         return _jit_over_mesh(mesh, config.mesh.zero, config.batch_size)
     if config.parallel == "pmap":
         if jax.process_count() > 1:
             raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
         if rows != wanted or mesh.shape["fsdp"] > 1:
-            raise ValueError("parallel: got 'pmap'; expected 'jit' for mesh.fsdp or mesh.tensor above 1")
+            raise ValueError(
+                "parallel: got 'pmap'; expected 'jit' for mesh.fsdp, sequence or tensor above 1"
+            )
         return _pmap(devices[:wanted], config.batch_size)
     raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' or 'pmap'")
 
@@ -66,6 +73,7 @@ def make_layout(config: ConfigDict) -> Layout:
 def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layout:
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    by_row_and_time = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
 
     def places(state: TrainState) -> TrainState:
         """Place each array of a state: ZeRO's stage 1 shares the optimizer's, 3 the params too."""
@@ -99,7 +107,8 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
                 first = rows.index(here.start)
                 return x[(slice(first, first + len(here)), *index[1:])]
 
-            return jax.make_array_from_callback((batch_size, *x.shape[1:]), by_row, read)
+            how = by_row_and_time if x.ndim > 1 else by_row
+            return jax.make_array_from_callback((batch_size, *x.shape[1:]), how, read)
 
         return jax.tree.map(place, dict(batch))
 

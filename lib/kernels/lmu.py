@@ -14,6 +14,7 @@ from .common.arguments import accumulator, as_shaped, known, reject
 from .common.documents import check_segment_ids, documents
 from .common.operation import Choice, record_choice
 from .common.rows import outputs_at, rows
+from .common.sharding import vary_like
 
 Method = Literal["chunks", "fft", "recurrent"]
 
@@ -85,11 +86,11 @@ def lmu(
         u, segment_ids = read.read(u), read.ids
     wide = u.astype(accumulator(u.dtype))
     m0 = jnp.zeros((B, D, order)) if initial_state is None else initial_state
-    m0 = m0.astype(wide.dtype)
+    m0 = vary_like(m0.astype(wide.dtype), (wide, m0))
 
     def convolution(wide, m0):
         m = _convolution(wide, int(order), float(theta))
-        return m if initial_state is None else m + _free_response(m0, T, float(theta))
+        return m if initial_state is None else m + free_response(m0, T, float(theta))
 
     def recurrence(wide, m0):
         return _recurrence(wide, m0, float(theta), segment_ids)
@@ -153,7 +154,7 @@ def _convolution(u_BTD: Array, order: int, theta: float) -> Array:
     return jnp.fft.irfft(product, length, axis=1)[:, :T]
 
 
-def _free_response(m_BDN: Array, T: int, theta: float) -> Array:
+def free_response(m_BDN: Array, T: int, theta: float) -> Array:
     """A^(t+1) m for t = 0 .. T - 1 [B, T, D, N]: how a memory fades without input."""
     power, _ = _system(m_BDN.shape[-1], theta)
 
@@ -165,6 +166,11 @@ def _free_response(m_BDN: Array, T: int, theta: float) -> Array:
         m_BTDN = jnp.concatenate([m_BTDN, applied(m_BTDN, power)], axis=1)
         power = power @ power
     return m_BTDN[:, :T]
+
+
+def power(order: int, theta: float, tokens: int) -> np.ndarray:
+    """A^tokens [N, N] in float64: what is left of a memory after so many tokens without input."""
+    return np.linalg.matrix_power(_system(order, theta)[0], tokens)
 
 
 def _in_chunks(u_BTD: Array, m_BDN: Array, theta: float) -> Array:

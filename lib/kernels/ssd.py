@@ -79,7 +79,7 @@ def ssd(
     if real is not None:
         x, dt, B, C = map(real.read, (x, dt, B, C))
         z = None if z is None else real.read(z)
-    v_BTHP, log_decay_BTH = _values_and_decay(x, dt, A, dt_bias, dt_softplus)
+    v_BTHP, log_decay_BTH = values_and_decay(x, dt, A, dt_bias, dt_softplus)
     y, state = linear_attention(
         C.astype(v_BTHP.dtype),
         B.astype(v_BTHP.dtype),
@@ -102,7 +102,7 @@ def ssd(
     return (y if real is None else real.write(y)), state
 
 
-def _values_and_decay(x, dt, A, dt_bias, dt_softplus: bool) -> tuple[Array, Array]:
+def values_and_decay(x, dt, A, dt_bias, dt_softplus: bool) -> tuple[Array, Array]:
     """(dt x, dt A): what linear attention calls values and log-decays."""
     dt = dt.astype(accumulator(x.dtype))
     if dt_bias is not None:

@@ -11,6 +11,7 @@ from .placement import expert_parallel_with_copies, plan_placement, route_to_cop
 from .rules import RULES, shardings, state_shardings, table
 from .schedules import Timeline, pipeline_schedule, pipeline_timeline
 from .sequence import causal_conv1d, linear_attention, linear_recurrence
+from .state_spaces import lmu, selective_scan, ssd
 
 __all__ = [
     "AXES",
@@ -28,6 +29,7 @@ __all__ = [
     "folded_ring",
     "linear_attention",
     "linear_recurrence",
+    "lmu",
     "logical_axes",
     "make_mesh",
     "matmul_reduce_scatter",
@@ -42,7 +44,9 @@ __all__ = [
     "ring_attention",
     "ring_self_attention",
     "route_to_copies",
+    "selective_scan",
     "shardings",
+    "ssd",
     "state_shardings",
     "table",
     "ulysses_attention",

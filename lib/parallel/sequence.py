@@ -1,7 +1,7 @@
 """Sequence parallelism: the operations of `frugax.kernels` on one shard of time, inside `jax.shard_map`.
 
 Over a stretch of time a linear recurrence is an affine map of the state before it, S_out = decay * S_in + S.
-So shards exchange their maps, of a state's size, and no tokens; each folds those of the shards before it.
+So shards exchange their maps, of a state's size, and no tokens; each applies those of the shards before it.
 """
 
 import jax
@@ -16,6 +16,7 @@ from ..kernels.common.documents import documents
 from ..kernels.common.operation import Backend
 from ..kernels.common.sharding import vary_like
 from ..kernels.linear_attention import inputs as attention
+from .shards import entering_state, of_last_shard
 
 
 def linear_attention(
@@ -33,9 +34,9 @@ def linear_attention(
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """`frugax.kernels.linear_attention` with time split over the mesh axis `axis_name`.
 
-    Each shard makes the state its tokens leave (one matmul of K x V a token), the shards gather these states
-    and total decays, and the kernel then runs once, from the right initial state. Adding q_t S_in to a local
-    output would take as many FLOPs, and one more float32 array of the output's size to read and write.
+    Each shard makes the state its tokens leave (one matmul of K x V a token), the shards pass these states
+    and total decays on, and the kernel then runs once, from the right initial state. Adding q_t S_in to a
+    local output would take as many FLOPs, and one more float32 array of the output's size to read and write.
 
     Args:
       q, k, v, log_decay, bonus, scale, segment_ids, backend: as there; of those with time, one shard of it.
@@ -48,7 +49,8 @@ def linear_attention(
     Raises:
       ValueError: as `frugax.kernels.linear_attention`.
 
-    Source: LASP-2 (arXiv 2502.07563), whose all-gather of states takes the place of LASP's ring (2404.02882).
+    Source: LASP-2 (arXiv 2502.07563), which exchanges states at once where LASP (2404.02882) has a ring. Its
+    all-gather of P states is a scan of log2(P) steps here.
 
     Example:
         >>> import frugax, jax, functools
@@ -62,8 +64,8 @@ def linear_attention(
         (1, 64, 2, 16)
     """
     call = attention.check(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    S_BHKV, total_BHK = _state_left(call)
-    entering = _entering_state(total_BHK, S_BHKV, initial_state, segment_ids, axis_name)
+    S_BHKV, total_BHK1 = state_left(call)
+    entering = entering_state(total_BHK1, S_BHKV, initial_state, segment_ids, axis_name, logs=True)
     out, final_state = kernels.linear_attention(
         q,
         k,
@@ -75,7 +77,7 @@ def linear_attention(
         segment_ids=segment_ids,
         backend=backend,
     )
-    return out, _of_last_shard(final_state, axis_name)
+    return out, of_last_shard(final_state, axis_name)
 
 
 def linear_recurrence(
@@ -121,9 +123,13 @@ def linear_recurrence(
     product_BTD, total_BD = kernels.linear_recurrence(
         a, jnp.zeros_like(b), initial_state=vary_like(jnp.ones_like(left_BD), (a, b)), **call
     )
-    entering_BD = _entering_state(total_BD, left_BD, initial_state, segment_ids, axis_name, logs=False)
-    h_BTD = (h_BTD + product_BTD * entering_BD[:, None]).astype(b.dtype)
-    return h_BTD, _of_last_shard(left_BD + total_BD * entering_BD, axis_name)
+    entering_BD = entering_state(total_BD, left_BD, initial_state, segment_ids, axis_name)
+    reached_BTD = jnp.broadcast_to(entering_BD[:, None], product_BTD.shape)
+    packed = documents(segment_ids, *b.shape[:2])
+    if packed is not None:  # the product is 0 there, but the state may be NaN
+        reached_BTD = jnp.where(packed.index[..., None] == 0, reached_BTD, 0)
+    h_BTD = (h_BTD + product_BTD * reached_BTD).astype(b.dtype)
+    return h_BTD, of_last_shard(left_BD + total_BD * reached_BTD[:, -1], axis_name)
 
 
 def causal_conv1d(
@@ -185,11 +191,11 @@ def causal_conv1d(
         segment_ids=segment_ids,
         backend=backend,
     )
-    return y, _of_last_shard(final_state, axis_name)
+    return y, of_last_shard(final_state, axis_name)
 
 
-def _state_left(call: attention.Inputs) -> tuple[Array, Array]:
-    """The state S_BHKV that a shard's tokens leave, and the log of their total decay, [B, H, 1 or K]."""
+def state_left(call: attention.Inputs) -> tuple[Array, Array]:
+    """The state S_BHKV that a shard's tokens leave, and the log of their total decay, [B, H, K, 1]."""
     dtype = accumulator(call.q.dtype)
     H = call.heads
     k_BTHK, v_BTHV = attention.repeat_heads(call.k, H), attention.repeat_heads(call.v, H)
@@ -200,56 +206,16 @@ def _state_left(call: attention.Inputs) -> tuple[Array, Array]:
         g if g.ndim > 1 else g[None, None], (B, T, *g.shape[-(1 if g.ndim < 4 else 2) :])
     )
     g_BTHk = g_BTHk if g.ndim == 4 else g_BTHk[..., None]
+    if call.runs is not None:  # the rest must not be multiplied by zeros, since it may be NaN
+        of_last = (call.runs == call.runs[:, -1:])[..., None, None]
+        k_BTHK, v_BTHV, g_BTHk = (jnp.where(of_last, x, 0) for x in (k_BTHK, v_BTHV, g_BTHk))
     later_BTHk = jnp.pad(g_BTHk[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
     to_end_BTHk = jax.lax.cumsum(later_BTHk, axis=1, reverse=True)  # sums of decays only: never positive
     weight_BTHk = jnp.exp(to_end_BTHk)
-    if call.runs is not None:
-        in_last_BT = call.runs == call.runs[:, -1:]
-        weight_BTHk = jnp.where(in_last_BT[..., None, None], weight_BTHk, 0)
     if g.ndim == 4:
         k_BTHK = (k_BTHK * weight_BTHk).astype(call.k.dtype)
     else:
         v_BTHV = (v_BTHV * weight_BTHk).astype(call.v.dtype)
     S_BHKV = jnp.einsum("bthk,bthv->bhkv", k_BTHK, v_BTHV, preferred_element_type=dtype, precision="highest")
-    return S_BHKV, to_end_BTHk[:, 0] + g_BTHk[:, 0]
-
-
-def _entering_state(total, left, initial_state, segment_ids, axis_name, *, logs=True) -> Array:
-    """The state before this shard, from every shard's (decay, state left) and where documents end.
-
-    Args:
-      total: what a shard multiplies the state by, [B, H, 1 or K] (its log, if `logs`) or [B, D].
-      left: the state its tokens leave, [B, H, K, V] or [B, D].
-    """
-    if logs:  # as one more column of the state, for a single all-gather
-        column = jnp.broadcast_to(total[..., None], (*left.shape[:-1], 1))
-        packed = jnp.concatenate([left, column], axis=-1)
-    else:
-        packed = jnp.stack([left, total], axis=-1)
-    maps = jax.lax.all_gather(packed, axis_name)  # [shards, ...]; its transpose scatters the sum of gradients
-    left, total = maps[..., :-1], maps[..., -1:]
-    decay = jnp.exp(total) if logs else total
-    here = jax.lax.axis_index(axis_name)
-    state = jnp.zeros_like(left[0])
-    if initial_state is not None:
-        state = initial_state.astype(state.dtype).reshape(state.shape)
-    if segment_ids is not None:
-        inside = documents(segment_ids, *segment_ids.shape).index[:, -1]  # how many start in this shard
-        ends = segment_ids[:, 0], segment_ids[:, -1]
-        ids = jnp.stack([*(x.astype(jnp.int32) for x in ends), inside], axis=-1)
-        first, last, inside = jnp.moveaxis(jax.lax.all_gather(ids, axis_name), -1, 0)  # each [shards, B]
-        entry = jnp.concatenate([jnp.zeros_like(first[:1], bool), first[1:] != last[:-1]])
-        over = lambda cut: cut.reshape(*cut.shape, *[1] * (state.ndim - 1))  # noqa: E731
-        decay = jnp.where(over(inside > 0), 0, decay)
-    entering = state = vary_like(state, maps)
-    for shard in range(left.shape[0]):  # as many steps as shards, each of a state's size
-        if segment_ids is not None:
-            state = jnp.where(over(entry[shard]), 0, state)
-        entering = jnp.where(here == shard, state, entering)
-        state = decay[shard] * state + left[shard]
-    return entering if logs else entering[..., 0]
-
-
-def _of_last_shard(x: Array, axis_name: str) -> Array:
-    last = jax.lax.axis_index(axis_name) == jax.lax.axis_size(axis_name) - 1
-    return jax.lax.psum(jnp.where(last, x, 0), axis_name)
+    total_BHk = to_end_BTHk[:, 0] + g_BTHk[:, 0]
+    return S_BHKV, jnp.broadcast_to(total_BHk, S_BHKV.shape[:3])[..., None]

@@ -27,7 +27,7 @@ def attention(decay):
     split = {*args, "log_decay"} if len(decay) > 1 else set(args)
     args |= {"bonus": normal(3, H, K), "initial_state": normal(4, B, H, K, V)}
     args["log_decay"] = -0.2 * jnp.abs(normal(5, *decay))
-    return "linear_attention", args, split, B * H * K * (V + 1)
+    return "linear_attention", args, split, B * H * K * V
 
 
 def recurrence():
@@ -36,7 +36,7 @@ def recurrence():
         "b": normal(1, B, T, D),
         "initial_state": normal(2, B, D),
     }
-    return "linear_recurrence", args, {"a", "b"}, B * D * 2
+    return "linear_recurrence", args, {"a", "b"}, B * D
 
 
 def convolution():
@@ -44,12 +44,35 @@ def convolution():
     return "causal_conv1d", args | {"initial_state": normal(3, B, W - 1, D)}, {"x"}, B * (W - 1) * D
 
 
+def scan():
+    args = {"x": normal(0, B, T, D), "dt": normal(1, B, T, D), "A": -jnp.exp(normal(2, D, K))}
+    args |= {"B": normal(3, B, T, K), "C": normal(4, B, T, K), "z": normal(5, B, T, D)}
+    args |= {"D": normal(6, D), "dt_bias": normal(7, D), "initial_state": normal(8, B, D, K)}
+    return "selective_scan", args, {"x", "dt", "B", "C", "z"}, B * D * K
+
+
+def dual():
+    args = {"x": normal(0, B, T, H, V), "dt": normal(1, B, T, H), "A": -jnp.exp(normal(2, H))}
+    args |= {"B": normal(3, B, T, 1, K), "C": normal(4, B, T, 1, K), "z": normal(5, B, T, H, V)}
+    args |= {"D": normal(6, H), "dt_bias": normal(7, H), "initial_state": normal(8, B, H, K, V)}
+    return "ssd", args, {"x", "dt", "B", "C", "z"}, B * H * K * V
+
+
+def legendre():
+    return "lmu", {"u": normal(0, B, T, D), "initial_state": normal(1, B, D, K)}, {"u"}, B * D * K
+
+
+OPTIONS = {"selective_scan": {"dt_softplus": True}, "ssd": {"dt_softplus": True}}
+OPTIONS["lmu"] = {"order": K, "theta": 20.0}
 CASES = {
     "fixed": partial(attention, (H,)),
     "scalar": partial(attention, (B, T, H)),
     "channel": partial(attention, (B, T, H, K)),
     "recurrence": recurrence,
     "convolution": convolution,
+    "scan": scan,
+    "dual": dual,
+    "legendre": legendre,
 }
 
 
@@ -65,9 +88,11 @@ def outputs(value_and_gradients):
 
 def check(name, backend, packed, mesh):
     op, args, split, state_size = CASES[name]()
+    options = OPTIONS.get(op, {})
+    chosen = {} if op == "lmu" else {"backend": backend}
     ids = {"segment_ids": SEGMENTS} if packed else {}
     place = {n: P(None, "time") if n in split else P() for n in args}
-    per_shard = partial(getattr(frugax.parallel, op), axis_name="time", backend=backend)
+    per_shard = partial(getattr(frugax.parallel, op), axis_name="time", **options, **chosen)
     sharded = jax.shard_map(
         lambda args, ids: per_shard(**args, **ids),
         mesh=mesh,
@@ -80,7 +105,8 @@ def check(name, backend, packed, mesh):
             jax.value_and_grad(lambda args, ids: (lambda r: (weighted(r), r))(f(args, ids)), has_aux=True)
         )
 
-    whole = partial(getattr(frugax.kernels, op), backend="reference")
+    chosen = {} if op == "lmu" else {"backend": "reference"}
+    whole = partial(getattr(frugax.kernels, op), **options, **chosen)
     wanted = both(lambda args, ids: whole(**args, **ids))(args, ids)
     put = {n: jax.device_put(x, NamedSharding(mesh, place[n])) for n, x in args.items()}
     compiled = both(sharded).lower(put, ids).compile()
@@ -91,15 +117,38 @@ def check(name, backend, packed, mesh):
         r"= (.*?) (?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
         compiled.as_text(),
     )
-    # W-1 tokens, states or their maps: what eight shards gather is the most; weights' gradients are smaller.
+    # W-1 tokens, states or their decays; weights' gradients are smaller.
     shapes = [dims for result in collectives for dims in re.findall(r"[a-z]\d+\[([\d,]*)\]", result)]
     sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in shapes]
     assert sizes, name
-    assert max(sizes) <= 8 * state_size, (name, shapes)
+    assert max(sizes) <= state_size, (name, shapes)
     assert not any(dims.startswith(f"{B},{T // 8},") for dims in shapes), (name, shapes)  # a shard's tokens
+
+
+def check_nan_stays(name, mesh):
+    """A document of NaN that starts in one shard and ends in a later one leaves all others as they are."""
+    op, args, split, _ = CASES[name]()
+    options = OPTIONS.get(op, {}) | ({} if op == "lmu" else {"backend": "xla"})
+    bad = (SEGMENTS == 1)[..., None]  # one document of each row
+    for n in split:
+        mask = bad.reshape(*bad.shape[:2], *[1] * (args[n].ndim - 2))
+        args[n] = jnp.where(mask, jnp.nan, args[n])
+    place = {n: P(None, "time") if n in split else P() for n in args}
+    f = jax.shard_map(
+        lambda args, ids: getattr(frugax.parallel, op)(**args, segment_ids=ids, axis_name="time", **options),
+        mesh=mesh,
+        in_specs=(place, P(None, "time")),
+        out_specs=(P(None, "time"), P()),
+    )
+    y, state = jax.jit(f)(args, SEGMENTS)
+    is_bad = ~np.isfinite(np.asarray(y)).reshape(B, T, -1).all(-1)
+    np.testing.assert_array_equal(is_bad, SEGMENTS == 1)
+    assert np.isfinite(state).all()
 
 
 if __name__ == "__main__":
     mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
     for packed in (False, True):
         check(sys.argv[1], sys.argv[2], packed, mesh)
+    if sys.argv[2] == "xla":
+        check_nan_stays(sys.argv[1], mesh)

@@ -15,14 +15,27 @@ from tests.devices import run_on_eight_devices
         pytest.param("channel", marks=pytest.mark.full),
         "recurrence",
         "convolution",
+        "scan",
+        pytest.param("dual", marks=pytest.mark.full),
+        "legendre",
     ],
 )
 def test_split_sequence_equals_whole(case):
     run_on_eight_devices("tests.parallel.sequence_calls", case, "reference")
 
 
-def test_fast_form_splits_too():
-    run_on_eight_devices("tests.parallel.sequence_calls", "channel", "xla")
+@pytest.mark.parametrize(
+    "case",
+    [
+        "channel",
+        *(
+            pytest.param(x, marks=pytest.mark.full)
+            for x in ("scalar", "recurrence", "convolution", "scan", "dual")
+        ),
+    ],
+)
+def test_fast_form_splits_too_and_keeps_nan_in_its_document(case):
+    run_on_eight_devices("tests.parallel.sequence_calls", case, "xla")
 
 
 def test_too_short_a_shard_is_named():

@@ -8,6 +8,7 @@ from jax import Array
 
 from ...kernels import rnn
 from ...kernels.rnn.cells import find
+from ...parallel.over_time import refuse_split_time
 from ..modules.heads import head_size, merge_heads
 from ..modules.norms import HeadLayerNorm
 from ..modules.packed import as_array, matrix_param
@@ -49,6 +50,7 @@ class FlashRNN(Mixer):
 
     @nn.compact
     def mix(self, x: Array, state: FlashRNNState | None, rows: RowArguments) -> tuple[Array, FlashRNNState]:
+        refuse_split_time("FlashRNN", f"of {self.cell!r} a token is no affine map of the state before it")
         W, H, G = x.shape[-1], self.heads, find(self.cell).gates
         D = head_size("width", W, H)
         second = self.cell == "gru"  # whose n has one bias inside its reset gate, and one outside

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import linear_attention
+from ..modules.dense import split_columns
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import GatedNorm
 from ..modules.short_conv import ShortConv
@@ -61,14 +62,15 @@ class GatedLinearAttention(Mixer):
         V = head_size("width * expand_v", D * self.expand_v, H)
 
         # One matrix for everything that reads x: q, k, v, the output's gate, the forget gate's low rank.
-        sizes = (2 * H * K + H * V, H * V, self.gate_rank)
-        qkv, gate, low = _split(self.dense(x, sum(sizes), "qkv_gates"), sizes)
+        sizes = (H * K, H * K, H * V)
+        *qkv, gate, low = self.dense_parts(x, (*sizes, H * V, self.gate_rank), "qkv_gates")
         conv = None
         if self.conv_width is not None:
             conv_in = None if state is None else state.conv
             short_conv = ShortConv(self.conv_width, "silu", self.param_dtype, self.backend, name="conv")
-            qkv, conv = short_conv(qkv, state=conv_in, **rows)
-        q_BTHK, k_BTHK, v_BTHV = (split_heads(y, H) for y in _split(qkv, (H * K, H * K, H * V)))
+            joined, conv = short_conv(jnp.concatenate(qkv, axis=-1), state=conv_in, **rows)
+            qkv = split_columns(joined, sizes)
+        q_BTHK, k_BTHK, v_BTHV = (split_heads(y, H) for y in qkv)
         forget = self.dense(low, H * K, "forget", use_bias=True)
         log_decay = jax.nn.log_sigmoid(forget.astype(accumulator(x.dtype))) / self.gate_temperature
 
@@ -84,8 +86,3 @@ class GatedLinearAttention(Mixer):
         )
         o_BTHV = GatedNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV, *summable(split_heads(gate, H)))
         return self.output(merge_heads(o_BTHV).astype(x.dtype), D), GLAState(memory, conv)
-
-
-def _split(x: Array, sizes: tuple[int, ...]) -> list[Array]:
-    edges = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-    return jnp.split(x, edges, axis=-1)

@@ -3,12 +3,11 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import linear_attention
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import RMSNorm
 from ..modules.over_depth import ForgetFloors, floored_gate
@@ -52,7 +51,7 @@ class HGRN2(Mixer):
     ) -> tuple[Array, HGRN2State]:
         D, H = x.shape[-1], self.heads
         head_size("width", D, H)
-        q, f, i = jnp.split(self.dense(x, 3 * D, "qfi"), 3, axis=-1)
+        q, f, i = self.dense_parts(x, (D, D, D), "qfi")
         log_f, k = floored_gate(f.astype(accumulator(x.dtype)), floor)
         q_BTHK, k_BTHK, v_BTHV = summable(
             *(split_heads(y, H) for y in (jax.nn.silu(q), k.astype(x.dtype), i))

@@ -8,8 +8,8 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import linear_attention
 from ..block import Block
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import SimpleRMSNorm
@@ -84,7 +84,7 @@ class LightningAttention(Mixer):
     ) -> tuple[Array, LightningState]:
         D, H = x.shape[-1], self.heads
         head_size("width", D, H)
-        q, k, v, u = jnp.split(self.dense(x, 4 * D, "qkvu"), 4, axis=-1)
+        q, k, v, u = self.dense_parts(x, (D,) * 4, "qkvu")
         q_BTHK, k_BTHK, v_BTHV = (split_heads(y, H) for y in (jax.nn.silu(q), jax.nn.silu(k), v))
 
         offset = None

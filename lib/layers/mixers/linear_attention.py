@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import linear_attention
 from ..modules.feature_maps import LearnedMap, elu_plus_one, taylor
 from ..modules.heads import head_size, merge_heads, split_heads
 from .mixer import Mixer, RowArguments, summable
@@ -58,9 +58,8 @@ class LinearAttention(Mixer):
         D, H = x.shape[-1], self.heads
         V = head_size("width", D, H)
         K = self.key_size or (16 if self.feature_map == "taylor" else V)
-        q_k, v = jnp.split(self.dense(x, H * (2 * K + V), "qkv"), [2 * H * K], axis=-1)
-        q_BTHK, k_BTHK = (split_heads(y, H) for y in jnp.split(q_k, 2, axis=-1))
-        q_BTHK, k_BTHK, v_BTHV = summable(q_BTHK, k_BTHK, split_heads(v, H))
+        qkv = self.dense_parts(x, (H * K, H * K, H * V), "qkv")
+        q_BTHK, k_BTHK, v_BTHV = summable(*(split_heads(y, H) for y in qkv))
         q_BTHF, k_BTHF = self._features(q_BTHK, "q_map"), self._features(k_BTHK, "k_map")
 
         if self.normalize:  # a column of ones adds up the weights

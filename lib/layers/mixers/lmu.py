@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import lmu
+from ...parallel.over_time import lmu
 from ..modules.norms import RMSNorm
 from ..modules.spiking import lif
 from .mixer import Mixer, RowArguments

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import selective_scan
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import selective_scan
 from ..modules.norms import rms_normalize
 from ..modules.short_conv import ShortConv
 from .mixer import Mixer, RowArguments
@@ -68,7 +68,7 @@ class Mamba(Mixer):
                 raise ValueError(f"{name}: got {size}; expected a number >= 1")
         memory, conv = (None, None) if state is None else state
 
-        u, z = jnp.split(self.dense(x, 2 * E, "in_gate"), 2, axis=-1)
+        u, z = self.dense_parts(x, (E, E), "in_gate")
         short_conv = ShortConv(self.conv_width, "silu", self.param_dtype, self.backend, True, name="conv")
         u, conv = short_conv(u, state=conv, **rows)
         dt, B, C = self._selected(u, rank) if self.selective else self._constant(u)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import ssd
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import ssd
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import rms_normalize
 from ..modules.short_conv import ShortConv
@@ -76,8 +76,7 @@ class Mamba2(Mixer):
             raise ValueError(f"dt_limit: got {self.dt_limit}; expected 0 <= least < largest")
         memory, conv = (None, None) if state is None else state
 
-        edges = (E, 2 * (E + G * N))
-        z, uBC, dt = jnp.split(self.dense(x, edges[1] + H, "gate_in_dt"), edges, axis=-1)
+        z, uBC, dt = self.dense_parts(x, (E, E + 2 * G * N, H), "gate_in_dt")
         short_conv = ShortConv(self.conv_width, "silu", self.param_dtype, self.backend, True, name="conv")
         uBC, conv = short_conv(uBC, state=conv, **rows)
         z, dt, *u_B_C = summable(z, dt, *jnp.split(uBC, (E, E + G * N), axis=-1))

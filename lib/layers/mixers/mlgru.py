@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import linear_recurrence
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import linear_recurrence
 from ..modules.norms import RMSNorm
 from ..modules.over_depth import ForgetFloors, floored_gate
 from .mixer import Mixer, RowArguments
@@ -48,7 +48,7 @@ class MLGRU(Mixer):
         if self.ternary:
             f, c, g = (self.dense(x, D, name) for name in "fcg")
         else:
-            f, c, g = jnp.split(self.dense(x, 3 * D, "fcg"), 3, axis=-1)
+            f, c, g = self.dense_parts(x, (D, D, D), "fcg")
         wide = accumulator(x.dtype)  # near 1, bfloat16 can't tell a long memory from an endless one
         log_f, inward = floored_gate(f.astype(wide), floor)
         h, memory = linear_recurrence(

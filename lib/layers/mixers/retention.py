@@ -7,8 +7,8 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
+from ...parallel.over_time import linear_attention
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.norms import GatedNorm
 from ..modules.rotary import positions, rotary
@@ -51,9 +51,7 @@ class Retention(Mixer):
         D, H = x.shape[-1], self.heads
         head_size("width", D, H)
         values = H * head_size("width * expand_v", D * self.expand_v, H)
-        q, k, v, gate = jnp.split(
-            self.dense(x, 2 * D + 2 * values, "qkv_gate"), [D, 2 * D, 2 * D + values], axis=-1
-        )
+        q, k, v, gate = self.dense_parts(x, (D, D, values, values), "qkv_gate")
         place, offset = positions(None if state is None else state.offset, shape=x.shape[:2], **rows)
         q_BTHK, k_BTHK = (rotary(split_heads(y, H), place) for y in (q, k))
 

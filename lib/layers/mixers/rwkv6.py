@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ...kernels import linear_attention
 from ...kernels.common.arguments import accumulator
 from ...kernels.common.rows import last_output
+from ...parallel.over_time import linear_attention
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.inputs import beside
 from ..modules.norms import HeadLayerNorm

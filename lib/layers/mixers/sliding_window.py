@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int
 from ...kernels.common.arguments import accumulator
 from ...kernels.common.rows import rows as rows_of
 from ...kernels.common.rows import window_at
+from ...parallel.over_time import SEQUENCE, check_whole_rows, over_time, time_shards
+from ...parallel.shards import of_last_shard, tokens_before
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.rotary import positions, rotary
 from .mixer import Mixer, RowArguments
@@ -51,7 +53,7 @@ class SlidingWindowAttention(Mixer):
         N = head_size("width", D, H)
         if W < 1:
             raise ValueError(f"window: got {W}; expected a number of tokens >= 1")
-        q, k, v = (split_heads(y, H) for y in jnp.split(self.dense(x, 3 * D, "qkv"), 3, axis=-1))
+        q, k, v = (split_heads(y, H) for y in self.dense_parts(x, (D, D, D), "qkv"))
         before = None if state is None else state.offset
         place, offset = positions(before, shape=(B, T), **rows)
         q, k = rotary(q, place), rotary(k, place)
@@ -60,10 +62,17 @@ class SlidingWindowAttention(Mixer):
             past_k = past_v = jnp.zeros((B, W - 1, H, N), x.dtype)
         else:
             past_k, past_v = state.k.astype(x.dtype), state.v.astype(x.dtype)
-        k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
-        o = window_attention(q, k, v, place)
-        last_k, last_v = k[:, T:], v[:, T:]
         read = rows_of((B, T), **rows)
+        if time_shards() > 1:
+            check_whole_rows(lengths=rows["lengths"], segment_states=rows["segment_states"])
+            names = {"q": "b t h d", "k": "b t h d", "v": "b t h d", "place": "b t"}
+            names |= dict.fromkeys(("past_k", "past_v"), "b w h d")
+            attend = over_time(_attend_to_shards, names, ("b t h d", "b w h d", "b w h d"))
+            o, last_k, last_v = attend(q=q, k=k, v=v, place=place, past_k=past_k, past_v=past_v)
+        else:
+            k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
+            o = window_attention(q, k, v, place)
+            last_k, last_v = k[:, T:], v[:, T:]
         if read is not None:
             last_k, last_v = read.states_by_place(
                 (last_k, last_v), lambda at: tuple(window_at(y, W - 1, place, at) for y in (k, v))
@@ -73,6 +82,17 @@ class SlidingWindowAttention(Mixer):
             keep = (back < offset[:, None])[..., None, None]
             last_k, last_v = jnp.where(keep, last_k, 0), jnp.where(keep, last_v, 0)
         return self.output(merge_heads(o), D), WindowState(last_k, last_v, offset)
+
+
+def _attend_to_shards(q, k, v, place, past_k, past_v) -> tuple[Array, Array, Array]:
+    """One shard of time: its outputs, and the last keys and values of all; the window's start is sent."""
+    T, before = q.shape[1], past_k.shape[1]
+    k, v = (
+        jnp.concatenate([tokens_before(x, before, past, SEQUENCE), x], axis=1)
+        for x, past in ((k, past_k), (v, past_v))
+    )
+    last_k, last_v = (of_last_shard(x[:, T:], SEQUENCE) for x in (k, v))
+    return window_attention(q, k, v, place), last_k, last_v
 
 
 def window_attention(

@@ -5,8 +5,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
-from ...kernels import causal_conv1d
 from ...kernels.common.operation import Backend
+from ...parallel.over_time import causal_conv1d
 
 
 class ShortConv(nn.Module):

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from ...kernels.common.arguments import accumulator, as_shaped, reject
 from ...kernels.common.documents import check_segment_ids, documents
 from ...kernels.common.rows import outputs_at, rows
+from ...parallel.over_time import refuse_split_time
 
 _SLOPE = 4.0  # of the sigmoid whose derivative stands in for the step's
 
@@ -81,6 +82,7 @@ def lif(
     """
     x, initial_state, segment_ids = map(as_shaped, (x, initial_state, segment_ids))
     _check(x, tau, threshold, initial_state, segment_ids)
+    refuse_split_time("lif", "a spike resets the potential, so a token is no affine map of the one before")
     dtype = accumulator(x.dtype)
     B, T, D = x.shape
     v = jnp.zeros((B, D), dtype) if initial_state is None else initial_state.astype(dtype)

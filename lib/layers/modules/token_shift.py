@@ -1,5 +1,6 @@
 """RWKV's token shift, and how the parameters around it start."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -8,12 +9,15 @@ from ...kernels.common.documents import documents
 
 def token_shift(x: Array, last: Array | None, segment_ids: Array | None) -> Array:
     """The token before each [B, T, D]: zeros before a document's first, `last` [B, D] before the call's."""
-    first = jnp.zeros_like(x[:, :1]) if last is None else last[:, None].astype(x.dtype)
-    before = x[:, :-1]
+    # A pad, not a concatenation: where devices share the time axis, the compiler then sends one token.
+    before = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (1, -1, 0), (0, 0, 0)))
     packed = documents(segment_ids, *x.shape[:2])
     if packed is not None:
-        before = jnp.where(packed.starts[:, 1:, None], 0, before)
-    return jnp.concatenate([first, before], axis=1)
+        before = jnp.where(packed.starts[..., None], 0, before)
+    if last is None:
+        return before
+    is_first = jnp.arange(x.shape[1])[None, :, None] == 0
+    return jnp.where(is_first, last[:, None].astype(x.dtype), before)
 
 
 def log_decay(w: Array) -> Array:

@@ -1,0 +1,221 @@
+"""Operations as layers call them: those of `frugax.kernels`, with time split as the mesh in context says.
+
+Under `jax.set_mesh` with an automatic axis "sequence" above 1 each runs in a `jax.shard_map` of its own. That
+is manual over every axis, so that kernels see plain shards: rows over the batch's axes, heads or channels
+over "tensor", time over "sequence". Between shards of time go states, or a few tokens. What a layer does
+between its operations is of one token each, and XLA's to split. Without such an axis the kernel is called
+itself; so it is inside a caller's `shard_map` over "sequence", where each shard is a sequence by itself.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax import Array
+from jax.sharding import AxisType
+
+from .. import kernels
+from ..kernels.common.splits import divides, sizes_of, specs_of
+from . import sequence, state_spaces
+from .mesh import BATCH_AXES
+
+SEQUENCE = "sequence"
+TENSOR = "tensor"
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_WHOLE_ROWS = ("lengths", "segment_states", "reverse")  # arguments of kernels that time in shards can't have
+
+
+def time_shards() -> int:
+    """Count the devices that share the time axis by the mesh in context; 1 where it is whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if SEQUENCE not in mesh.axis_names or SEQUENCE not in _automatic(mesh):
+        return 1
+    return mesh.shape[SEQUENCE]
+
+
+def refuse_split_time(name: str, reason: str) -> None:
+    """Raise ValueError where time is split, for what has no form of that kind.
+
+    Args:
+      name: the layer that can't.
+      reason: why.
+    """
+    if time_shards() > 1:
+        got = f"{name}: got time split over {time_shards()} devices of the mesh axis {SEQUENCE!r}"
+        raise ValueError(f"{got}; expected whole rows: {reason}")
+
+
+def check_whole_rows(**given: Any) -> None:
+    """Raise ValueError where time is split and an argument is given that shards of rows can't have."""
+    for name, value in given.items():
+        if value is not None and value is not False and time_shards() > 1:
+            raise ValueError(
+                f"{name}: got {_said(value)} with time split over the mesh axis {SEQUENCE!r}; expected none"
+            )
+
+
+def over_time(
+    fn: Callable[..., Any], arguments: Mapping[str, str], results: Any, *, heads: str = "h"
+) -> Callable[..., Any]:
+    """Run a function of shards of time over the mesh in context.
+
+    Args:
+      fn: of arrays by name, inside a `shard_map` with the manual axis "sequence". What it returns without
+        time is the same on every shard of time.
+      arguments: the axes of each array by name, such as "b t h k": rows "b" go over the axes of the batch,
+        time "t" over "sequence", `heads` over "tensor", as far as those divide; others are whole.
+      results: the axes of each result, a tree of strings.
+      heads: the axis that "tensor" splits.
+
+    Returns:
+      A function of the arrays by name.
+
+    Raises:
+      ValueError: (from that) the devices don't divide the tokens.
+    """
+
+    def call(**arrays: Array) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()
+        free = _automatic(mesh)
+        rows = {name: tuple(arguments[name].split()) for name in arrays}
+        shapes = {name: x.shape for name, x in arrays.items()}
+        sizes = sizes_of(rows.values(), shapes.values(), ("b", heads, "t"))
+        for name, row in rows.items():
+            if "t" in row and arrays[name].shape[row.index("t")] % mesh.shape[SEQUENCE]:
+                raise ValueError(
+                    f"{name}: got {arrays[name].shape[row.index('t')]} tokens; expected a multiple of "
+                    f"{mesh.shape[SEQUENCE]}, the devices of the mesh axis {SEQUENCE!r}"
+                )
+        batch = tuple(axis for axis in BATCH_AXES if axis in free)
+        while not divides(batch, sizes["b"], mesh.shape):
+            batch = batch[:-1]
+        tensor = (TENSOR,) if TENSOR in free and divides((TENSOR,), sizes[heads], mesh.shape) else ()
+        split = {"b": batch, heads: tensor, "t": (SEQUENCE,)}
+        names, tree = jax.tree.flatten(results)
+        in_specs = dict(zip(rows, specs_of(rows.values(), shapes.values(), split, mesh.shape), strict=True))
+        whole = {axis: max(size, default=1) for axis, size in sizes.items()}
+        out_rows = [tuple(name.split()) for name in names]
+        out_shapes = [tuple(whole.get(axis, 1) for axis in row) for row in out_rows]
+        out_specs = jax.tree.unflatten(tree, specs_of(out_rows, out_shapes, split, mesh.shape))
+        shard = lambda arrays: fn(**arrays)  # noqa: E731
+        placed = jax.shard_map(
+            shard, in_specs=(in_specs,), out_specs=out_specs, axis_names=set(free), check_vma=True
+        )
+        return placed(arrays)
+
+    return call
+
+
+def _split(
+    whole: Callable[_P, _R], shard: Callable[..., Any], arguments: dict[str, str], results: Any, heads: str
+) -> Callable[_P, _R]:
+    """The kernel's own call, or `shard` on each shard of time."""
+    signature = inspect.signature(whole)
+
+    @functools.wraps(whole)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if time_shards() == 1:
+            return whole(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        check_whole_rows(**{name: given.pop(name, None) for name in _WHOLE_ROWS})
+        arrays = {name: given.pop(name) for name in arguments if given.get(name) is not None}
+        axes = {name: _alternative(arguments[name], x) for name, x in arrays.items()}
+        if None in axes.values():
+            return whole(*args, **kwargs)  # which says what is wrong
+        run = functools.partial(shard, axis_name=SEQUENCE, **given)
+        return over_time(run, axes, results, heads=heads)(**arrays)  # type: ignore[arg-type]
+
+    return call
+
+
+def _alternative(axes: str, x: Any) -> str | None:
+    found = (one for one in axes.split("|") if len(one.split()) == getattr(x, "ndim", 0))
+    return next(found, None)
+
+
+def _automatic(mesh: Any) -> list[str]:
+    """The axes that no caller's `shard_map` has split already, and types don't name."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return [axis for axis, kind in kinds if kind is AxisType.Auto]
+
+
+def _said(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+
+
+linear_attention = _split(
+    kernels.linear_attention,
+    sequence.linear_attention,
+    {
+        "q": "b t h k",
+        "k": "b t h k",
+        "v": "b t h v",
+        "log_decay": "h | b t h | b t h k",
+        "bonus": "h k",
+        "initial_state": "b h k v",
+        "segment_ids": "b t",
+    },
+    ("b t h v", "b h k v"),
+    "h",
+)
+linear_recurrence = _split(
+    kernels.linear_recurrence,
+    sequence.linear_recurrence,
+    {"a": "b t d", "b": "b t d", "initial_state": "b d", "segment_ids": "b t"},
+    ("b t d", "b d"),
+    "d",
+)
+causal_conv1d = _split(
+    kernels.causal_conv1d,
+    sequence.causal_conv1d,
+    {"x": "b t d", "weight": "w d", "bias": "d", "initial_state": "b w d", "segment_ids": "b t"},
+    ("b t d", "b w d"),
+    "d",
+)
+selective_scan = _split(
+    kernels.selective_scan,
+    state_spaces.selective_scan,
+    {
+        "x": "b t d",
+        "dt": "b t d",
+        "A": "d n",
+        "B": "b t n",
+        "C": "b t n",
+        "D": "d",
+        "z": "b t d",
+        "dt_bias": "d",
+        "initial_state": "b d n",
+        "segment_ids": "b t",
+    },
+    ("b t d", "b d n"),
+    "d",
+)
+ssd = _split(
+    kernels.ssd,
+    state_spaces.ssd,
+    {
+        "x": "b t h p",
+        "dt": "b t h",
+        "A": "h",
+        "B": "b t h n",
+        "C": "b t h n",
+        "D": "h | h p",
+        "z": "b t h p",
+        "dt_bias": "h",
+        "initial_state": "b h n p",
+        "segment_ids": "b t",
+    },
+    ("b t h p", "b h n p"),
+    "h",
+)
+lmu = _split(
+    kernels.lmu,
+    state_spaces.lmu,
+    {"u": "b t d", "initial_state": "b d n", "segment_ids": "b t"},
+    ("b t d n", "b d n"),
+    "d",
+)
