@@ -20,6 +20,7 @@ __all__ = [
     "formats",
     "kernels",
     "layers",
+    "memory",
     "models",
     "moe",
     "optim",

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from ..kernels.common.operation import Backend
+from ..memory.policies import LAYER_INPUT
+from ..memory.tiles import tiled_module
 from ..parallel.activations import place_activations
 from .mixers.mixer import Mixer
 
@@ -121,6 +124,11 @@ def mixer_names() -> tuple[str, ...]:
     return tuple(name for name, x in layers.items() if _is_class(x, Mixer) and x is not Mixer)
 
 
+def is_pointwise(channel: type[nn.Module]) -> bool:
+    """Tell if a channel mixer treats each token by itself, and so can be applied to a part of them."""
+    return getattr(channel, "pointwise", False)
+
+
 def _is_class(x: Any, base: type) -> bool:
     return isinstance(x, type) and issubclass(x, base)
 
@@ -183,6 +191,7 @@ class BlockLayer(nn.Module):
     param_dtype: DTypeLike
     backend: Backend | None
     segment_states: int | None = None
+    mlp_tiles: int = 1
 
     @nn.compact
     def __call__(
@@ -195,6 +204,7 @@ class BlockLayer(nn.Module):
         shared: dict[str, Any] | None = None,
         announced: Announced | None = None,
     ) -> tuple[Array, Any, Announced | None]:
+        x = checkpoint_name(x, LAYER_INPUT)  # what a policy can offload
         shared, entering = shared or {}, x
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         out_scale = (2 * self.depth) ** -0.5  # two additions to the residual stream a layer
@@ -234,7 +244,11 @@ class BlockLayer(nn.Module):
                 if self.block.router_reads == "previous":
                     routed, announced = _pre_gated(normed, announced, shared["first_gate"], **of_channel)
                     given |= routed
-                y = self.block.channel_class(**args)(normed, **given)
+                channel = self.block.channel_class(**args)
+                if is_pointwise(self.block.channel_class) and self.mlp_tiles > 1:
+                    y = tiled_module(channel, normed, tiles=self.mlp_tiles)
+                else:
+                    y = channel(normed, **given)
             x = place_activations(x + y)
         return x, state, announced
 

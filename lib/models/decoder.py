@@ -1,6 +1,7 @@
 """A causal language model assembled from data: a tuple of blocks, repeated, scanned over depth."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,16 @@ from jax.typing import ArrayLike, DTypeLike
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.operation import Backend, check_backend
 from ..kernels.common.rows import Rows, outputs_at, rows
-from ..layers.block import Announced, Block, BlockLayer
+from ..layers.block import Announced, Block, BlockLayer, is_pointwise
 from ..layers.modules.bit_linear import BitLinear
 from ..layers.modules.inputs import check_segment_ids
 from ..layers.modules.packed import matrix_param, take_rows, times_transposed
 from ..layers.modules.stacked import STACKED
+from ..memory.policies import check_remat, remat_policy
 from ..parallel.activations import place_activations
+
+# Small, so that a tied head starts near uniform: with unit rows it would repeat the token.
+_TABLE_INIT = nn.initializers.normal(0.02)
 
 
 class DecoderState(NamedTuple):
@@ -53,7 +58,11 @@ class Decoder(nn.Module):
       repeats: how often they repeat, each time with parameters of their own.
       tie_embeddings: read logits off the embedding instead of a head of its own.
       ternary_head: a head of its own that is a `BitLinear`; not together with `tie_embeddings`.
-      remat: recompute each layer in the backward pass instead of keeping what it computed.
+      remat: the name of a policy of `frugax.memory.POLICIES` that says what a layer keeps for its backward
+        pass, where it computes the rest again. True: "full". False: "none".
+      offload: what the policy keeps waits in the host's memory (`frugax.memory.remat_policy`).
+      mlp_tiles: apply GLU and MLP to this many tiles of time, one after the other, and again in the backward
+        pass (`frugax.memory.tiled_module`); other channel mixers see all of time.
       unroll: write the repeats out instead of looping over them. Compile time then follows the depth; but XLA
         on CPU puts elementwise work on several cores only outside loops.
       dtype: what layers compute in, and the residual stream's dtype. Norms, states and logits are float32.
@@ -71,6 +80,8 @@ class Decoder(nn.Module):
         read, and their logits are zeros; the state is that of each row's last real token.
       segment_states: return the states after each of a row's first N documents, N behind the batch of every
         leaf; `state.unpacked()` makes rows of them, to go on with each. Zeros for documents that a row lacks.
+      hidden: return what the head reads [B, T, width] in place of logits. `head`, a method, makes logits of
+        any part of it: `model.apply(variables, x, method="head")`. Not for `init`.
 
     Returns:
       logits [B, T, vocab_size] in float32, and the state.
@@ -96,7 +107,9 @@ class Decoder(nn.Module):
     repeats: int = 1
     tie_embeddings: bool = True
     ternary_head: bool = False
-    remat: bool = False
+    remat: bool | str = False
+    offload: bool = False
+    mlp_tiles: int = 1
     unroll: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -111,11 +124,11 @@ class Decoder(nn.Module):
         *,
         lengths: ArrayLike | None = None,
         segment_states: int | None = None,
+        hidden: bool = False,
     ) -> tuple[Array, DecoderState]:
         tokens = jnp.asarray(tokens)
         segment_ids, lengths = (None if x is None else jnp.asarray(x) for x in (segment_ids, lengths))
         self._check(tokens, state, segment_ids)
-        depth = len(self.blocks) * self.repeats
         read = rows(tokens.shape, segment_ids, lengths, segment_states)
         if read is not None:
             tokens, segment_ids = read.read(tokens), read.ids
@@ -123,58 +136,86 @@ class Decoder(nn.Module):
         if read is not None:
             last_segment = _last_segment(None if state is None else state.last_segment, segment_ids, read)
 
-        # Small, so that a tied head starts near uniform: with unit rows it would repeat the token.
-        init = nn.initializers.normal(0.02)
         table = (self.vocab_size, self.width)
-        embedding = matrix_param(self, "embedding", init, table, self.param_dtype)
-        known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
-        x = place_activations(take_rows(embedding, known, self.dtype))
-
-        layers = nn.scan(
-            _Layers,
-            **STACKED,
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.repeats,
-            unroll=self.repeats if self.unroll else 1,
-            check_constancy_invariants=False,  # a second trace of the layers, to find nothing
-        )(
-            self.blocks, depth, self.remat, self.dtype, self.param_dtype, self.backend, segment_states,
-            name="layers",
-        )  # fmt: skip
+        embedding = matrix_param(self, "embedding", _TABLE_INIT, table, self.param_dtype)
+        x = self.rows_of(embedding, tokens)
+        over_depth = self.over_depth(lambda kind: kind(param_dtype=self.param_dtype, name=kind.__name__))
+        gates = self._gates() if self._pre_gated else None
+        over_depth, shared, announced = self.beside_layers(over_depth, gates, tokens)
+        layers = self.scanned(self.repeats, segment_states, name="layers")
         before = (None,) * len(self.blocks) if state is None else state.layers
         given: dict[str, Any] = {"segment_ids": segment_ids}
         given |= {} if lengths is None else {"lengths": lengths}
-        channels = [block.channel_class for block in self.blocks if block.channel is not None]
-        shared: dict[str, Any] = {}
-        if any("token_ids" in getattr(channel, "takes", ()) for channel in channels):
-            shared["token_ids"] = tokens
-        over_depth, announced = self._over_depth(depth), None
-        if self._pre_gated:
-            gates = self._gates()
-            shared["first_gate"] = gates[0]
-            over_depth = self._with_next_gates(over_depth, gates)
-            announced = Announced(
-                jnp.zeros((), bool), jnp.zeros((*tokens.shape, gates.shape[-1]), gates.dtype)
-            )
         (x, _), after = layers((x, announced), before, over_depth, given, new_document, shared)
 
-        last = self.blocks[-1]
-        x = last.norm_class(
-            **dict(last.norm_args), dtype=self.dtype, param_dtype=self.param_dtype, name="norm"
-        )(x)
+        x = self.last_norm(name="norm")(x)
         if self.ternary_head:
-            how: dict[str, Any] = {"dtype": accumulator(x.dtype), "param_dtype": self.param_dtype}
-            how |= {"kernel_init": init, "backend": self.backend}
-            logits = BitLinear(self.vocab_size, **how, name="head")(x)
+            logits = x if hidden else self._ternary_head(name="head")(x)
         else:
             head = embedding
             if not self.tie_embeddings:
-                head = matrix_param(self, "head", init, table, self.param_dtype)
-            logits = times_transposed(x, head, backend=self.backend)
+                head = matrix_param(self, "head", _TABLE_INIT, table, self.param_dtype)
+            logits = x if hidden else times_transposed(x, head, backend=self.backend)
         return (logits if read is None else read.write(logits)), DecoderState(after, last_segment)
 
-    def _over_depth(self, depth: int) -> tuple[tuple[dict[str, Array], dict[str, Array]], ...]:
-        """For each block, the arguments of its two mixers that differ by layer, each [repeats, ...]."""
+    def head(self, x: Array) -> Array:
+        """The logits [..., vocab_size] of hidden values [..., width], those of a call with `hidden`."""
+        params = self.variables["params"]
+        if self.ternary_head:
+            logits: Any = self._ternary_head(parent=None).apply({"params": params["head"]}, x)
+            return logits
+        table = params["embedding" if self.tie_embeddings else "head"]
+        return times_transposed(x, nn.meta.unbox(table), backend=self.backend)
+
+    def _ternary_head(self, **module: Any) -> BitLinear:
+        return BitLinear(
+            self.vocab_size,
+            dtype=accumulator(jnp.dtype(self.dtype)),
+            param_dtype=self.param_dtype,
+            kernel_init=_TABLE_INIT,
+            backend=self.backend,
+            **module,
+        )
+
+    @property
+    def _remat(self) -> str:
+        """The name of the policy."""
+        return self.remat if isinstance(self.remat, str) else "full" if self.remat else "none"
+
+    # Parts of a call that `decoder_stages` puts together anew. They hold no params of their own.
+
+    def rows_of(self, embedding: Any, tokens: Array) -> Array:
+        """The embeddings [B, T, width] of tokens."""
+        known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
+        return place_activations(take_rows(embedding, known, self.dtype))
+
+    def scanned(self, repeats: int, segment_states: int | None = None, **module: Any) -> nn.Module:
+        """The module of `repeats` repeats of the blocks: all of them, or those of a stage."""
+        scan = nn.scan(
+            _Layers,
+            **STACKED,
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=repeats,
+            unroll=repeats if self.unroll else 1,
+            check_constancy_invariants=False,  # a second trace of the layers, to find nothing
+        )
+        memory = (self._remat, self.offload, self.mlp_tiles)
+        how = (self.dtype, self.param_dtype, self.backend, segment_states)
+        return scan(self.blocks, len(self.blocks) * self.repeats, *memory, *how, **module)
+
+    def last_norm(self, **module: Any) -> nn.Module:
+        """The norm before the head."""
+        last = self.blocks[-1]
+        return last.norm_class(
+            **dict(last.norm_args), dtype=self.dtype, param_dtype=self.param_dtype, **module
+        )
+
+    def over_depth(self, make: Callable[[Any], Any]) -> tuple[tuple[dict[str, Array], dict[str, Array]], ...]:
+        """For each block, the arguments of its two mixers that differ by layer, each [repeats, ...].
+
+        Args:
+          make: a kind of such arguments -> what gives them, called with the depth and the width.
+        """
         n = len(self.blocks)
         kinds = [
             (block.mixer_class.over_depth, getattr(block.channel_class, "over_depth", None))
@@ -184,12 +225,27 @@ class Decoder(nn.Module):
         ]
         # Blocks of one kind share them: they are about the whole depth.
         given: dict[Any, dict[str, Array]] = {None: {}} | {
-            kind: kind(param_dtype=self.param_dtype, name=kind.__name__)(depth, self.width)
+            kind: make(kind)(n * self.repeats, self.width)
             for kind in dict.fromkeys(kind for pair in kinds for kind in pair)
             if kind is not None
         }
         mine = [(given[mixer], given[channel]) for mixer, channel in kinds]
         return tuple(jax.tree.map(lambda a, i=i: a[i::n], args) for i, args in enumerate(mine))
+
+    def beside_layers(
+        self, over_depth: tuple[Any, ...], gates: Array | None, tokens: Array
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Announced | None]:
+        """What layers read beside the residual stream: what differs by layer, what they share, and what
+        pre-gated mixtures announce to the first."""
+        channels = [block.channel_class for block in self.blocks if block.channel is not None]
+        shared: dict[str, Any] = {}
+        if any("token_ids" in getattr(channel, "takes", ()) for channel in channels):
+            shared["token_ids"] = tokens
+        if gates is None:
+            return over_depth, shared, None
+        shared["first_gate"] = gates[0]
+        none = jnp.zeros((*tokens.shape, gates.shape[-1]), gates.dtype)
+        return self._with_next_gates(over_depth, gates), shared, Announced(jnp.zeros((), bool), none)
 
     @property
     def _pre_gated(self) -> list[int]:
@@ -237,6 +293,14 @@ class Decoder(nn.Module):
                 raise ValueError(
                     "router: got 'soft_route', which mixes in later tokens; expected a causal router"
                 )
+        check_remat(self._remat, self.offload)
+        channels = [block.channel_class for block in self.blocks if block.channel is not None]
+        if self.mlp_tiles < 1 or (self.mlp_tiles > 1 and not any(map(is_pointwise, channels))):
+            found = ", ".join(channel.__name__ for channel in channels) or "none"
+            raise ValueError(
+                f"mlp_tiles: got {self.mlp_tiles} with channel mixers {found}; expected a number >= 1, and "
+                "GLU or MLP among them if it is above 1"
+            )
         check_backend(self.backend)
         if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
@@ -261,7 +325,9 @@ class _Layers(nn.Module):
 
     blocks: tuple[Block, ...]
     depth: int
-    remat: bool
+    remat: str
+    offload: bool
+    mlp_tiles: int
     dtype: DTypeLike
     param_dtype: DTypeLike
     backend: Backend | None
@@ -270,12 +336,15 @@ class _Layers(nn.Module):
     @nn.compact
     def __call__(self, carry, states, over_depth, rows, new_document, shared):
         x, announced = carry
-        # prevent_cse costs fusion, and a scan needs none of it.
-        layer = nn.remat(BlockLayer, prevent_cse=False) if self.remat else BlockLayer
+        layer = BlockLayer
+        if self.remat != "none":
+            # prevent_cse costs fusion, and a scan needs none of it.
+            policy = remat_policy(self.remat, offload=self.offload)
+            layer = nn.remat(BlockLayer, prevent_cse=False, policy=policy)
         after = []
         for i, block in enumerate(self.blocks):
             how = (self.depth, self.dtype, self.param_dtype, self.backend, self.segment_states)
-            one = layer(block, *how, name=f"block_{i}")
+            one = layer(block, *how, self.mlp_tiles, name=f"block_{i}")
             x, state, announced = one(x, states[i], over_depth[i], rows, new_document, shared, announced)
             after.append(state)
         return (x, announced), tuple(after)

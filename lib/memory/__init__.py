@@ -1,0 +1,6 @@
+"""Fewer activations on the device: recompute them, keep them on the host, or compute in tiles of time."""
+
+from .policies import LAYER_INPUT, POLICIES, Policy, remat_policy
+from .tiles import tiled, tiled_module
+
+__all__ = ["LAYER_INPUT", "POLICIES", "Policy", "remat_policy", "tiled", "tiled_module"]
