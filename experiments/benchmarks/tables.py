@@ -14,6 +14,7 @@ from statistics import mean
 
 from frugax.papers import families, papers
 
+from . import planning
 from .markdown import RESULTS, caption, plain_caption, read, table
 from .sentences import five_numbers, what_runs_where, what_steps_take, where_it_loses
 
@@ -527,6 +528,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "expert_placement": expert_placement,
         "m3vit_digits": m3vit_digits,
         "memory_bank": memory_bank,
+    },
+    "docs/results/planning.md": {
+        "memory_estimators": planning.memory_estimators,
     },
     "docs/results/formats.md": {
         "formats": formats,
