@@ -24,7 +24,7 @@ def test_a_few_mixers_split_over_time_and_rows():
 @pytest.mark.full
 @pytest.mark.parametrize(
     "sizes",
-    [{"sequence": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2}, {"data": 2, "sequence": 4}],
+    [{"sequence": 8}, {"fsdp": 2, "sequence": 2, "tensor": 2}],
     ids=str,
 )
 @pytest.mark.parametrize("name", sorted({*mixer_names(), "RWKVChannel"} - NO_FORM))
