@@ -1,7 +1,7 @@
 """Layouts of a training step over devices: `jit` over a mesh, or `pmap`. Both give the same losses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,17 +28,22 @@ class Layout(NamedTuple):
     whole: Callable[[Any], Any]  # arrays of one model -> this process's own copy; all processes must call it
     place_grads: Callable[[Any], Any]  # gradients -> the same, where ZeRO's stage has them, inside the step
     batch: Callable[[Any], Any]  # `rows` of a batch (numpy) -> the global batch
+    abstract_batch: Callable[[Any], Any]  # shapes of the global batch -> the same with shardings
     compile: Callable[[Callable, Any, Any], Callable]  # (step, state, batch) -> a compiled step
 
 
-def make_layout(config: ConfigDict) -> Layout:
+def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Layout:
     """The layout that `config.parallel` ("jit" or "pmap") and `config.mesh` name.
+
+    Args:
+      config: of a run.
+      devices: to lay out; None takes all there are. Devices of a topology serve for compiling.
 
     Raises:
       ValueError: the devices don't divide the batch, or there are not enough of them; or an array can't be
         cut as the mesh says (from `create` and `abstract`).
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     sizes = {name: config.mesh[name] for name in ("slice", "data", "fsdp", "expert", "sequence", "tensor")}
     given = math.prod(size for size in sizes.values() if size != -1)
     wanted = given if -1 not in sizes.values() else given * max(len(devices) // given, 1)
@@ -100,6 +105,9 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
     indices = by_row.addressable_devices_indices_map((batch_size,)).values()
     rows = sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
 
+    def batch_sharding(x):
+        return by_row_and_time if len(x.shape) > 1 else by_row
+
     def place_batch(batch):
         def place(x):
             def read(index):
@@ -107,8 +115,7 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
                 first = rows.index(here.start)
                 return x[(slice(first, first + len(here)), *index[1:])]
 
-            how = by_row_and_time if x.ndim > 1 else by_row
-            return jax.make_array_from_callback((batch_size, *x.shape[1:]), how, read)
+            return jax.make_array_from_callback((batch_size, *x.shape[1:]), batch_sharding(x), read)
 
         return jax.tree.map(place, dict(batch))
 
@@ -126,6 +133,9 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
             grads, shardings(grads, mesh, zero=zero >= 2)
         ),
         batch=place_batch,
+        abstract_batch=lambda batch: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(x)), batch
+        ),
         compile=compile_step,
     )
 
@@ -168,5 +178,8 @@ def _pmap(devices, batch_size: int) -> Layout:
         place_grads=lambda grads: grads,
         # Row r goes where jit's mesh puts it: the first rows to the first device.
         batch=lambda rows: {k: v.reshape(n, -1, *v.shape[1:]) for k, v in rows.items()},
+        abstract_batch=lambda batch: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((n, x.shape[0] // n, *x.shape[1:]), x.dtype), batch
+        ),
         compile=compile_step,
     )

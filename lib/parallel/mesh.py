@@ -73,9 +73,11 @@ def make_mesh(
 
 
 def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    if devices[0].platform == "cpu":
+    if devices[0].platform != "tpu":
         return np.array(devices).reshape(shape)
     if shape[0] > 1:
         outer = (shape[0],) + (1,) * (len(shape) - 1)
-        return mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), outer, devices)
-    return mesh_utils.create_device_mesh(shape, devices)
+        return mesh_utils.create_hybrid_device_mesh(
+            (1, *shape[1:]), outer, devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

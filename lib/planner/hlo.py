@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .program import Computation, Instruction, Program, nbytes, parse, visits
+from .program import Computation, Instruction, Program, Visit, nbytes, parse, visits
 
 KINDS = (
     "all-gather",
@@ -117,16 +117,38 @@ def collectives(text: str | Program, mesh: Any) -> list[Collective]:
     """
     program = parse(text) if isinstance(text, str) else text
     sizes = dict(mesh if isinstance(mesh, Mapping) else mesh.shape)
+    return [
+        one
+        for visit in visits(program)
+        for x in visit.computation.instructions.values()
+        for _, one in collectives_of(program, visit, x, sizes)
+    ]
+
+
+def collectives_of(
+    program: Program, visit: Visit, x: Instruction, sizes: dict[str, int]
+) -> list[tuple[str, Collective]]:
+    """List the collectives that an instruction executes or starts, each with a key that its end has too."""
     found = []
-    for visit in visits(program):
-        for x in visit.computation.instructions.values():
-            for inner, computation, scattered in _inside(program, visit.computation, x):
-                one = _collective(inner, computation, sizes, scattered)
-                if one:
-                    apart = x.opcode.endswith("-start") and '"is_sync":true' not in x.attributes
-                    apart = apart or _starts_chain(computation)
-                    found.append(Collective(**one, times=visit.times, exact=visit.exact, asynchronous=apart))
+    for inner, computation, sliced in _inside(program, visit.computation, x):
+        one = _collective(inner, computation, sizes, sliced)
+        if one:
+            apart = x.opcode.endswith("-start") and '"is_sync":true' not in x.attributes
+            apart = apart or _starts_chain(computation)
+            times = {"times": visit.times, "exact": visit.exact, "asynchronous": apart}
+            found.append((chain(inner) or x.name, Collective(**one, **times)))
     return found
+
+
+def chain(x: Instruction) -> str:
+    """The name of a collective that several fusions of a TPU program carry on; empty for others."""
+    found = re.search(r'chain_id="(\w+)"', x.attributes)
+    return f"chain {found[1]}" if found else ""
+
+
+def arrays(shape: str) -> list[str]:
+    """The arrays of a tuple's shape with their layouts; of an array, itself."""
+    return re.findall(r"\w+\[[\d,<=]*\](?:\{[^}]*\})?", shape)
 
 
 def _starts_chain(computation: Computation) -> bool:
@@ -146,8 +168,12 @@ def _inside(
                 # A chain's later fusions name the collective again, to work beside it.
                 if "chain_id=" in y.attributes and not _starts_chain(fused):
                     continue
-                slices = [z for z in fused.instructions.values() if z.opcode == "dynamic-slice"]
-                sliced = y.opcode == "all-reduce" and any(z.operands[0] == y.name for z in slices)
+                found = fused.instructions.values()
+                results = {y.name} | {  # of several arrays each has its slice
+                    z.name for z in found if z.opcode == "get-tuple-element" and z.operands[0] == y.name
+                }
+                slices = [z for z in found if z.opcode == "dynamic-slice" and z.operands[0] in results]
+                sliced = y.opcode == "all-reduce" and bool(slices)
                 yield from ((a, b, sliced or c) for a, b, c in _inside(program, fused, y))
 
 

@@ -1,8 +1,8 @@
-"""The chips that kernels are sized for, and the limits that hold on all of them."""
+"""The chips that kernels are sized for and plans made for, and the limits that hold on all of them."""
 
 from dataclasses import dataclass
 
-MIB, KIB = 2**20, 2**10
+GIB, MIB, KIB = 2**30, 2**20, 2**10
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,36 @@ GPUS = {
     "H100 PCIe": GPU(processors=114, bandwidth=2.0e12, peak=756e12, clock=1.755e9),
     "H100 SXM": GPU(processors=132, bandwidth=3.35e12, peak=989e12, clock=1.98e9),
     "H200": GPU(processors=132, bandwidth=4.8e12, peak=989e12, clock=1.98e9),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of a system of many, as JAX counts devices; a tpu7x chip is two of them."""
+
+    peak: float  # dense bfloat16 FLOPs a second
+    memory: int  # bytes of HBM
+    bandwidth: float  # of HBM, bytes a second
+    clock: float  # cycles a second
+    link: float  # bytes a second that it can send over one link, of which a torus has two a dimension
+    network: float  # bytes a second that it can send to another slice or host
+    closes: int = (
+        1  # a dimension of the torus is a ring where its size is a multiple of this; otherwise a line
+    )
+
+
+# Google Cloud's pages of TPU v5e, v5p, v6e and TPU7x: peak, HBM and its bandwidth, the bidirectional ICI
+# bandwidth a chip (400, 1200, 800 and 1200 GB/s over 4, 6, 4 and 6 ports: half of a port's is one way), the
+# data center network (6.4 Tb/s a pod of 256, 50 Gb/s a chip, 25.6 Tb/s a pod of 256, 100 Gb/s a chip).
+# NVIDIA's data sheets of H100 and H200: NVLink's 900 GB/s are both ways together, here two links of one way;
+# of DGX: a GPU has 400 Gb/s to other hosts.
+DEVICES = {
+    "v5e": Device(197e12, 16 * GIB, 819e9, TPUS["v5e"].clock, link=50e9, network=3.125e9, closes=16),
+    "v5p": Device(459e12, 95 * GIB, 2765e9, TPUS["v5p"].clock, link=100e9, network=6.25e9, closes=4),
+    "v6e": Device(918e12, 32 * GIB, 1638e9, TPUS["v6e"].clock, link=100e9, network=12.5e9, closes=16),
+    "tpu7x": Device(1153.5e12, 96 * GIB, 3690e9, TPUS["tpu7x"].clock, link=50e9, network=6.25e9, closes=4),
+    "h100": Device(989e12, 80 * 10**9, 3.35e12, GPUS["H100 SXM"].clock, link=225e9, network=50e9),
+    "h200": Device(989e12, 141 * 10**9, 4.8e12, GPUS["H200"].clock, link=225e9, network=50e9),
 }
 
 # TPU: a vector register is SUBLANES rows of LANES 32-bit values on every generation ("A Domain-Specific

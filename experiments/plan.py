@@ -1,0 +1,288 @@
+"""Plan a config's training step for devices that are not here: memory, collectives, time, MFU.
+
+  python -m experiments.plan --config=experiments/configs/pods/gla_1p3b.py --topology=v5e:16x16
+  python -m experiments.plan --config=FILE --topology=v5p:8x8x8 --config.mesh.tensor=4    fields as for train
+  python -m experiments.plan --config=FILE --topology=v5p:2x2x2 --search                  finds the mesh
+
+The real step is compiled for the topology by the chip's own compiler; no data is read, no state is made, and
+nothing runs. A table is printed; plan.json and memory.png (bytes of a device over the schedule) go to --out.
+Topologies: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, cpu:8; v5p:8x8x8*2 is two slices.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from experiments.configs.checks import check_config
+from experiments.data import load_tokenizer
+from experiments.trainer.flags import CONFIG, run, run_dir
+from experiments.trainer.optimizers import check_optimizer, make_optimizer
+from experiments.trainer.parallel import Layout, make_layout
+from experiments.trainer.runs import build_model, shapes_of
+from experiments.trainer.state import init_state, make_train_step
+from frugax.planner import Plan, Topology, flops, plan, topology
+from frugax.planner.plan import shard_bytes
+from frugax.planner.search import Cluster, Workload, search
+from frugax.planner.timeline import draw
+
+TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, such as v5e:16x16.")
+OUT = flags.DEFINE_string("out", None, "Folder of plan.json and memory.png; by default plan/ in the run's.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the sizes of mesh.data, mesh.fsdp and mesh.tensor.")
+CANDIDATES = 3  # of a search: compiled, best of the model first
+
+
+class Progress:
+    """Lines that say what is done, with the seconds it took."""
+
+    def __init__(self):
+        self.since = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        now = time.monotonic()
+        print(f"[{now - self.since:6.1f} s] {text}", flush=True)
+        self.since = now
+
+
+def plan_config(config: ConfigDict, system: Topology, say: Any = lambda text: None) -> Plan:
+    """Compile a config's training step for a topology and read its plan.
+
+    Args:
+      config: of a run, checked.
+      system: `frugax.planner.topology`.
+      say: told what is done.
+
+    Raises:
+      ValueError: the config can't be right, its mesh does not fit the devices, or the program their memory.
+    """
+    if config.parallel != "jit":
+        raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' to plan for")
+    config = config.copy_and_resolve_references()
+    config.model.vocab_size = (
+        config.model.vocab_size or load_tokenizer(config.data.tokenizer or None).vocab_size
+    )
+    layout = make_layout(config, system.devices)
+    if layout.devices != len(system.devices):
+        sizes = ", ".join(f"{name}={n}" for name, n in config.mesh.items() if name != "zero" and n != 1)
+        raise ValueError(
+            f"mesh: got {sizes or 'sizes of 1'}, {layout.devices} devices; expected sizes that multiply to "
+            f"the {len(system.devices)} of {system.name}"
+        )
+    module = build_model(config)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    check_optimizer(config.optimizer, optimizer, shapes_of(module, config))
+    rounding = config.optimizer.rounding
+    state = layout.abstract(
+        lambda: init_state(module, optimizer, config.seed, config.ema_decay, rounding=rounding)
+    )
+    batch = layout.abstract_batch(_batch_shapes(config))
+    mesh = batch["tokens"].sharding.mesh
+    step = _step(config, module, optimizer, layout)
+    say(f"built {config.model.repeats * len(config.model.pattern)} layers over {layout.devices} devices")
+    with jax.set_mesh(mesh):
+        executed = flops(step, state, batch)
+        forward = flops(lambda p, b: _forward(module, state, p, b), state.params, batch)
+        gradients = _gradient_places(layout, state, mesh)
+    say("traced, operations counted")
+    try:
+        compiled = layout.compile(step, state, batch)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"topology: got {system.name}; expected devices that hold the step: {said}"
+        ) from error
+    say("compiled")
+    made = plan(
+        compiled,
+        topology=system,
+        mesh=mesh,
+        arguments={
+            "params": state.params,
+            "optimizer": state.optimizer,
+            "batch": batch,
+            "other state": state._replace(params=None, optimizer=None),
+        },
+        gradients=gradients,
+        executed=executed,
+        model_flops=3 * forward.total,  # a backward pass does twice the forward's products
+    )
+    say("read")
+    return made
+
+
+def _with_vocabulary(config: ConfigDict) -> ConfigDict:
+    """A copy, its vocabulary the tokenizer's if it says none."""
+    config = config.copy_and_resolve_references()
+    if not config.model.vocab_size:
+        config.model.vocab_size = load_tokenizer(config.data.tokenizer or None).vocab_size
+    return config
+
+
+def _batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what `experiments.data.make_loader` yields."""
+    rows, time_ = config.batch_size, config.data.sequence_length
+    whole = {name: jnp.int32 for name in ("tokens", "targets", "segment_ids")} | {"weights": jnp.float32}
+    shapes = {name: jax.ShapeDtypeStruct((rows, time_), dtype) for name, dtype in whole.items()}
+    return shapes | {"bytes": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+
+
+def _step(config: ConfigDict, module: Any, optimizer: Any, layout: Layout) -> Any:
+    return make_train_step(
+        module,
+        optimizer,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+        skip=config.skip_nonfinite > 0,
+        rounding=config.optimizer.rounding,
+        axis_name=layout.axis_name,
+        place_grads=layout.place_grads,
+    )
+
+
+def _forward(module: Any, state: Any, params: Any, batch: Any) -> Any:
+    rngs = {name: jax.random.key(0) for name in ("dropout", "low_bit", "router")}
+    variables = {"params": params, **state.collections}
+    mutable = ["moe", *state.collections]
+    return module.apply(
+        variables, batch["tokens"], segment_ids=batch["segment_ids"], rngs=rngs, mutable=mutable
+    )
+
+
+def _gradient_places(layout: Layout, state: Any, mesh: Any) -> Any:
+    """Gradients in float32 where the step has them."""
+    zero = layout.place_grads
+    wide = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)), state.params
+    )
+    placed = jax.jit(zero).trace(wide).jaxpr
+    places = iter(e.params["sharding"] for e in placed.eqns if e.primitive.name == "sharding_constraint")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=next(places)), wide)
+
+
+def best_mesh(config: ConfigDict, system: Topology, say: Any) -> tuple[ConfigDict, Plan]:
+    """Find sizes of mesh.data, mesh.fsdp and mesh.tensor: a model ranks them, then the best few are compiled.
+
+    Raises:
+      ValueError: the model finds none that fits, or none of the best compiles.
+    """
+    cluster, work = _cluster(system), _workload(config)
+    found = search(work, cluster, axes=("data", "fsdp", "tensor"), keep=1000)
+    shapes = list(dict.fromkeys(f.configuration.axes for f in found))  # whatever the microbatch
+    say(f"{len(shapes)} meshes fit by the model of them")
+    made: list[tuple[ConfigDict, Plan]] = []
+    for _, data, fsdp, _, tensor in shapes:
+        tried = config.copy_and_resolve_references()
+        tried.mesh.update(slice=system.slices, data=data // system.slices, fsdp=fsdp, tensor=tensor)
+        if data % system.slices or len(made) == CANDIDATES:
+            continue
+        name = f"slice={system.slices} data={data // system.slices} fsdp={fsdp} tensor={tensor}"
+        try:
+            made.append((tried, plan_config(tried, system)))
+        except (ValueError, NotImplementedError) as error:
+            say(f"{name}: {error}")
+            continue
+        seconds = made[-1][1].times.step * 1e3
+        say(f"{name}: {seconds:.2f} ms, MFU {made[-1][1].mfu:.1%}, {made[-1][1].total / 2**30:.2f} GiB")
+    if not made:
+        raise ValueError(f"topology: got {system.name}; expected one that some mesh of the config fits")
+    roomy = [both for both in made if both[1].fits()] or made
+    return min(roomy, key=lambda both: both[1].times.step)
+
+
+def _cluster(system: Topology) -> Cluster:
+    if system.chip is None:
+        raise ValueError(
+            f"topology: got {system.name}; expected TPUs or GPUs to search for, CPUs have no times"
+        )
+    slices = np.repeat(np.arange(system.slices), len(system.devices) // system.slices)
+    near = slices[:, None] == slices
+    bandwidth = np.where(near, 2 * system.chip.link, system.chip.network).astype(float)
+    return Cluster(bandwidth, flops=system.chip.peak, memory=0.9 * system.chip.memory)
+
+
+def _workload(config: ConfigDict) -> Workload:
+    """The model of a config for the search, from shapes of its params and products of a forward pass."""
+    config = config.copy_and_resolve_references()
+    config.model.vocab_size = (
+        config.model.vocab_size or load_tokenizer(config.data.tokenizer or None).vocab_size
+    )
+    module, model = build_model(config), config.model
+    layers, length = model.repeats * len(model.pattern), config.data.sequence_length
+    row = {
+        name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in _batch_shapes(config).items()
+    }
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = jax.eval_shape(lambda: init_state(module, optimizer, 0, config.ema_decay))
+    count = flops(lambda p, b: _forward(module, state, p, b), state.params, row).total
+    inside = {k: v for k, v in state.params.items() if k.startswith("layers")}
+    params = sum(x.size for x in jax.tree.leaves(state.params))
+    of_layers = sum(x.size for x in jax.tree.leaves(inside)) // layers
+    outer = params - of_layers * layers
+    of_state = shard_bytes(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.params, state.optimizer))
+    )
+    itemsize = jnp.dtype(model.dtype).itemsize
+    head = 2 * model.vocab_size * model.width
+    stream = itemsize * model.width
+    return Workload(
+        layers=layers,
+        batch=config.batch_size,
+        time=length,
+        layer_flops=(count / length - head) / layers,
+        layer_gradients=4 * of_layers,
+        layer_state=int(of_layers * (of_state / params + 4)),
+        outer_gradients=4 * outer,
+        outer_state=int(outer * (of_state / params + 4)),
+        stream=stream,
+        kept=0 if model.remat else 12 * stream,
+        kept_whole=stream if model.remat else 4 * stream,
+    )
+
+
+def write(made: Plan, out: Path) -> None:
+    """Write plan.json and memory.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "plan.json").write_text(json.dumps(made.as_dict(), indent=2) + "\n")
+    constant = {k: n for k, n in made.bytes.items() if k not in ("gradients", "activations") and n}
+    draw(made.points, constant, out / "memory.png", memory=made.memory, title=f"A device of {made.topology}")
+
+
+def main(argv: list[str]) -> None:
+    """Parse flags, plan, print and write."""
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is no flag; fields of the config are given as --config.a.b=value")
+    if CONFIG.value is None or TOPOLOGY.value is None:
+        missing = "--config" if CONFIG.value is None else "--topology"
+        raise app.UsageError(f"{missing} is missing; expected --config=FILE --topology=v5e:16x16")
+    config = CONFIG.value
+    try:
+        check_config(config)
+        if TOPOLOGY.value.startswith("cpu:") and TOPOLOGY.value[4:].isdigit():
+            jax.config.update("jax_num_cpu_devices", int(TOPOLOGY.value[4:]))
+        system = topology(TOPOLOGY.value)
+        say = Progress()
+        if SEARCH.value:
+            config, made = best_mesh(config, system, say)
+        else:
+            made = plan_config(config, system, say)
+        out = Path(OUT.value or Path(run_dir()) / "plan")
+        print(f"\n{made.table()}\n")
+        write(made, out)
+        print(f"{out}/plan.json, {out}/memory.png")
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.plan: {error}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, so no accelerator is taken
+    run(main)
