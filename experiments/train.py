@@ -152,6 +152,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
                 rounding=config.optimizer.rounding,
                 axis_name=layout.axis_name,
                 place_grads=layout.place_grads,
+                loss_tiles=config.memory.loss_tiles,
             )
             with Sigterm() as sigterm:
                 state, done, times = run_steps(

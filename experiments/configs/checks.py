@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from frugax.memory import POLICIES
+
 
 class Field(NamedTuple):
     """Values that a field may have, and the words for them."""
@@ -111,6 +113,10 @@ TRAINING = {
     "model.param_dtype": FLOATING,
     "model.backend": TEXT,
     "model.low_bit": TEXT,
+    "memory.remat": one_of("", *POLICIES),
+    "memory.offload": SWITCH,
+    "memory.loss_tiles": integer(1),
+    "memory.mlp_tiles": integer(1),
     **{f"optimizer.{name}": field for name, field in OPTIMIZER.items()},
     "checkpoint.every": integer(0),
     "checkpoint.keep": integer(1),
@@ -156,6 +162,16 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError(
             f"batch_size: got {config.batch_size}; expected a multiple of {config.accumulate} (accumulate)"
         )
+    remat = remat_name(config)
+    if config.memory.offload and remat not in ("full", "dots_without_batch"):
+        raise ValueError(
+            f"memory.offload: got True with {remat!r}; expected memory.remat 'full' or 'dots_without_batch'"
+        )
+
+
+def remat_name(config: ConfigDict) -> str:
+    """The policy that a config names: `memory.remat`, or what `model.remat` says where that is empty."""
+    return config.memory.remat or ("full" if config.model.remat else "none")
 
 
 def check_classification(config: ConfigDict) -> None:

@@ -49,12 +49,18 @@ def defaults() -> ConfigDict:
     config.model.blocks = ConfigDict()  # blocks.NAME: see `block`
     config.model.tie_embeddings = True  # the output projection is the embedding
     config.model.ternary_head = False  # a BitLinear of its own instead, which tie_embeddings excludes
-    config.model.remat = False  # recompute each repeat in the backward pass, to save memory
+    config.model.remat = False  # recompute each layer in the backward pass: memory.remat="full"
     config.model.unroll = False  # write the repeats out: slower to compile, faster to run on CPU
     config.model.dtype = "float32"  # of activations and matmuls
     config.model.param_dtype = "float32"  # below a narrower dtype, these are its master weights
     config.model.backend = ""  # of frugax.kernels; empty: by the platform
     config.model.low_bit = ""  # a recipe of frugax.quant.training, such as "nvfp4", for dense layers
+
+    config.memory = ConfigDict()  # of activations: all change memory and time, and no number
+    config.memory.remat = ""  # "none", "full" or another of frugax.memory.POLICIES; empty: by model.remat
+    config.memory.offload = False  # what is kept for the backward pass waits in the host's memory
+    config.memory.loss_tiles = 1  # head and loss see this many parts of time, one by one, in training
+    config.memory.mlp_tiles = 1  # and so do the channel mixers GLU and MLP
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or "muon", or another of frugax.optim, optax, optax.contrib

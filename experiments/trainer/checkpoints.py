@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "run_dir",
     "parallel",
     "mesh",
+    "memory",
     "distributed",
     "skip_nonfinite",
     "log_every",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import frugax
+from experiments.configs.checks import remat_name
 from experiments.configs.defaults import defaults
 from experiments.trainer.checkpoints import Checkpoints
 
@@ -75,7 +76,9 @@ def build_model(config: ConfigDict) -> Any:
         repeats=model.repeats,
         tie_embeddings=model.tie_embeddings,
         ternary_head=model.ternary_head,
-        remat=model.remat,
+        remat=remat_name(config),
+        offload=config.memory.offload,
+        mlp_tiles=config.memory.mlp_tiles,
         unroll=model.unroll,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
@@ -120,7 +123,7 @@ def shapes_of(module: Any, config: ConfigDict) -> Any:
         decoder = module.module if config.model.low_bit else module
         for name, block in zip(config.model.pattern, decoder.blocks, strict=True):
             try:
-                trace(decoder.clone(blocks=(block,), repeats=1))
+                trace(decoder.clone(blocks=(block,), repeats=1, mlp_tiles=1))
             except Exception as its_error:
                 raise ValueError(
                     f"model.blocks.{name}: {type(its_error).__name__}: {its_error}"

@@ -52,6 +52,7 @@ def make_train_step(
     rounding: str = "nearest",
     axis_name: str | None = None,
     place_grads: Callable[[Any], Any] = lambda grads: grads,
+    loss_tiles: int = 1,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Build the function that takes one optimizer step.
 
@@ -66,6 +67,7 @@ def make_train_step(
         updates count on average, and the optimizer works in float32.
       axis_name: the axis that `jax.pmap` maps over; None where the compiler sees the whole batch.
       place_grads: says to the compiler where gradients belong (`Layout.place_grads`).
+      loss_tiles: as in `token_losses`.
 
     Returns:
       step(state, batch) -> (state, metrics). The batch is what `experiments.data.make_loader` yields. The
@@ -82,16 +84,8 @@ def make_train_step(
         rngs = {"dropout": rng} | {
             n: jax.random.fold_in(rng, i) for i, n in enumerate(("low_bit", "router"), 1)
         }
-        (logits_BTV, _), new = module.apply(
-            {"params": params, **collections},
-            batch["tokens"],
-            segment_ids=batch["segment_ids"],
-            rngs=rngs,
-            mutable=["moe", *collections],
-        )
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(
-            logits_BTV.astype(jnp.float32), batch["targets"]
-        )
+        variables, mutable = {"params": params, **collections}, ["moe", *collections]
+        losses_BT, new = token_losses(module, variables, batch, tiles=loss_tiles, rngs=rngs, mutable=mutable)
         loss = jnp.sum(losses_BT * batch["weights"]) / total_weight
         sown = {n: x for n, x in new.items() if n not in collections}
         report = frugax.moe.load_summary(sown)
@@ -175,6 +169,41 @@ def make_train_step(
     return step
 
 
+def token_losses(
+    module, variables, batch: Mapping[str, Array], *, tiles: int = 1, **how: Any
+) -> tuple[Array, dict[str, Any]]:
+    """The cross entropy of each token's target, and what the model says in its mutable collections.
+
+    Args:
+      module: as in `make_train_step`; for several tiles a `Decoder`, or a `LowBit` of one.
+      variables: the model's.
+      batch: "tokens", "targets" and "segment_ids" [B, T].
+      tiles: the head and the loss see this many parts of time, one after the other, and again in the backward
+        pass: there are no logits [B, T, V].
+      how: what `module.apply` takes, with `mutable` among it.
+
+    Returns:
+      losses [B, T] in float32, and the collections.
+    """
+    args = variables, batch["tokens"]
+    how["segment_ids"] = batch["segment_ids"]
+    if tiles == 1:
+        (logits_BTV, _), new = module.apply(*args, **how)
+        return _cross_entropy(logits_BTV, batch["targets"]), new
+    (x_BTD, _), new = module.apply(*args, hidden=True, **how)
+    decoder = module.module if isinstance(module, frugax.quant.training.LowBit) else module
+
+    def losses(tile):
+        x, targets = tile
+        return _cross_entropy(decoder.apply({"params": variables["params"]}, x, method="head"), targets)
+
+    return frugax.memory.tiled(losses, (x_BTD, batch["targets"]), tiles), new
+
+
+def _cross_entropy(logits: Array, targets: Array) -> Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
 def _same(axis_name: str, x: Array) -> Array:
     """The mean over devices, so that all have the same; whole numbers are the same as they are."""
     return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -215,10 +244,7 @@ def params_to_use(state: TrainState) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(module, variables, batch):
     logits_BTV, _ = module.apply(variables, batch["tokens"], segment_ids=batch["segment_ids"])
-    losses_BT = optax.softmax_cross_entropy_with_integer_labels(
-        logits_BTV.astype(jnp.float32), batch["targets"]
-    )
-    return jnp.sum(losses_BT * batch["weights"])
+    return jnp.sum(_cross_entropy(logits_BTV, batch["targets"]) * batch["weights"])
 
 
 def bits_per_byte(

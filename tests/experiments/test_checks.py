@@ -30,6 +30,7 @@ MEANT = {
     "mesh.slice": (-1,),
     "mesh.data": (-1,),
     "mesh.fsdp": (-1,),
+    "mesh.sequence": (-1,),
     "mesh.expert": (-1,),
     "mesh.tensor": (-1,),
     "mesh.zero": (0,),
@@ -100,6 +101,8 @@ def test_every_number_of_a_config(name):
         ("optimizer.rounding", "down", "optimizer.rounding: got 'down'; expected 'nearest' or 'stochastic'"),
         ("optimizer.warmup_steps", 12, "optimizer.warmup_steps: got 12; expected 0 to 11 for 12 steps"),
         ("accumulate", 3, "batch_size: got 2; expected a multiple of 3"),
+        ("memory.remat", "some", "memory.remat: got 'some'; expected '' or 'none' or 'dots'"),
+        ("memory.offload", True, "memory.offload: got True with 'none'; expected memory.remat 'full' or"),
     ],
 )
 def test_other_values(field, value, words):

@@ -220,3 +220,39 @@ def test_states_of_routers_are_the_same_on_all_devices(accumulate):
     np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
     assert 0 < abs(steps).max() <= 2 * accumulate
     assert 0 < float(metrics["load_entropy"][0]) <= 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {"ternary_head": True, "tie_embeddings": False},
+        pytest.param({"tie_embeddings": False}, marks=pytest.mark.full),
+        pytest.param({}, marks=pytest.mark.full),
+        pytest.param({"low_bit": "nvfp4"}, marks=pytest.mark.full),
+    ],
+    ids=["ternary", "untied", "tied", "low_bit"],
+)
+def test_a_loss_in_tiles_is_the_loss(head):
+    """The same loss and step, with packed documents, over 3 tiles of 7 tokens; no logits of all tokens."""
+    V, head = 13, dict(head)
+    low_bit = head.pop("low_bit", "")
+    block = frugax.layers.Block("LightningAttention", "MLP", {"heads": 2}, {"expand": 2})
+    module = frugax.layers.Decoder(V, 8, (block,), backend="xla", **head)
+    if low_bit:
+        module = frugax.quant.training.LowBit(module, low_bit)
+    rows = batch_of(4)
+    random = np.random.default_rng(1)
+    batch = {k: np.concatenate([v, v, v[:, :1]], axis=1) for k, v in rows.items() if k != "bytes"}
+    batch |= {k: random.integers(0, V, (4, 7)).astype(np.int32) for k in ("tokens", "targets")}
+    batch |= {"bytes": rows["bytes"], "segment_ids": np.array([[1, 1, 1, 2, 2, 2, 2]] * 4, np.int32)}
+    optimizer = optax.sgd(1.0)
+    state = init_state(module, optimizer, 0, 0.0)
+    how = {"accumulate": 2, "ema_decay": 0.0}
+    whole, tiles = (make_train_step(module, optimizer, **how, loss_tiles=n) for n in (1, 3))
+    want, got = (jax.jit(step)(state, batch) for step in (whole, tiles))
+    assert_close(got[1], want[1], "float32")
+    of_params = [(new.params, state.params) for new, _ in (got, want)]
+    moved = [jax.tree.map(jnp.subtract, new, old) for new, old in of_params]
+    assert_close(*moved, "float32", times=4)  # the gradient's size is that of params, which round too
+    shapes = [str(jax.make_jaxpr(step)(state, batch)) for step in (whole, tiles)]
+    assert [f"f32[2,7,{V}]" in text for text in shapes] == [True, False]
