@@ -146,6 +146,7 @@ def _step(config: ConfigDict, module: Any, optimizer: Any, layout: Layout) -> An
         rounding=config.optimizer.rounding,
         axis_name=layout.axis_name,
         place_grads=layout.place_grads,
+        loss_tiles=config.memory.loss_tiles,
     )
 
 
