@@ -224,8 +224,10 @@ class BlockLayer(nn.Module):
             **dict(self.block.mixer_args), **dtypes, backend=self.backend, out_scale=out_scale, name="mixer"
         )
         normed = self._norm("mixer_norm", dtypes)(x)
-        y, state = mixer(normed, state=state, **how, **of_mixer)
-        x = place_activations(x + y)
+        mixed, state = mixer(normed, state=state, **how, **of_mixer)
+        parallel = self.block.parallel and self.block.channel is not None
+        if not parallel:
+            x = place_activations(x + mixed)
         if self.block.channel is not None:
             args = dict(self.block.channel_args) | dtypes | {"out_scale": out_scale, "name": "channel"}
             if hasattr(self.block.channel_class, "backend"):
@@ -249,7 +251,8 @@ class BlockLayer(nn.Module):
                     y = tiled_module(channel, normed, tiles=self.mlp_tiles)
                 else:
                     y = channel(normed, **given)
-            x = place_activations(x + y)
+            # Their own sum first: over devices the compiler then adds partial sums, and sends one.
+            x = place_activations(x + (mixed + y if parallel else y))
         return x, state, announced
 
     def _norm(self, name: str, dtypes: dict[str, Any]) -> nn.Module:
