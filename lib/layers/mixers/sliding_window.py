@@ -1,13 +1,14 @@
 """Exact softmax attention over the last few tokens, with a cache of just those."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from ...kernels.common.arguments import accumulator
+from ...kernels.common.arguments import accumulator, known
 from ...kernels.common.rows import rows as rows_of
 from ...kernels.common.rows import window_at
 from ...parallel.over_time import SEQUENCE, check_whole_rows, over_time, time_shards
@@ -15,6 +16,8 @@ from ...parallel.shards import of_last_shard, tokens_before
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.rotary import positions, rotary
 from .mixer import Mixer, RowArguments
+
+SCORES = 2**21  # of a row and head at a time: 8 MB in float32
 
 
 class WindowState(NamedTuple):
@@ -108,51 +111,92 @@ def window_attention(
       k, v: keys and values of the window - 1 tokens before the first query, then of the T tokens.
       place: each query's place in its document: no query sees further back than that.
 
-    The work and the memory are O(T * window): a call of at most one window sees its keys once, and in a
-    longer one the queries of each window see two windows of keys. A token that is not finite, such as NaN,
-    spoils the queries that see it, and no other.
+    The work is O(T * window): a call of at most one window sees its keys once, and in a longer one the
+    queries of each window see two windows of keys. Of the scores, `SCORES` are there at a time, in the
+    backward pass too, which computes them again. A token that is not finite, such as NaN, spoils the queries
+    that see it, and no other.
     """
     B, T, H, D = q.shape
     W = k.shape[1] - T + 1
-    dtype = accumulator(q.dtype)
-    of_q: Array | None = None
-    of_k: Array | None = None
-    if T != 1:  # one token sees all there is
-        q, of_q = _contained(q)
-        (k, spoiled_k), (v, spoiled_v) = _contained(k), _contained(v)
-        of_k = spoiled_k + spoiled_v
-    if isinstance(T, int) and T <= W:  # T may be symbolic
-        C, keys = T, W - 1 + T
-        q, place, k, v = (x[:, None] for x in (q, place, k, v))
-        of_q, of_k = (x if x is None else x[:, None] for x in (of_q, of_k))
+    if T == 1:  # one token sees all there is
+        return _attend((q, place, None, k, v, None), W)
+    (q, of_q), (k, of_k), (v, of_v) = map(_contained, (q, k, v))
+    of_k = of_k + of_v
+    if known(T) and T <= W:
+        return _attend((q, place, of_q, k, v, of_k), W)
+    blocks = -(-T // W)
+    tail = blocks * W - T
+
+    def in_blocks(x):
+        x = jnp.pad(x, ((0, 0), (0, tail), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(B, blocks, W, *x.shape[2:])
+
+    def two_blocks(x):  # one key more in front makes the keys a whole number of blocks
+        x = jnp.pad(x, ((0, 0), (1, tail), *((0, 0),) * (x.ndim - 2)))
+        x = x.reshape(B, blocks + 1, W, *x.shape[2:])
+        return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
+
+    parts = (*map(in_blocks, (q, place, of_q)), *map(two_blocks, (k, v, of_k)))
+    attend = jax.vmap(functools.partial(_attend, window=W), 1, 1)
+    group = max(1, SCORES // (2 * W * W))  # blocks at a time
+    if not known(T) or blocks <= group:
+        o = attend(parts)
     else:
-        C, keys, blocks = W, 2 * W, -(-T // W)
-        tail = blocks * W - T
+        steps = -(-blocks // group)
 
-        def in_blocks(x):
-            x = jnp.pad(x, ((0, 0), (0, tail), *((0, 0),) * (x.ndim - 2)))
-            return x.reshape(B, blocks, W, *x.shape[2:])
+        def by_step(x):
+            x = jnp.pad(x, ((0, 0), (0, steps * group - blocks), *((0, 0),) * (x.ndim - 2)))
+            return jnp.moveaxis(x.reshape(B, steps, group, *x.shape[2:]), 1, 0)
 
-        def two_blocks(x):  # one key more in front makes the keys a whole number of blocks
-            x = jnp.pad(x, ((0, 0), (1, tail), *((0, 0),) * (x.ndim - 2)))
-            x = x.reshape(B, blocks + 1, W, *x.shape[2:])
-            return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
+        o = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), jax.tree.map(by_step, parts))
+        o = jnp.moveaxis(o, 0, 1).reshape(B, steps * group, W, H, D)[:, :blocks]
+    return o.reshape(B, -1, H, D)[:, :T]
 
-        q, place, of_q = (in_blocks(x) for x in (q, place, of_q))
-        k, v, of_k = (two_blocks(x) for x in (k, v, of_k))
 
-    # How far back from query i key j lies, and how far back the query sees: [B, blocks, H, queries, keys].
-    back = (jnp.arange(C)[:, None] + (keys - C) - jnp.arange(keys)[None, :])[None, None, None]
-    mask = (back >= 0) & (back <= jnp.minimum(place, W - 1)[:, :, None, :, None])
-    score = jnp.einsum("bnqhd,bnkhd->bnhqk", q, k, preferred_element_type=dtype) * D**-0.5
+def _attend(part: tuple[Any, ...], window: int) -> Array:
+    """Queries [B, C, H, D] and the keys up to theirs [B, S, H, D], some of the queries at a time."""
+    q, place, of_q, k, v, of_k = part
+    B, C, S = q.shape[0], q.shape[1], k.shape[1]
+    if not known(C) or C * S <= SCORES:
+        return _scored(q, place, of_q, k, v, of_k, window)
+    few = max(SCORES // S, 1)
+    few = few // 128 * 128 or few
+    steps = -(-C // few)
+    behind = steps * few - C
+
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, behind), *((0, 0),) * (x.ndim - 2)))
+
+    def by_step(x):
+        return jnp.moveaxis(padded(x).reshape(B, steps, few, *x.shape[2:]), 1, 0)
+
+    keys = [padded(x)[:, S - C - (window - 1) :] for x in (k, v, of_k)]
+
+    def step(at):
+        number, *own = at
+        near = (jax.lax.dynamic_slice_in_dim(x, number * few, few + window - 1, axis=1) for x in keys)
+        return _scored(*own, *near, window)
+
+    xs = jnp.arange(steps), *map(by_step, (q, place, of_q))
+    o = jax.lax.map(jax.checkpoint(step, prevent_cse=False), xs)
+    return jnp.moveaxis(o, 0, 1).reshape(B, steps * few, *q.shape[2:])[:, :C]
+
+
+def _scored(q, place, of_q, k, v, of_k, window: int) -> Array:
+    """Queries [B, C, H, D] and the keys up to theirs [B, S, H, D], all scores at once."""
+    C, S, dtype = q.shape[1], k.shape[1], accumulator(q.dtype)
+    # How far back from query i key j lies, and how far back the query sees: [B, H, queries, keys].
+    back = (jnp.arange(C)[:, None] + (S - C) - jnp.arange(S)[None, :])[None, None]
+    mask = (back >= 0) & (back <= jnp.minimum(place, window - 1)[:, None, :, None])
+    score = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5
     if of_q is not None and of_k is not None:
-        score = score + jnp.moveaxis(of_q, -1, 2)[..., None] + jnp.moveaxis(of_k, -1, 2)[..., None, :]
+        score = score + jnp.moveaxis(of_q, -1, 1)[..., None] + jnp.moveaxis(of_k, -1, 1)[..., None, :]
     score = jnp.where(mask, score, -jnp.inf)
     weight = jnp.exp(score - jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True)))
     weight = jnp.where(mask, weight, 0)
     weight = jnp.where(mask, weight / jnp.sum(weight, axis=-1, keepdims=True), 0)
-    o = jnp.einsum("bnhqk,bnkhd->bnqhd", weight.astype(v.dtype), v, preferred_element_type=dtype)
-    return o.reshape(B, -1, H, D)[:, :T].astype(q.dtype)
+    o = jnp.einsum("bhqk,bkhd->bqhd", weight.astype(v.dtype), v, preferred_element_type=dtype)
+    return o.astype(q.dtype)
 
 
 def _contained(x: Array) -> tuple[Array, Array]:
