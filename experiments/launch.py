@@ -155,7 +155,6 @@ def _submit(where: str, text: str, points, jobs, dry_run: bool) -> int:
             logs = point.folder / "slurm"
             if dry_run:
                 print(slurm.sbatch_file(job, options, logs))
-                print(f"# in each task: experiments.train {shlex.join(job)}\n")
             else:
                 print(f"job {slurm.submit(job, options, logs)}: {point.folder}, with its logs in {logs}")
         else:

@@ -1,6 +1,5 @@
 """Jobs of one or several processes on this machine: started together, watched, ended together."""
 
-import ctypes
 import os
 import signal
 import socket
@@ -12,7 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 GRACE_S = 3.0  # for the others to tell their errors, once one process failed
-_PR_SET_PDEATHSIG = 1
+# Runs the rest of its command line in its place; Linux kills it (PR_SET_PDEATHSIG) once the launcher is gone.
+_PROGRAM = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+_ENDS_WITH_PARENT = [sys.executable, "-S", "-c", _PROGRAM] if sys.platform == "linux" else []
 
 
 class Died(RuntimeError):
@@ -42,7 +43,12 @@ def commands(arguments: Sequence[str], count: int, port: int | str = "PORT") -> 
 
 
 def run_job(
-    arguments: Sequence[str], count: int, *, restarts: int = 0, say: Callable[[str], Any] = print
+    arguments: Sequence[str],
+    count: int,
+    *,
+    restarts: int = 0,
+    say: Callable[[str], Any] = print,
+    started: Callable[[list[int]], Any] = lambda ids: None,
 ) -> None:
     """Train in `count` new processes of this machine, and return once all have ended.
 
@@ -53,6 +59,7 @@ def run_job(
       count: processes.
       restarts: how often a job whose process died starts again, from its last checkpoint.
       say: takes each line that they print, with the number of its process before it.
+      started: takes their process ids, each time that they start.
 
     Raises:
       Died: a process failed, which the message names, and the others were ended.
@@ -60,14 +67,14 @@ def run_job(
     """
     for left in range(restarts, -1, -1):
         try:
-            return _run_once(arguments, count, say)
+            return _run_once(arguments, count, say, started)
         except Died as error:
             if not left:
                 raise
             say(f"{error}; starting again, {left - 1} restarts left")
 
 
-def _run_once(arguments: Sequence[str], count: int, say: Callable[[str], Any]) -> None:
+def _run_once(arguments, count: int, say, started) -> None:
     processes = [_start(command) for command in commands(arguments, count, _free_port())]
     prefixes = [f"[{i}] " if count > 1 else "" for i in range(count)]
     readers = [
@@ -78,6 +85,7 @@ def _run_once(arguments: Sequence[str], count: int, say: Callable[[str], Any]) -
         reader.start()
     with _Stop(processes) as stop:
         try:
+            started([process.pid for process in processes])
             failed = _wait_for_all(processes)
         finally:
             for process in processes:
@@ -137,12 +145,8 @@ class _Stop:
 
 
 def _start(command: list[str]) -> subprocess.Popen:
-    def end_with_parent():
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
     return subprocess.Popen(
-        command,
+        [*_ENDS_WITH_PARENT, *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -150,7 +154,6 @@ def _start(command: list[str]) -> subprocess.Popen:
         errors="replace",
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # a terminal's Ctrl-C comes to the launcher alone
-        preexec_fn=end_with_parent,
     )
 
 

@@ -1,5 +1,8 @@
 """Jobs of a Slurm cluster, through submitit."""
 
+import importlib
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,10 @@ class Training:
 
 
 def sbatch_file(arguments: Sequence[str], options: Mapping[str, Any], folder: str | Path) -> str:
-    """The file that `submit` would hand to sbatch."""
-    executor = _executor(options, folder, needs_slurm=False)
-    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    """The file that `submit` would hand to sbatch, and what its tasks do."""
+    executor, arguments = _executor(arguments, options, folder, needs_slurm=False)
+    text = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    return f"{text}\n# in each task: python -m experiments.train {shlex.join(arguments)}\n"
 
 
 def submit(arguments: Sequence[str], options: Mapping[str, Any], folder: str | Path) -> str:
@@ -50,33 +54,40 @@ def submit(arguments: Sequence[str], options: Mapping[str, Any], folder: str | P
     Raises:
       ValueError: an option that submitit does not know, or no Slurm here.
     """
-    executor = _executor(options, folder, needs_slurm=True)
-    several = executor.parameters["nodes"] * executor.parameters["ntasks_per_node"] > 1
-    return executor.submit(Training([*arguments, *(["--config.distributed.enabled=True"] * several)])).job_id
+    executor, arguments = _executor(arguments, options, folder, needs_slurm=True)
+    return executor.submit(Training(arguments)).job_id
 
 
-def _executor(options: Mapping[str, Any], folder: str | Path, *, needs_slurm: bool) -> Any:
+def import_submitit() -> Any:
+    """The package, kept from configuring logging: that would close absl's handlers, and with them stderr."""
+    ours = "SUBMITIT_LOG_LEVEL" not in os.environ
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
     try:
-        from submitit.slurm.slurm import SlurmExecutor
+        return importlib.import_module("submitit")
     except ImportError as error:
         raise ValueError("on: got slurm without submitit; expected pip install 'frugax[launch]'") from error
+    finally:
+        if ours:
+            del os.environ["SUBMITIT_LOG_LEVEL"]  # the job may log
 
-    class Anywhere(SlurmExecutor):
-        """Writes the file on machines without Slurm too."""
 
-        @classmethod
-        def affinity(cls) -> int:
-            return 2
-
+def _executor(
+    arguments: Sequence[str], options: Mapping[str, Any], folder: str | Path, *, needs_slurm: bool
+) -> tuple[Any, list[str]]:
+    """Make submitit's executor, and the flags of each task: several tasks meet, as JAX finds in Slurm."""
+    executor_class = import_submitit().SlurmExecutor
+    if not needs_slurm:  # it writes the file on machines without Slurm too
+        executor_class = type("Anywhere", (executor_class,), {"affinity": classmethod(lambda _: 2)})
     try:
-        executor = (SlurmExecutor if needs_slurm else Anywhere)(folder=folder)
+        executor = executor_class(folder=folder)
     except RuntimeError as error:
         raise ValueError(f"on: got slurm; {error} Expected a machine that submits, or --dry_run") from error
     try:
         executor.update_parameters(**_DEFAULTS | dict(options))
     except (ValueError, TypeError) as error:
         raise ValueError(f"on: got slurm:{_joined(options)}; {error}") from error
-    return executor
+    several = executor.parameters["nodes"] * executor.parameters["ntasks_per_node"] > 1
+    return executor, [*arguments, *(["--config.distributed.enabled=True"] * several)]
 
 
 def _joined(options: Mapping[str, Any]) -> str:
