@@ -71,6 +71,26 @@ class Configuration(NamedTuple):
         return batch // (self.data * self.fsdp * self.microbatch)
 
 
+class Traffic(NamedTuple):
+    """Bytes that a device of the first stage sends in a step, by mesh axis.
+
+    Attributes:
+      pipeline: outputs of the stage, of all microbatches; as many bytes of gradients come back.
+      data: gradients, added up over copies.
+      fsdp_params: params, gathered for the forward and the backward pass of each microbatch.
+      fsdp_gradients: gradients, added up and kept in parts.
+      sequence: four all-to-alls of the stream in each layer and pass (Ulysses).
+      tensor: two all-reduces of the stream in each layer and pass (Megatron).
+    """
+
+    pipeline: float
+    data: float
+    fsdp_params: float
+    fsdp_gradients: float
+    sequence: float
+    tensor: float
+
+
 class Latency(NamedTuple):
     """Seconds of a step, by what takes them.
 
@@ -187,6 +207,34 @@ def device_bytes(work: Workload, c: Configuration) -> int:
     return math.ceil(state + gathered + activations)
 
 
+def traffic(work: Workload, c: Configuration) -> Traffic:
+    """Count the bytes that a device of the first stage sends in a step.
+
+    With n devices in a group, (n - 1) / n of an array is sent to gather it, to add it up in parts, or to
+    exchange its parts, and twice as much to add it up for all.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473); Rajbhandari et al. 2019, ZeRO (arXiv 1910.02054).
+
+    Example:
+        >>> import frugax
+        >>> work = frugax.planner.transformer_workload(layers=2, width=64, batch=8, time=32)
+        >>> frugax.planner.traffic(work, frugax.planner.Configuration(data=2)).data  # 2 bytes a param
+        196608.0
+    """
+    layers, M = work.layers // c.pipeline, c.microbatches(work.batch)
+    stream = c.microbatch * work.time // c.sequence * work.stream  # of a microbatch on one device
+    stage = layers * work.layer_gradients / c.tensor
+    whole = stage + work.outer_gradients / c.tensor
+    return Traffic(
+        pipeline=float(M * stream * (c.pipeline > 1)),
+        data=2 * _part(c.data) * whole / c.fsdp,
+        fsdp_params=M * 2 * _part(c.fsdp) * stage,
+        fsdp_gradients=_part(c.fsdp) * whole,
+        sequence=M * layers * 2 * 4 * _part(c.sequence) * stream,
+        tensor=M * layers * 2 * 2 * 2 * _part(c.tensor) * stream,
+    )
+
+
 def latency(
     work: Workload, c: Configuration, cluster: Cluster, placement: Sequence[int] | None = None
 ) -> Latency:
@@ -231,35 +279,23 @@ def latency(
         raise ValueError(f"placement: got {at.tolist()}; expected each of {D} devices once")
     at = at.reshape(c.axes)
     P, M = c.pipeline, c.microbatches(work.batch)
-    layers = work.layers // P
-    tokens = c.microbatch * work.time // c.sequence
-    stream = tokens * work.stream
+    sent = traffic(work, c)
 
-    def ring(axis: int, places: np.ndarray = at) -> float:
-        """Bytes a second of the slowest link of all rings along an axis."""
-        return float(cluster.bandwidth[places, np.roll(places, -1, axis)].min())
+    def seconds(size: float, axis: int, places: np.ndarray = at) -> float:
+        """Seconds of so many bytes over the slowest link of all rings along an axis."""
+        links = cluster.bandwidth[places, np.roll(places, -1, axis)]
+        return size / float(links.min()) if size else 0.0
 
-    # Seconds of one microbatch, forward and backward, in a stage.
-    each = 3 * layers * tokens * work.layer_flops / (c.tensor * cluster.flops)
-    if c.tensor > 1:  # two all-reduces a layer forward, two backward (Megatron)
-        each += 4 * layers * _all_reduce(c.tensor, stream) / ring(4)
-    if c.sequence > 1:  # four all-to-alls of a share of the stream forward, four backward (Ulysses)
-        each += 8 * layers * stream * (c.sequence - 1) / c.sequence / ring(3)
-    stage = layers * work.layer_gradients / c.tensor
-    share = (c.fsdp - 1) / c.fsdp
-    if c.fsdp > 1:  # params are gathered for each pass
-        each += 2 * share * stage / ring(2)
+    # All microbatches' seconds in a stage, forward and backward, with the collectives that they wait for.
+    tokens = M * c.microbatch * work.time / c.sequence
+    stage = 3 * work.layers / P * tokens * work.layer_flops / (c.tensor * cluster.flops)
+    stage += seconds(sent.tensor, 4) + seconds(sent.sequence, 3) + seconds(sent.fsdp_params, 2)
     messages = 0.0
     if P > 1:  # down the slowest pipeline and back
         links = cluster.bandwidth[at[:-1], at[1:]]
-        messages = _rounds(P, M) * 2 * float((stream / links).sum(0).max())
-    gradients = 0.0
-    whole = stage + work.outer_gradients / c.tensor
-    if c.fsdp > 1:
-        gradients += share * whole / ring(1, at[0])
-    if c.data > 1:
-        gradients += _all_reduce(c.data, whole / c.fsdp) / ring(0, at[0])
-    return Latency(M * each, (P - 1) * each, messages, gradients)
+        messages = _rounds(P, M) * 2 * float((sent.pipeline / M / links).sum(0).max())
+    gradients = seconds(sent.fsdp_gradients, 1, at[0]) + seconds(sent.data, 0, at[0])
+    return Latency(stage, (P - 1) * stage / M, messages, gradients)
 
 
 def place(
@@ -368,9 +404,8 @@ def _rounds(stages: int, microbatches: int) -> float:
     return 1 + (later - later // stages) / (stages - 1)
 
 
-def _all_reduce(devices: int, size: float | int) -> float:
-    """Bytes that each device of a ring sends to add up arrays of `size` bytes."""
-    return 2 * (devices - 1) / devices * size
+def _part(devices: int) -> float:
+    return (devices - 1) / devices
 
 
 def _divisors(n: int) -> list[int]:
