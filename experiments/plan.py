@@ -9,6 +9,7 @@ nothing runs. A table is printed; plan.json and memory.png (bytes of a device ov
 Topologies: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, cpu:8; v5p:8x8x8*2 is two slices.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -255,7 +256,9 @@ def write(made: Plan, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(made.as_dict(), indent=2) + "\n")
     constant = {k: n for k, n in made.bytes.items() if k not in ("gradients", "activations") and n}
-    draw(made.points, constant, out / "memory.png", memory=made.memory, title=f"A device of {made.topology}")
+    has = f", which has {made.memory / 2**30:.0f} GiB" if made.memory else ""
+    title = f"A device of {made.topology}{has}"
+    draw(made.points, constant, out / "memory.png", memory=made.memory, title=title)
 
 
 def main(argv: list[str]) -> None:
@@ -269,7 +272,8 @@ def main(argv: list[str]) -> None:
     try:
         check_config(config)
         if TOPOLOGY.value.startswith("cpu:") and TOPOLOGY.value[4:].isdigit():
-            jax.config.update("jax_num_cpu_devices", int(TOPOLOGY.value[4:]))
+            with contextlib.suppress(RuntimeError):  # JAX has its devices; `topology` says if they are too few
+                jax.config.update("jax_num_cpu_devices", int(TOPOLOGY.value[4:]))
         system = topology(TOPOLOGY.value)
         say = Progress()
         if SEARCH.value:

@@ -180,31 +180,29 @@ def draw(
       points: of `timeline`.
       constant: bytes that are there all the time, by kind, such as {"params": ...}.
       path: of the picture.
-      memory: bytes that the device has, a line in the picture; None draws none.
+      memory: bytes that the device has, a line in the picture if half of them are used; None draws none.
       title: above it.
     """
     import matplotlib.figure
 
     gib = 2**30
+    peak = max(points, key=lambda p: p.total)
+    height = peak.total + sum(constant.values())
+    seen = {name: size for name, size in constant.items() if size >= 0.01 * height}
+    seen["other arguments and results"] = sum(constant.values()) - sum(seen.values())
+    rows = {name: [size / gib] * len(points) for name, size in seen.items() if size}
+    rows |= {f"temporaries: {name}": [p.bytes[name] / gib for p in points] for name in PHASES}
     figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    at = range(len(points))
-    rows = {name: [size / gib] * len(points) for name, size in constant.items()}
-    rows |= {f"temporaries: {name}": [p.bytes[name] / gib for p in points] for name in PHASES}
-    axes.stackplot(at, *rows.values(), labels=rows.keys(), step="post", linewidth=0)
-    most = max(at, key=lambda i: points[i].total)
-    height = (points[most].total + sum(constant.values())) / gib
-    axes.plot([most], [height], "kv")
-    axes.annotate(
-        f"{height:.2f} GiB at {points[most].name}",
-        (most, height),
-        (0, 6),
-        textcoords="offset points",
-        ha="center",
-    )
-    if memory:
+    axes.stackplot(range(len(points)), *rows.values(), labels=rows.keys(), step="post", linewidth=0)
+    at = points.index(peak)
+    axes.plot([at], [height / gib], "kv")
+    words = f"{height / gib:.3g} GiB at {peak.name}"
+    axes.annotate(words, (at, height / gib), (0, 7), textcoords="offset points", ha="center")
+    axes.set_ylim(0, 1.15 * height / gib)
+    if memory and memory < 2 * height:
         axes.axhline(memory / gib, color="k", linestyle="--", linewidth=1, label="the device's memory")
+        axes.set_ylim(0, 1.1 * max(1.05 * height, memory) / gib)
     axes.set(xlabel="instructions in order, one trip of each loop", ylabel="GiB a device", title=title)
-    axes.set_ylim(0, 1.12 * max(height, memory / gib if memory else 0))
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     figure.savefig(path, dpi=110)

@@ -3,16 +3,21 @@
 import importlib.util
 import json
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import app
+from absl.testing import flagsaver
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import experiments.plan
 import frugax
 from experiments.configs.lm import quickstart
 from experiments.plan import plan_config, write
+from experiments.trainer.flags import parse
 from frugax import planner
 from frugax.planner import program, timeline, timing
 from tests.devices import run_on_eight_devices
@@ -245,3 +250,42 @@ def test_a_config_is_planned_and_written(tmp_path):
 @pytest.mark.full
 def test_a_config_is_planned_over_eight_devices():
     run_on_eight_devices("tests.planner.plan_calls")
+
+
+@pytest.mark.full
+@pytest.mark.deviceless
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_the_command_finds_a_mesh(capsys, monkeypatch, tmp_path):
+    """A search over v5e:2x2 ranks meshes by a model, compiles the best, prints and writes it."""
+    monkeypatch.setattr(experiments.plan, "CANDIDATES", 1)
+    config = "--config=experiments/configs/lm/quickstart.py:smoke"
+    flags = ["--topology=v5e:2x2", "--search", "--config.batch_size=8", f"--out={tmp_path}"]
+    with flagsaver.flagsaver(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ml_collections loads configs in a way that Python deprecates
+        left = parse(["plan", config, *flags])
+        experiments.plan.main(left)
+    printed = capsys.readouterr().out
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert math.prod(made["mesh"].values()) == 4
+    assert "meshes fit by the model of them" in printed
+    assert f"predicted MFU {made['mfu']:.1%}" in printed
+
+
+def test_the_command_says_what_is_wrong():
+    config = "--config=experiments/configs/lm/quickstart.py:smoke"
+    for flags, said in (
+        (
+            [config, "--topology=v9:2x2"],
+            "experiments.plan: topology: got 'v9:2x2'; expected such as v5e:16x16",
+        ),
+        ([config], "--topology is missing"),
+        (
+            [config, "--topology=cpu:1", "--search"],
+            "topology: got cpu:1; expected TPUs or GPUs to search for",
+        ),
+    ):
+        with flagsaver.flagsaver(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            left = parse(["plan", *flags])
+            with pytest.raises((SystemExit, app.UsageError), match=said):
+                experiments.plan.main(left)
