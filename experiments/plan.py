@@ -272,7 +272,7 @@ def main(argv: list[str]) -> None:
     try:
         check_config(config)
         if TOPOLOGY.value.startswith("cpu:") and TOPOLOGY.value[4:].isdigit():
-            with contextlib.suppress(RuntimeError):  # JAX has its devices; `topology` says if they are too few
+            with contextlib.suppress(RuntimeError):  # it has devices; `topology` says if too few
                 jax.config.update("jax_num_cpu_devices", int(TOPOLOGY.value[4:]))
         system = topology(TOPOLOGY.value)
         say = Progress()
