@@ -18,23 +18,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from frugax.kernels.common.chips import GPUS, SHARED_MEMORY
+from frugax.kernels.common.chips import target_config
 
-_CHIP = GPUS["H200"]
-# A GpuTargetConfigProto: what XLA asks a driver about the chip.
-H200 = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {SHARED_MEMORY} shared_memory_per_core: 233472
-  core_count: {_CHIP.processors} fpus_per_core: 128
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {_CHIP.bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: {_CHIP.clock / 1e9}
-  device_memory_size: 151397597184
-  cuda_compute_capability {{ major: 9 }}
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "H200"
-"""
+H200 = target_config("h200")
 
 
 @dataclasses.dataclass(frozen=True)

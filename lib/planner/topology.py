@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from ..kernels.common.chips import DEVICES, GPUS, SHARED_MEMORY, Device
+from ..kernels.common.chips import DEVICES, Device, target_config
 
 # libtpu must neither look for chips nor for other processes that hold them. Read when it is first loaded.
 _LIBTPU = {
@@ -29,7 +29,6 @@ EXAMPLES = {
     "h200": "h200:8",
     "cpu": "cpu:8",
 }
-_GPU_NAMES = {"h100": "H100 SXM", "h200": "H200"}
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,8 @@ def topology(name: str) -> Topology:
     if chip == "cpu":
         devices = _cpu_devices(name, shape, slices)
         return Topology(name, "cpu", None, slices, devices)
-    if chip in _GPU_NAMES:
-        return Topology(name, "cuda", DEVICES[chip], slices, _gpus(name, _GPU_NAMES[chip], shape, slices))
+    if chip in ("h100", "h200"):
+        return Topology(name, "cuda", DEVICES[chip], slices, _gpus(name, chip, shape, slices))
     return Topology(name, "tpu", DEVICES[chip], slices, _tpus(name, f"{chip}:{shape}", slices))
 
 
@@ -173,32 +172,3 @@ def _cpu_devices(name: str, shape: str, slices: int) -> tuple[Any, ...]:
             f"--xla_force_host_platform_device_count={count} before Python starts"
         )
     return tuple(devices[:count])
-
-
-def target_config(chip: str) -> str:
-    """A GpuTargetConfigProto in text: what XLA asks a driver about a Hopper GPU.
-
-    Args:
-      chip: "H100 SXM" or "H200".
-
-    Example:
-        >>> from frugax.planner.topology import target_config
-        >>> "core_count: 132" in target_config("H200")
-        True
-    """
-    gpu = GPUS[chip]
-    memory = {"H100 SXM": 85_017_755_648, "H200": 151_397_597_184}[chip]
-    return f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {SHARED_MEMORY} shared_memory_per_core: 233472
-  core_count: {gpu.processors} fpus_per_core: 128
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {gpu.bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: {gpu.clock / 1e9}
-  device_memory_size: {memory}
-  cuda_compute_capability {{ major: 9 }}
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-device_description_str: "{chip.split()[0]}"
-"""

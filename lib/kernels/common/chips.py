@@ -87,3 +87,31 @@ WARPGROUP = 128  # threads that a wgmma instruction is issued by
 # Programs that count as filling a GPU: as many as the smallest of the three has processors. 128, a common
 # batch times heads, fills 132 well enough.
 PROCESSORS = min(gpu.processors for gpu in GPUS.values())
+
+
+def target_config(chip: str) -> str:
+    """A GpuTargetConfigProto in text: what XLA asks a driver about a GPU; without one it compiles by this.
+
+    Args:
+      chip: "h100" or "h200".
+
+    Example:
+        >>> from frugax.kernels.common.chips import target_config
+        >>> "core_count: 132" in target_config("h200")
+        True
+    """
+    gpu, device = GPUS[{"h100": "H100 SXM", "h200": "H200"}[chip]], DEVICES[chip]
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {SHARED_MEMORY} shared_memory_per_core: 233472
+  core_count: {gpu.processors} fpus_per_core: 128
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {gpu.bandwidth:.0f} l2_cache_size: 52428800 clock_rate_ghz: {gpu.clock / 1e9}
+  device_memory_size: {device.memory}
+  cuda_compute_capability {{ major: 9 }}
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{chip.upper()}"
+"""
