@@ -161,7 +161,7 @@ def _inside(
     """Yield (instruction, its computation, whether its result is sliced at once) of `x` or of its fusion."""
     if x.opcode.removesuffix("-start") in KINDS:
         yield x, computation, False
-    elif x.opcode == "fusion":
+    elif x.opcode in ("fusion", "async-start"):
         for name in x.called("calls"):
             fused = program.computations[name]
             for y in fused.instructions.values():

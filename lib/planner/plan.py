@@ -26,6 +26,7 @@ class Plan:
         "activations", "outputs" that take no argument's place, and "padding" that the compiler adds to
         arguments. Their sum is `total`.
       code: bytes of the program itself, where that is in the device's memory.
+      host: bytes in the memory of the device's host: what is offloaded.
       memory: bytes that the device has; None for CPUs.
       model_flops: operations that the model needs, on all devices; 0 where none were given.
       executed_flops: operations of the program: recomputation, the optimizer and the rest included.
@@ -41,6 +42,7 @@ class Plan:
     devices: int
     bytes: dict[str, int]
     code: int
+    host: int
     memory: int | None
     model_flops: int
     executed_flops: int
@@ -75,6 +77,7 @@ class Plan:
             "bytes_per_device": self.bytes,
             "total_bytes": self.total,
             "code_bytes": self.code,
+            "host_bytes": self.host,
             "memory_bytes": self.memory,
             "fits_with_a_tenth_to_spare": self.fits(),
             "model_flops": self.model_flops,
@@ -96,6 +99,7 @@ class Plan:
         of = "" if self.memory is None else f"   of {self.memory / gib:.1f}"
         lines += [f"  {'total':<24}{self.total / gib:>10.3f}{of}"]
         lines += [f"  {'the program':<24}{self.code / gib:>10.3f}"] if self.code else []
+        lines += [f"  {'offloaded to the host':<24}{self.host / gib:>10.3f}"] if self.host else []
         lines += ["", "MB a device sends in a step"]
         for (axes, kind), n in sorted(self.collectives.items()):
             lines.append(f"  {kind + ' over ' + '+'.join(axes):<44}{n / 1e6:>10.2f}")
@@ -213,6 +217,10 @@ def plan(
         devices=mesh.size,
         bytes=by_kind,
         code=said.generated_code_size_in_bytes if topology.platform == "tpu" else 0,
+        host=said.host_argument_size_in_bytes
+        + said.host_output_size_in_bytes
+        - said.host_alias_size_in_bytes
+        + said.host_temp_size_in_bytes,
         memory=chip.memory if chip else None,
         model_flops=model_flops,
         executed_flops=executed.total if executed else 0,

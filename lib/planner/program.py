@@ -149,8 +149,8 @@ def _visits(program: Program, scope: "_Scope", times: int, exact: bool) -> Itera
             both = x.called("true_computation") + x.called("false_computation")
             for name in x.called("branch_computations") or both:
                 yield from _visits(program, _Scope(program.computations[name]), times, False)
-        elif x.opcode in ("call", "async-start"):
-            for name in x.called("to_apply") or x.called("calls"):
+        elif x.opcode == "call":
+            for name in x.called("to_apply"):
                 inner = _Scope(program.computations[name], scope, x, program)
                 yield from _visits(program, inner, times, exact)
 

@@ -78,6 +78,51 @@ def test_a_loop_that_ends_by_data_counts_once_and_says_so():
     assert (one.times, one.exact) == (1, False)
 
 
+WRAPPED = """%scatter (i: f32[8,4]) -> f32[2,4] {
+  %i = f32[8,4] parameter(0)
+  %r = f32[8,4] all-reduce(%i), replica_groups={{0,1,2,3}}, to_apply=%sum
+  %z = s32[] constant(0)
+  ROOT %d = f32[2,4] dynamic-slice(%r, %z, %z), dynamic_slice_sizes={2,4}
+}
+%begin (i.1: f32[2,4]) -> (f32[2,4], f32[8,4], u32[]) {
+  %i.1 = f32[2,4] parameter(0)
+  %g = f32[8,4] all-gather(%i.1), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="7"}
+  ROOT %b = (f32[2,4], f32[8,4], u32[]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%beside (i.2: f32[2,4], j.2: f32[8,4]) -> (f32[8,4], f32[8,4]) {
+  %i.2 = f32[2,4] parameter(0)
+  %j.2 = f32[8,4] parameter(1)
+  %g.2 = f32[8,4] all-gather(%i.2), replica_groups=[1,4]<=[4], frontend_attributes={chain_id="7"}
+  %k.2 = f32[8,4] tanh(%j.2)
+  ROOT %t.2 = (f32[8,4], f32[8,4]) tuple(%g.2, %k.2)
+}
+%apart (i.3: f32[8,4]) -> f32[8,4] {
+  %i.3 = f32[8,4] parameter(0)
+  ROOT %a.3 = f32[8,4] all-to-all(%i.3), replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4] parameter(0)
+  %s = f32[2,4] fusion(%x), kind=kCustom, calls=%scatter
+  %b.1 = (f32[2,4], f32[8,4], u32[]) fusion(%s), kind=kCustom, calls=%begin
+  %f = (f32[8,4], f32[8,4]) fusion(%s, %x), kind=kOutput, calls=%beside
+  %y = f32[8,4] get-tuple-element(%f), index=0
+  %q = ((f32[8,4]), f32[8,4]) async-start(%y), calls=%apart
+  ROOT %w = f32[8,4] async-done(%q)
+}
+"""
+
+
+def test_collectives_inside_fusions_count_once():
+    """An all-reduce of which a slice is kept, one gather carried on by two fusions, and one begun apart."""
+    found = hlo.collectives(WRAPPED, {"a": 2, "b": 2})
+    assert [(c.kind, c.payload_bytes, c.axes, c.asynchronous) for c in found] == [
+        ("reduce-scatter", 128, ("a", "b"), False),
+        ("all-gather", 128, ("a", "b"), True),
+        ("all-to-all", 128, ("b",), True),
+    ]
+    assert [c.wire_bytes for c in found] == [96, 96, 64]
+
+
 def test_sizes_and_bad_text():
     assert nbytes("(bf16[3,5]{1,0:T(8,128)(2,1)S(1)}, u32[], f8e4m3fn[7], s4[3], token[])") == 30 + 4 + 7 + 2
     with pytest.raises(ValueError, match=r"text: got 'func'\.\.\.; expected compiled\.as_text\(\)"):
