@@ -9,10 +9,12 @@ itself; so it is inside a caller's `shard_map` over "sequence", where each shard
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import AxisType
 
@@ -85,14 +87,10 @@ def over_time(
         shapes = {name: x.shape for name, x in arrays.items()}
         sizes = sizes_of(rows.values(), shapes.values(), ("b", heads, "t"))
         for name, row in rows.items():
-            if "t" in row and arrays[name].shape[row.index("t")] % mesh.shape[SEQUENCE]:
-                raise ValueError(
-                    f"{name}: got {arrays[name].shape[row.index('t')]} tokens; expected a multiple of "
-                    f"{mesh.shape[SEQUENCE]}, the devices of the mesh axis {SEQUENCE!r}"
-                )
-        batch = tuple(axis for axis in BATCH_AXES if axis in free)
-        while not divides(batch, sizes["b"], mesh.shape):
-            batch = batch[:-1]
+            tokens = arrays[name].shape[row.index("t")] if "t" in row else 0
+            if tokens % mesh.shape[SEQUENCE]:
+                raise ValueError(_too_few(name, tokens, mesh.shape[SEQUENCE]))
+        batch = _that_divide(max(sizes["b"]), mesh)
         tensor = (TENSOR,) if TENSOR in free and divides((TENSOR,), sizes[heads], mesh.shape) else ()
         split = {"b": batch, heads: tensor, "t": (SEQUENCE,)}
         names, tree = jax.tree.flatten(results)
@@ -108,6 +106,58 @@ def over_time(
         return placed(arrays)
 
     return call
+
+
+def shards_as_rows(x: Array) -> Array:
+    """x [B, T, ...] with each of P shards of time a row of its own, [B * P, T / P, ...], where it lies.
+
+    For layers that treat all tokens alike. Rows come by the batch's devices, then by those of time.
+    """
+    shards = time_shards()
+    if shards == 1:
+        return x
+    (B, T), batch = x.shape[:2], _batch_devices(x.shape[0])
+    if T % shards:
+        raise ValueError(_too_few("x", T, shards))
+    x = x.reshape(batch, B // batch, shards, T // shards, *x.shape[2:])
+    return jnp.swapaxes(x, 1, 2).reshape(B * shards, T // shards, *x.shape[4:])
+
+
+def rows_as_shards(y: Array) -> Array:
+    """The inverse of `shards_as_rows`."""
+    shards = time_shards()
+    if shards == 1:
+        return y
+    B, T = y.shape[0] // shards, y.shape[1]
+    batch = _batch_devices(B)
+    y = y.reshape(batch, shards, B // batch, T, *y.shape[2:])
+    return jnp.swapaxes(y, 1, 2).reshape(B, shards * T, *y.shape[4:])
+
+
+def token_axes(*others: str) -> tuple[str, ...]:
+    """Name the axes of the mesh in context that split rows or time, and `others`, in the mesh's order."""
+    mesh = jax.sharding.get_abstract_mesh()
+    wanted = {*BATCH_AXES, *others, *((SEQUENCE,) if time_shards() > 1 else ())}
+    return tuple(axis for axis in mesh.axis_names if axis in wanted)
+
+
+def _batch_devices(rows: int) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = _that_divide(rows, mesh)
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _that_divide(rows: int, mesh: Any) -> tuple[str, ...]:
+    """The axes of the batch, without the last ones as long as they don't divide the rows."""
+    axes = tuple(axis for axis in BATCH_AXES if axis in _automatic(mesh))
+    while rows % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
+
+
+def _too_few(name: str, tokens: int, shards: int) -> str:
+    expected = f"a multiple of {shards}, the devices of the mesh axis {SEQUENCE!r}"
+    return f"{name}: got {tokens} tokens; expected {expected}"
 
 
 def _split(

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import frugax
+from frugax.planner.hlo import collectives
 from tests.errors import assert_close
 
 MOE = {"experts": 8, "k": 2, "expand": 1}
@@ -33,6 +34,12 @@ def decoder(**options):
     return model, jax.random.randint(jax.random.key(0), (4, 6), 0, 11), loss
 
 
+def over_time(**options):
+    """A layer that drops nothing, its input, and its loss."""
+    model = frugax.layers.MoE(**MOE, **options)
+    return model, jax.random.normal(jax.random.key(0), (4, 6, 24)), lambda y, x: jnp.mean((y - x) ** 2)
+
+
 def check(make) -> None:
     """Losses, auxiliary ones too, gradients, and the dropped share, with rows of a batch spread."""
 
@@ -47,13 +54,18 @@ def check(make) -> None:
     one, x, loss = make()
     params = jax.jit(one.init)(jax.random.key(1), x)["params"]
     (value, summary), gradients = step(one, loss)(params, x)
-    split, _, _ = make(expert_axis=("expert", "tensor"))
-    mesh = frugax.parallel.make_mesh(data=2, expert=2, tensor=2)
+    last = "sequence" if make is over_time else None
+    axes = "expert", last or "tensor"
+    mesh = frugax.parallel.make_mesh(data=2, expert=2, **{axes[1]: 2})
+    split, _, _ = make(expert_axis=axes)
     with jax.set_mesh(mesh):
-        spread = jax.device_put(x, NamedSharding(mesh, P(frugax.parallel.BATCH_AXES)))
+        spread = jax.device_put(x, NamedSharding(mesh, P(frugax.parallel.BATCH_AXES, last)))
         compiled = step(split, loss).lower(params, spread).compile()
         (value_, summary_), gradients_ = compiled(params, spread)
     assert "all-to-all" in compiled.as_text()
+    if make is over_time:  # of other devices' tokens those for its experts, and at most the logits of all
+        gathered = [c.payload_bytes for c in collectives(compiled.as_text(), mesh) if c.kind == "all-gather"]
+        assert max(gathered, default=0) < x.nbytes, gathered
     assert_close((value_, gradients_), (value, gradients), "float32", times=2)
     for name in summary:
         np.testing.assert_allclose(summary_[name], summary[name], atol=1e-5, err_msg=name)
@@ -61,4 +73,4 @@ def check(make) -> None:
 
 
 if __name__ == "__main__":
-    check({"layer": layer, "decoder": decoder}[sys.argv[1]])
+    check({"layer": layer, "decoder": decoder, "over_time": over_time}[sys.argv[1]])

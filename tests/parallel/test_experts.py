@@ -29,7 +29,7 @@ def test_experts_over_devices_are_those_of_one(case):
     run_on_eight_devices("tests.parallel.expert_calls", *case)
 
 
-@pytest.mark.parametrize("case", ["layer", pytest.param("decoder", marks=pytest.mark.full)])
+@pytest.mark.parametrize("case", ["layer", "over_time", pytest.param("decoder", marks=pytest.mark.full)])
 def test_layers_over_a_mesh_are_those_of_one_device(case):
     run_on_eight_devices("tests.parallel.moe_layer_calls", case)
 

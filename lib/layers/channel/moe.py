@@ -16,7 +16,14 @@ from ...formats import QuantizedTensor
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import rows
 from ...moe.experts import Kernel
-from ...parallel.experts import experts_over_mesh
+from ...parallel.experts import as_tuple, experts_over_mesh
+from ...parallel.over_time import (
+    check_whole_rows,
+    refuse_split_time,
+    rows_as_shards,
+    shards_as_rows,
+    token_axes,
+)
 from ..modules.inputs import check_input
 from ..modules.packed import matrix_param
 from .mlp import GLU, MLP, activation_fn
@@ -57,8 +64,9 @@ class MoE(nn.Module):
       remat: compute the experts again in the backward pass instead of keeping their hidden values.
       expert_axis: axes of `jax.set_mesh`'s mesh that experts are split over: tokens travel to them and back
         (`frugax.parallel.experts_over_mesh`), by "sort", or by "gather", which drops what it drops on one
-        device. Packed experts are not split. Without a mesh all experts are here. None: the compiler does
-        what the experts' sharding asks for.
+        device; where devices share the time axis, a capacity is for tokens in the order of devices. Packed
+        experts are not split. Without a mesh all experts are here. None: the compiler does what the experts'
+        sharding asks for.
       dtype, param_dtype, out_scale, backend: as in `Mixer`. The router's parameters are float32.
 
     Args of the call:
@@ -138,10 +146,17 @@ class MoE(nn.Module):
         check_input(x, segment_ids)
         self._check()
         x = x if self.dtype is None else x.astype(self.dtype)
+        rows(x.shape[:2], segment_ids, lengths)  # checks them
+        self._check_time(lengths, routing)
+        x = shards_as_rows(x)
+        segment_ids, router_input, logits, next_logits, token_ids = (
+            None if y is None else shards_as_rows(y)
+            for y in (segment_ids, router_input, logits, next_logits, token_ids)
+        )
         B, T, D = x.shape
-        rows((B, T), segment_ids, lengths)  # checks them
         tokens = tokens_of((B, T), segment_ids, lengths, token_ids)
         flat = x.reshape(-1, D)
+        in_order = lambda y: rows_as_shards(y.reshape(B, T, *y.shape[1:])).reshape(y.shape)  # noqa: E731
         if routing is None:
             router = Router(
                 self.experts, self.k, self.router, _pairs(self.router_args), self.jitter, self.tasks,
@@ -153,10 +168,10 @@ class MoE(nn.Module):
             given = None if logits is None else logits.reshape(B * T, -1)
             routing, scores = router(reads.reshape(B * T, -1), tokens, logits=given, task=task)
             if isinstance(routing, moe.Routing) and (logits is not None or router_input is not None):
-                self._sow("chosen", routing.indices)  # known early: what to fetch
+                self._sow("chosen", in_order(routing.indices))  # known early: what to fetch
             if next_logits is not None and self.is_mutable_collection("moe"):
                 ahead, _ = router(flat, tokens, logits=next_logits.reshape(B * T, -1))
-                self._sow("announced", ahead.indices)
+                self._sow("announced", in_order(ahead.indices))
         else:
             scores = None
 
@@ -170,7 +185,7 @@ class MoE(nn.Module):
             lost = lost if tokens.mask is None else lost & tokens.mask
             y = jnp.where(lost[:, None], jnp.nan, y)
         self._report(routing, dropped, B * T if tokens.mask is None else jnp.sum(tokens.mask))
-        return y.reshape(B, T, D)
+        return rows_as_shards(y.reshape(B, T, D))
 
     def _mix(self, x: Array, routing: moe.Routing | moe.SoftRouting) -> tuple[Array, Array]:
         """Send tokens x [B * T, D] to experts and back; and the share of assignments that were dropped."""
@@ -222,10 +237,17 @@ class MoE(nn.Module):
             lambda kernels, rows, sizes: apply(rows, kernels, sizes),
             kernels,
             axis_name=self.expert_axis,
+            token_axes=token_axes(*as_tuple(self.expert_axis)),
             capacity=self.capacity,
             key=self.make_rng("router") if self.dispatch == "gather" and self.has_rng("router") else None,
         )
         return y, load.dropped
+
+    def _check_time(self, lengths: Array | None, routing: Any) -> None:
+        """Raise ValueError for what needs whole rows, where devices share the time axis."""
+        check_whole_rows(lengths=lengths, routing=routing)
+        if self.router == "relu_route":
+            refuse_split_time("MoE", "the losses of router 'relu_route' compare neighbours")
 
     def _shared(self) -> nn.Module:
         kind: Any = EXPERTS[self.expert]
