@@ -13,3 +13,35 @@ def memory_estimators() -> str:
     head = ["", "estimator", "median error, %", "largest, %", "median with its sign, %"]
     about = f"{result['held_out']} of {result['configs_of_a_family']} configs a family held out"
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def frontier_terms() -> str:
+    """Tabulate bytes by the cost model beside those of compiled programs."""
+    result, rows = read("frontier"), []
+    for mesh, terms in result["compared"].items():
+        rows += [
+            [mesh, name, f"{r['model']:,.0f}", f"{r['compiled']:,.0f}"]
+            for name, r in terms.items()
+            if r["model"] or r["compiled"]
+        ]
+    head = ["mesh", "bytes of a device", "model", "compiled"]
+    return f"{plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def frontier_trends() -> str:
+    """Tabulate shares of the peak as one size of a configuration changes."""
+    rows = [
+        [name, ", ".join(f"{size}: {100 * share:.0f}" for size, share in shares.items())]
+        for name, shares in read("frontier")["trends"].items()
+    ]
+    return table(["22B on 64 dies", "bound of the share of the peak, %"], rows)
+
+
+def frontier_best() -> str:
+    """Tabulate the configurations that the search chooses."""
+    axes = ("pipeline", "data", "fsdp", "tensor", "microbatch")
+    rows = [
+        [name, r["dies"], *(r[axis] for axis in axes), r["GB"], f"{100 * r['share_of_peak']:.0f}"]
+        for name, r in read("frontier")["best"].items()
+    ]
+    return table(["", "dies", *axes, "GB a die", "bound of the share of the peak, %"], rows)

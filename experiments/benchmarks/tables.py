@@ -531,6 +531,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/results/planning.md": {
         "memory_estimators": planning.memory_estimators,
+        "frontier_terms": planning.frontier_terms,
+        "frontier_trends": planning.frontier_trends,
+        "frontier_best": planning.frontier_best,
     },
     "docs/results/formats.md": {
         "formats": formats,
