@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import frugax
+from experiments.configs.defaults import defaults
+from experiments.trainer.parallel import make_layout
 from frugax.layers.block import mixer_names
 from frugax.parallel import over_time
 from tests.devices import run_on_eight_devices
@@ -30,6 +32,29 @@ def test_a_few_mixers_split_over_time_and_rows():
 @pytest.mark.parametrize("name", sorted({*mixer_names(), "RWKVChannel"} - NO_FORM))
 def test_every_mixer_splits_over_time(name, sizes):
     run_on_eight_devices(CALLS, name, json.dumps(sizes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "block"),
+    [
+        ({"data": 2, "sequence": 4}, "dense"),
+        pytest.param({"fsdp": 2, "sequence": 2, "tensor": 2}, "dense", marks=pytest.mark.full),
+        pytest.param({"expert": 2, "sequence": 4}, "experts", marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_steps_of_the_trainer_are_those_of_one_device(sizes, block):
+    run_on_eight_devices("tests.parallel.layout_calls", "adamw", json.dumps(sizes), block)
+
+
+def test_rows_that_devices_do_not_divide_are_named():
+    config = defaults()
+    config.mesh.data, config.mesh.sequence, config.data.sequence_length = 1, 2, 511
+    devices = jax.devices()[:1] * 2  # no program runs on them
+    with pytest.raises(
+        ValueError, match=r"data.sequence_length: got 511; expected a multiple of mesh.sequence=2"
+    ):
+        make_layout(config, devices)
 
 
 def test_without_a_sequence_axis_an_operation_is_its_kernel():
