@@ -33,6 +33,7 @@ from experiments.trainer.lock import locked
 from experiments.trainer.metrics import Metrics
 from experiments.trainer.optimizers import check_optimizer, make_optimizer, schedule
 from experiments.trainer.parallel import make_layout
+from experiments.trainer.pipeline import make_pipeline
 from experiments.trainer.processes import check_same_everywhere, ends_at_once, join_processes
 from experiments.trainer.report import report
 from experiments.trainer.runs import build_model, shapes_of
@@ -153,6 +154,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
                 axis_name=layout.axis_name,
                 place_grads=layout.place_grads,
                 loss_tiles=config.memory.loss_tiles,
+                pipeline=make_pipeline(config, module),
             )
             with Sigterm() as sigterm:
                 state, done, times = run_steps(

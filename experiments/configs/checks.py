@@ -91,6 +91,8 @@ TRAINING = {
         f"mesh.{axis}": integer(1, also=-1)
         for axis in ("slice", "data", "fsdp", "expert", "sequence", "tensor")
     },
+    "mesh.pipeline": integer(1),
+    "pipeline.chunks": integer(1),
     "mesh.zero": one_of(0, 1, 2, 3),
     "distributed.enabled": SWITCH,
     "distributed.coordinator": TEXT,

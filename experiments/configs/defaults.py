@@ -25,8 +25,12 @@ def defaults() -> ConfigDict:
     config.mesh.fsdp = 1  # rows of a batch, and what `zero` says
     config.mesh.expert = 1  # rows of a batch, and the experts of MoE layers with expert_axis="expert"
     config.mesh.sequence = 1  # the tokens of a row, for rows of many; see docs/how-to/parallel.md
+    config.mesh.pipeline = 1  # stages of layers; the parts that `accumulate` makes go through one by one
     config.mesh.tensor = 1  # each matrix
     config.mesh.zero = 3  # over fsdp: 1 the optimizer's state, 2 gradients too, 3 params too; 0 nothing
+
+    config.pipeline = ConfigDict()
+    config.pipeline.chunks = 1  # parts of the depth on each stage, by turns: less idle time, more messages
 
     config.distributed = ConfigDict()  # several processes; on TPU pods and Slurm `enabled` is enough
     config.distributed.enabled = False

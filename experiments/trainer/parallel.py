@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.trainer.state import TrainState
-from frugax.parallel import BATCH_AXES, make_mesh, shardings, state_shardings
+from frugax.parallel import AXES, BATCH_AXES, make_mesh, shardings, state_shardings
 
 AXIS = "data"  # of pmap
 
@@ -44,7 +44,7 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
         cut as the mesh says (from `create` and `abstract`).
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {name: config.mesh[name] for name in ("slice", "data", "fsdp", "expert", "sequence", "tensor")}
+    sizes = {name: config.mesh[name] for name in AXES}
     given = math.prod(size for size in sizes.values() if size != -1)
     wanted = given if -1 not in sizes.values() else given * max(len(devices) // given, 1)
     if wanted > len(devices) or (wanted != len(devices) and jax.process_count() > 1):
@@ -69,7 +69,7 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
             raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
         if rows != wanted or mesh.shape["fsdp"] > 1:
             raise ValueError(
-                "parallel: got 'pmap'; expected 'jit' for mesh.fsdp, sequence or tensor above 1"
+                "parallel: got 'pmap'; expected 'jit' for mesh.fsdp, pipeline, sequence or tensor above 1"
             )
         return _pmap(devices[:wanted], config.batch_size)
     raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' or 'pmap'")

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 import frugax
+from experiments.trainer.pipeline import check_collections
 
 
 class TrainState(NamedTuple):
@@ -53,6 +54,7 @@ def make_train_step(
     axis_name: str | None = None,
     place_grads: Callable[[Any], Any] = lambda grads: grads,
     loss_tiles: int = 1,
+    pipeline: Callable[..., tuple[Array, dict[str, Array], Any]] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Build the function that takes one optimizer step.
 
@@ -68,6 +70,7 @@ def make_train_step(
       axis_name: the axis that `jax.pmap` maps over; None where the compiler sees the whole batch.
       place_grads: says to the compiler where gradients belong (`Layout.place_grads`).
       loss_tiles: as in `token_losses`.
+      pipeline: computes loss, report and gradients of all parts, over stages of layers (`make_pipeline`).
 
     Returns:
       step(state, batch) -> (state, metrics). The batch is what `experiments.data.make_loader` yields. The
@@ -107,7 +110,7 @@ def make_train_step(
             loss, report, collections = aux
             return (loss, report, _widened(grads)), collections
 
-        if accumulate == 1:
+        if accumulate == 1 and pipeline is None:
             sums, collections = loss_and_gradient(state.collections, batch, rng)
         else:
             # Every accumulate-th row is one part, so that each part stays spread over all devices.
@@ -115,6 +118,10 @@ def make_train_step(
                 lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch)
             )
             keys = jax.random.split(rng, accumulate)
+        if pipeline is not None:
+            check_collections(state.collections)
+            sums, collections = pipeline(state.params, parts, keys, total_weight), {}
+        elif accumulate > 1:
             first = jax.tree.map(lambda x: x[0], parts)
             shapes, _ = jax.eval_shape(loss_and_gradient, state.collections, first, keys[0])
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

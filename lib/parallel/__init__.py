@@ -7,6 +7,7 @@ from .collective_matmul import all_gather_matmul, matmul_reduce_scatter, overlap
 from .experts import ExpertLoad, expert_parallel, expert_parallel_bytes, experts_over_mesh
 from .mesh import AXES, BATCH_AXES, make_mesh
 from .mesh_matmul import MeshCost, folded_ring, mesh_cost, mesh_gemm, mesh_gemv
+from .pipeline import Pipelined, Slots, pipeline_gradients, pipeline_slots
 from .placement import expert_parallel_with_copies, plan_placement, route_to_copies
 from .rules import RULES, shardings, state_shardings, table
 from .schedules import Timeline, pipeline_schedule, pipeline_timeline
@@ -19,6 +20,8 @@ __all__ = [
     "RULES",
     "ExpertLoad",
     "MeshCost",
+    "Pipelined",
+    "Slots",
     "Timeline",
     "all_gather_matmul",
     "causal_conv1d",
@@ -37,7 +40,9 @@ __all__ = [
     "mesh_gemm",
     "mesh_gemv",
     "overlapped_seconds",
+    "pipeline_gradients",
     "pipeline_schedule",
+    "pipeline_slots",
     "pipeline_timeline",
     "place_activations",
     "plan_placement",

@@ -17,7 +17,7 @@ RULES: Rules = {
     "heads": "tensor",
     "mlp": "tensor",
     "experts": "expert",
-    "layers": None,
+    "layers": "pipeline",
     "embed": None,
 }
 SMALLEST = 4096  # numbers: an array below is on every device, since gathering it costs more than it saves
@@ -49,7 +49,7 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, z
         >>> mesh = frugax.parallel.make_mesh()
         >>> placed = frugax.parallel.shardings(params, mesh)
         >>> tuple(placed["layers"]["block_0"]["channel"]["out"]["kernel"].spec)
-        (None, 'tensor', None)
+        ('pipeline', 'tensor', None)
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, _spec(_text(path), x.shape, mesh, rules, zero)), params

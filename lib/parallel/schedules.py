@@ -35,7 +35,9 @@ class Timeline(NamedTuple):
     starts: tuple[tuple[float, ...], ...]
 
 
-def pipeline_schedule(stages: int, microbatches: int, *, chunks: int = 1) -> tuple[tuple[Task, ...], ...]:
+def pipeline_schedule(
+    stages: int, microbatches: int, *, chunks: int = 1, in_step: bool = False
+) -> tuple[tuple[Task, ...], ...]:
     """Order the tasks of each device: one forward, one backward (1F1B), interleaved with several chunks.
 
     A device first takes as many forward passes as fill the pipeline behind it, then one forward and one
@@ -48,6 +50,9 @@ def pipeline_schedule(stages: int, microbatches: int, *, chunks: int = 1) -> tup
       stages: devices P of the pipeline.
       microbatches: parts of a batch, M.
       chunks: v. With more than one, M is a multiple of P.
+      in_step: device r of one chunk takes 2 (P - 1 - r) passes ahead, where P - 1 - r fill the pipeline by
+        the clock. Devices that exchange messages at the same moments, as those of `pipeline_gradients` do,
+        then never wait: a message and its answer take two moments a stage. With chunks it is always so.
 
     Returns:
       For each device its tasks in order.
@@ -81,7 +86,7 @@ def pipeline_schedule(stages: int, microbatches: int, *, chunks: int = 1) -> tup
 
     devices = []
     for rank in range(P):
-        ahead = P - 1 - rank if v == 1 else 2 * (P - 1 - rank) + (v - 1) * P
+        ahead = P - 1 - rank if v == 1 and not in_step else 2 * (P - 1 - rank) + (v - 1) * P
         ahead = min(ahead, M * v)
         order = [task("forward", n) for n in range(ahead)]
         for n in range(M * v - ahead):
@@ -124,7 +129,7 @@ def pipeline_timeline(
 
     def ready(rank: int, task: Task) -> float | None:
         """When the task's input is there; None: not known yet."""
-        before = _before(rank, task, P, v)
+        before = task_before(rank, task, P, v)
         if before is None:
             return 0.0
         other, _ = before
@@ -154,7 +159,7 @@ def pipeline_timeline(
     )
 
 
-def _before(rank: int, task: Task, devices: int, chunks: int) -> tuple[int, Task] | None:
+def task_before(rank: int, task: Task, devices: int, chunks: int) -> tuple[int, Task] | None:
     """The task that makes another's input: that of the layers before it, or behind it going backward."""
     direction, chunk, _ = task
     if direction == "forward":

@@ -46,11 +46,11 @@ def test_places_follow_the_rules():
     shapes = {"layers": {"block_0": {"channel": {"out": {"kernel": jnp.zeros((6, 64, 128))}}}}}
     of = lambda tree: tuple(jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "spec"))[0].spec)  # noqa: E731
     on = mesh(fsdp=2, tensor=2)
-    assert of(frugax.parallel.shardings(shapes, on)) == (None, "tensor", "fsdp")
-    assert of(frugax.parallel.shardings(shapes, on, zero=False)) == (None, "tensor", None)
+    assert of(frugax.parallel.shardings(shapes, on)) == ("pipeline", "tensor", "fsdp")
+    assert of(frugax.parallel.shardings(shapes, on, zero=False)) == ("pipeline", "tensor", None)
     rules = {"mlp": None, "embed": ("fsdp", "tensor")}
     assert of(frugax.parallel.shardings(shapes, on, rules)) == (None, None, ("fsdp", "tensor"))
-    assert "6 x 64 x 128  layers, mlp, embed  -, tensor, fsdp" in frugax.parallel.table(shapes, on)
+    assert "6 x 64 x 128  layers, mlp, embed  pipeline, tensor, fsdp" in frugax.parallel.table(shapes, on)
 
 
 def test_a_state_lies_as_its_params():
@@ -63,7 +63,9 @@ def test_a_state_lies_as_its_params():
         spread = 0
         for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
             spread += "fsdp" in place.spec
-            assert not place.spec or place.spec[0] is None or x.ndim < 3  # never over the layers
+            assert (
+                not place.spec or place.spec[0] in (None, "pipeline") or x.ndim < 3
+            )  # never over the layers
             assert x.size < 4096 or "fsdp" in place.spec, (x.shape, place.spec)
         assert spread >= 2
 

@@ -1,0 +1,144 @@
+"""Pipelines in one program: the numbers of one device, the slots of the paper, memory whatever M is."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import frugax
+from experiments.trainer.pipeline import make_pipeline
+from frugax.parallel import pipeline_schedule, pipeline_slots, pipeline_timeline
+from tests.devices import run_on_eight_devices
+from tests.parallel.pipeline_calls import batch_shapes, config_of, module_of, step_of
+
+SIZES = [(1, 3, 1), (2, 2, 1), (4, 8, 1), (4, 5, 1), (3, 1, 1), (2, 4, 2), (4, 8, 2), (4, 16, 4), (3, 6, 3)]
+CALLS = "tests.parallel.pipeline_calls"
+
+
+@pytest.mark.parametrize(("P", "M", "v"), SIZES)
+@pytest.mark.parametrize("in_step", [False, True])
+def test_slots_have_the_papers_bubble_and_hold_what_is_in_flight(P, M, v, in_step):
+    schedule = pipeline_schedule(P, M, chunks=v, in_step=in_step)
+    slots, held = pipeline_slots(schedule), pipeline_timeline(schedule).in_flight
+    for passes, direction in ((slots.forward, "forward"), (slots.backward, "backward")):
+        for rank, tasks in enumerate(schedule):
+            at = passes.active[:, rank]
+            found = list(zip(passes.chunk[at, rank], passes.microbatch[at, rank], strict=True))
+            assert found == [task[1:] for task in tasks if task.direction == direction]
+    assert slots.places <= max(held) * v  # the first rank's, who needs none for its first chunk
+    if in_step and (v > 1 or M > 1):
+        busy = slots.forward.active.any(1).sum(), slots.backward.active.any(1).sum()
+        assert busy == (v * M + P - 1,) * 2  # of v M: a bubble of (P - 1) / (v M), whatever a pass takes
+    if in_step and v == 1:
+        assert held == tuple(min(2 * (P - 1 - rank) + 1, M) for rank in range(P))
+
+
+def test_messages_wait_in_places_of_their_own():
+    """Replayed with names for arrays: each pass reads the message of its own stage and microbatch."""
+    for P, M, v in SIZES:
+        schedule = pipeline_schedule(P, M, chunks=v, in_step=True)
+        slots = pipeline_slots(schedule)
+        inputs = [[None] * slots.places for _ in range(P)]
+        gradients = [[None] * slots.gradient_places for _ in range(P)]
+        for s in range(len(slots.forward.active)):
+            for passes, kept, step in ((slots.forward, inputs, 1), (slots.backward, gradients, -1)):
+                sent = [None] * P
+                for r in range(P):
+                    if not passes.active[s, r]:
+                        continue
+                    number, m = int(passes.chunk[s, r]) * P + r, int(passes.microbatch[s, r])
+                    if number:
+                        assert inputs[r][passes.reads[s, r]] == (number, m)
+                    if step < 0 and number < v * P - 1:
+                        assert gradients[r][passes.reads_gradient[s, r]] == (number, m)
+                    sent[r] = (number + step, m)
+                for r in range(P):
+                    if passes.writes[s, r] >= 0:
+                        kept[r][passes.writes[s, r]] = sent[(r - step) % P]
+
+
+def test_a_pipeline_with_other_axes_trains_as_one_device_does():
+    """Two chunks on each of two stages, params and rows over fsdp, matrices over tensor, packed documents."""
+    mesh = {"pipeline": 2, "fsdp": 2, "tensor": 2}
+    run_on_eight_devices(CALLS, json.dumps(["attention", 2, 4, mesh, {}]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("block", "chunks", "accumulate", "mesh", "how"),
+    [
+        ("dense", 1, 1, {"pipeline": 2}, {}),
+        ("dense", 1, 5, {"pipeline": 4, "data": 2}, {"tie_embeddings": False}),
+        ("dense", 2, 4, {"pipeline": 2, "fsdp": 4}, {"remat": "full"}),
+        ("dense", 2, 8, {"pipeline": 4, "fsdp": 2}, {}),
+        ("dense", 3, 2, {"pipeline": 2, "slice": 2}, {}),
+        ("attention", 1, 8, {"pipeline": 8}, {"tie_embeddings": False}),
+        ("attention", 1, 3, {"pipeline": 2, "data": 2, "tensor": 2}, {"tie_embeddings": False}),
+        ("mamba", 2, 2, {"pipeline": 2, "fsdp": 2, "tensor": 2}, {}),
+        ("floors", 2, 4, {"pipeline": 2, "fsdp": 4}, {}),
+        ("pregated", 1, 4, {"pipeline": 4}, {}),
+        ("experts", 1, 2, {"pipeline": 2, "fsdp": 2, "tensor": 2}, {}),
+    ],
+)
+def test_pipelines_train_as_one_device_does(block, chunks, accumulate, mesh, how):
+    run_on_eight_devices(CALLS, json.dumps([block, chunks, accumulate, mesh, how]))
+
+
+@pytest.mark.full
+def test_memory_follows_what_is_in_flight_and_a_run_goes_on_over_another_mesh():
+    run_on_eight_devices(CALLS, '"memory"', '"resume"')
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", [{"pipeline": 4}, {"pipeline": 2, "fsdp": 2}, {"pipeline": 2, "tensor": 2}])
+def test_a_step_compiles_for_tpu(mesh):
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    config = config_of(8, 4, 2, **mesh)
+    config.data.sequence_length = 128
+    module = module_of(config, "attention", width=128, dtype=jnp.bfloat16)
+    _, _, _, compiled = step_of(config, module, devices, batch_shapes(config, 128))
+    text = compiled.as_text()
+    assert re.search(r" collective-permute(-start)?\(", text)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**30
+
+
+def test_wrong_pipelines_are_named():
+    shared, layers, rows = jnp.ones(()), jnp.ones(6), jnp.ones((4, 3))
+    run = lambda schedule, mesh: frugax.parallel.pipeline_gradients(  # noqa: E731
+        print, print, print, shared, layers, rows, schedule=schedule, mesh=mesh
+    )
+    mesh = jax.sharding.AbstractMesh((4,), ("pipeline",))
+    with pytest.raises(ValueError, match=r"schedule: got 2 devices; expected as many as the mesh"):
+        run(pipeline_schedule(2, 4), mesh)
+    with pytest.raises(
+        ValueError, match=r"layers: got 6; expected a multiple of 4 \(4 stages times 1 chunks"
+    ):
+        run(pipeline_schedule(4, 4), mesh)
+    with pytest.raises(ValueError, match=r"microbatches: got \[4, 3\]; expected 8 in front"):
+        run(pipeline_schedule(4, 8), mesh)
+    with pytest.raises(ValueError, match="schedule: got tasks that wait for each other"):
+        pipeline_slots([pipeline_schedule(1, 1)[0][::-1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.repeats": 6}, "model.repeats: got 6; expected a multiple of 4, mesh.pipeline=2 times pip"),
+        (
+            {"accumulate": 3},
+            "accumulate: got 3; expected a multiple of mesh.pipeline=2 for pipeline.chunks=2",
+        ),
+        ({"model.low_bit": "nvfp4"}, "model.low_bit: got 'nvfp4'; expected '' for mesh.pipeline above 1"),
+        ({"mesh.sequence": 2}, "mesh.sequence: got 2; expected 1 for mesh.pipeline above 1"),
+        ({"mesh.pipeline": 1}, "pipeline.chunks: got 2; expected 1 for mesh.pipeline=1"),
+    ],
+)
+def test_wrong_configs_are_named(change, words):
+    config = config_of(8, 4, 2, pipeline=2)
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        make_pipeline(config, None)
