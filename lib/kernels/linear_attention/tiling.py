@@ -36,7 +36,7 @@ def vmem_bytes(call: Inputs, tiling: Tiling, *, backward: bool) -> int:
         per_token += 4 * (2 * K + V)  # their gradients, float32 at most
     if call.log_decay is not None and call.log_decay.ndim == 4:
         per_token += K * call.log_decay.dtype.itemsize * (2 if backward else 1)
-    states = 4 * K * V * tiling.heads * (5 + (tiling.block // tiling.chunk if backward else 0))
+    states = 4 * K * V * tiling.heads * (5 + (2 * tiling.block // tiling.chunk if backward else 0))
     scores = 4 * tiling.chunk * (8 * tiling.chunk + 24 * K + 8 * V)  # what may spill from registers
     return 2 * tokens * per_token + states + scores
 

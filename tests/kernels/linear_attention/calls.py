@@ -145,6 +145,7 @@ ON_TPU = [
     WIDE | {"T": 129, "decay": "bth", "K": 256, "V": 256},
     WIDE | {"T": 200, "decay": "bth", "heads": (1, 1, 4), "V": 64},  # Mamba-2's groups
     {"T": 64, "heads": (8, 8, 8), "K": 256, "V": 384} | BF16,
+    {"T": 256, "heads": (8, 8, 8), "K": 256, "V": 512, "decay": "bthk"} | BF16,
 ]
 WGMMA = {"B": 2, "T": 192, "heads": (4, 4, 4), "K": 128, "V": 128, "dtype": "bfloat16"}
 ON_GPU = [
