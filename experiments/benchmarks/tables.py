@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
+from frugax.memory import POLICIES
 from frugax.papers import families, papers
 
 from . import planning
@@ -225,6 +226,25 @@ def layerwise_memory() -> str:
     ]
     about = f"{result['model']}, {result['parameters']:,} parameters"
     return f"{about}. {plain_caption(result)}\n\n{table(['', 'temporaries MB', 'state MB'], rows)}"
+
+
+def policies() -> str:
+    """Tabulate the policies of rematerialization and what each keeps."""
+    return table(["`memory.remat`", "a layer keeps"], [[f'"{n}"', p.keeps] for n, p in POLICIES.items()])
+
+
+def memory() -> str:
+    """Tabulate temporaries on the device and bytes on the host, by way and chip."""
+    result, names = read("memory"), {"v5e": "v5e", "h200": "H200"}
+    rows = [
+        [f"`{way}`", *(f"{on[chip][key] / 1e6:,.0f}" for chip in names for key in ("temporaries", "host"))]
+        for way, on in result["rows"].items()
+    ]
+    head = [
+        "`memory.remat`, and others",
+        *(f"{name}{of}" for name in names.values() for of in (", MB", ", host MB")),
+    ]
+    return f"{result['model']}. jax {result['jax']}, {result['date']}.\n\n{table(head, rows)}"
 
 
 def zo_queries() -> str:
@@ -508,6 +528,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "where_it_loses": where_it_loses,
     },
     "docs/papers.md": {"papers": every_paper},
+    "docs/how-to/memory.md": {"policies": policies, "memory": memory},
     "docs/results/cpu.md": {
         "linear_attention_cpu": linear_attention_cpu,
         "recurrences_cpu": recurrences_cpu,
