@@ -28,6 +28,7 @@ from experiments.data import load_tokenizer
 from experiments.trainer.flags import CONFIG, run, run_dir
 from experiments.trainer.optimizers import check_optimizer, make_optimizer
 from experiments.trainer.parallel import Layout, make_layout
+from experiments.trainer.pipeline import make_pipeline
 from experiments.trainer.runs import build_model, shapes_of
 from experiments.trainer.state import init_state, make_train_step
 from frugax.planner import Plan, Topology, flops, plan, topology
@@ -148,6 +149,7 @@ def _step(config: ConfigDict, module: Any, optimizer: Any, layout: Layout) -> An
         axis_name=layout.axis_name,
         place_grads=layout.place_grads,
         loss_tiles=config.memory.loss_tiles,
+        pipeline=make_pipeline(config, module),
     )
 
 

@@ -234,13 +234,14 @@ def test_configs_that_do_not_fit_the_devices_are_named():
 @pytest.mark.full
 def test_a_config_is_planned_and_written(tmp_path):
     config = quickstart.get_config("smoke")
-    config.optimizer.name = "adamw"
     said = []
     made = plan_config(config, planner.topology("cpu:1"), said.append)
     assert said[1:] == ["traced, operations counted", "compiled", "read"]
     params = made.bytes["params"]
     assert made.bytes["gradients"] == params  # both in float32
-    assert 2 * params <= made.bytes["optimizer"] <= 2 * params + 1024
+    assert (
+        params <= made.bytes["optimizer"] <= 2 * params + 1024
+    )  # Muon's one moment of matrices, two of others
     assert made.executed_flops > made.model_flops / 2 > 0
     write(made, tmp_path)
     assert json.loads((tmp_path / "plan.json").read_text())["total_bytes"] == made.total
