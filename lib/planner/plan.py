@@ -105,8 +105,8 @@ class Plan:
             lines.append(f"  {kind + ' over ' + '+'.join(axes):<44}{n / 1e6:>10.2f}")
         lines += [] if self.collectives else ["  nothing"]
         lines += ["", "TFLOPs of a step, all devices"]
-        lines += [f"  {'model':<24}{self.model_flops / 1e12:>10.4g}"] if self.model_flops else []
-        lines += [f"  {'executed':<24}{self.executed_flops / 1e12:>10.4g}"]
+        lines += [f"  {'model':<24}{self.model_flops / 1e12:>10.6g}"] if self.model_flops else []
+        lines += [f"  {'executed':<24}{self.executed_flops / 1e12:>10.6g}"]
         if self.times is not None:
             t = self.times
             lines += ["", "ms of a step, estimated"]
