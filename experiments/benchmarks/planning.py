@@ -45,3 +45,33 @@ def frontier_best() -> str:
         for name, r in read("frontier")["best"].items()
     ]
     return table(["", "dies", *axes, "GB a die", "bound of the share of the peak, %"], rows)
+
+
+def attention_balance() -> str:
+    """Tabulate ways to share the attention of packed documents out."""
+    result = read("long_documents")
+    rows = [
+        [where, name, f"{r['imbalance']:.2f}", f"{r['GB']:.2f}"]
+        for where, ways in result["attention"].items()
+        for name, r in ways.items()
+    ]
+    head = ["", "attention", "busiest over mean", "GB moved, one layer forward"]
+    about = f"Means of {result['batches']} batches"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def groups_of_degrees() -> str:
+    """Tabulate steps in groups of several degrees beside the best single degree."""
+    rows = [
+        [
+            r["sequences"],
+            f"{r['longest']:,}",
+            " ".join(map(str, r["degrees"])),
+            f"{r['seconds']:.2f}",
+            r["best_degree"],
+            f"{r['its_seconds']:.2f}",
+        ]  # fmt: skip
+        for r in read("long_documents")["groups"]
+    ]
+    head = ["sequences", "longest", "degrees of the groups", "seconds", "best single degree", "its seconds"]
+    return table(head, rows)

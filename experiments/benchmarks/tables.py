@@ -456,6 +456,25 @@ def moe_routers() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def parallel_block() -> str:
+    """Tabulate parallel blocks beside serial ones."""
+    result = read("parallel_block")
+    rows = [
+        [
+            f"`{r['mixer']}`",
+            r["block"],
+            f"{r['parameters']:,}",
+            f"{mean(r['held_out_bits_per_byte']):.3f}",
+            f"{r['gap']:+.3f} +- {r['standard_error']:.3f}" if "gap" in r else "",
+        ]
+        for r in result["rows"]
+    ]
+    size = f"{result['layers']} layers, {result['width']} wide; {result['steps']} steps"
+    about = f"{size} at a rate of {result['learning_rate']}, {result['seeds']} seeds"
+    head = ["mixer", "block", "parameters", "bits a byte", "beside serial"]
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def expert_placement() -> str:
     result = read("expert_placement")
     rows = [
@@ -543,6 +562,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "qlora": qlora,
         "mamba_lyapunov": mamba_lyapunov,
         "low_bit_training": low_bit_training,
+        "parallel_block": parallel_block,
     },
     "docs/results/experts.md": {
         "moe_routers": moe_routers,
@@ -555,6 +575,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "frontier_terms": planning.frontier_terms,
         "frontier_trends": planning.frontier_trends,
         "frontier_best": planning.frontier_best,
+        "attention_balance": planning.attention_balance,
+        "groups_of_degrees": planning.groups_of_degrees,
     },
     "docs/results/formats.md": {
         "formats": formats,

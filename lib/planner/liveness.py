@@ -6,7 +6,9 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
+
+from ..optim.common.where_read import opened, operand_counts
 
 # Calls that a compiler inlines, and the names of their parameter with the body.
 _CALLS = {
@@ -25,6 +27,7 @@ _ELEMENTWISE = {
     "xor", "select_n", "clamp", "convert_element_type", "reduce_precision", "broadcast_in_dim",
     "iota", "slice", "rev", "pad", "shift_left", "shift_right_logical", "shift_right_arithmetic",
     "nextafter", "add_any", "copy", "copy_p", "pvary",
+    "one_minus_square",
 }  # fmt: skip
 # They read operands in one loop, so what is made element by element need not be stored for them.
 _READERS = _ELEMENTWISE | {
@@ -169,11 +172,12 @@ def _flat(jaxpr: Jaxpr) -> _Program:
 
         def once(params: dict[str, Any], operands: list[int]) -> list[int]:
             """A loop of one iteration is none."""
-            body, first = params["jaxpr"].jaxpr, params["num_consts"] + params["num_carry"]
+            body, (constants, carried) = opened(params["jaxpr"])[0], operand_counts(params)
+            first = constants + carried
             slices = [
                 view("squeeze", n, v.aval) for n, v in zip(operands[first:], body.invars[first:], strict=True)
             ]
-            results, carried = walk(body, operands[:first] + slices), params["num_carry"]
+            results = walk(body, operands[:first] + slices)
             stacked = [view("expand_dims", n, avals[n]) for n in results[carried:]]
             return results[:carried] + stacked
 
@@ -182,7 +186,7 @@ def _flat(jaxpr: Jaxpr) -> _Program:
             operands = [read(a) for a in eqn.invars]
             if name in _CALLS:
                 body = next(eqn.params[key] for key in _BODIES if key in eqn.params)
-                results = walk(body.jaxpr if isinstance(body, ClosedJaxpr) else body, operands)
+                results = walk(opened(body)[0], operands)
             elif name == "scan" and eqn.params["length"] == 1:
                 results = once(eqn.params, operands)
             else:
@@ -268,22 +272,21 @@ def _in_place(op: _Operation) -> bool:
 def _body_bytes(op: _Operation) -> int:
     """Bytes of temporaries inside a loop or a branch."""
     if op.name == "scan":
-        body = op.params["jaxpr"].jaxpr
-        first = op.params["num_consts"] + op.params["num_carry"]
-        slices = sum(_bytes(v.aval) for v in body.invars[first:])
-        stacked = sum(_bytes(v.aval) for v in body.outvars[op.params["num_carry"] :])
+        body, (constants, carried) = opened(op.params["jaxpr"])[0], operand_counts(op.params)
+        slices = sum(_bytes(v.aval) for v in body.invars[constants + carried :])
+        stacked = sum(_bytes(v.aval) for v in body.outvars[carried:])
         return slices + stacked + _most(body)
     if op.name == "while":
-        return max(_most(op.params[key].jaxpr) for key in ("body_jaxpr", "cond_jaxpr"))
+        return max(_most(op.params[key]) for key in ("body_jaxpr", "cond_jaxpr"))
     if op.name == "cond":
-        return max(_most(branch.jaxpr) for branch in op.params["branches"])
+        return max(_most(branch) for branch in op.params["branches"])
     if op.name == "shard_map":
         return _most(op.params["jaxpr"])
     return 0
 
 
-def _most(jaxpr: Jaxpr) -> int:
-    return max((held for _, held in _timeline(jaxpr)), default=0)
+def _most(jaxpr: Any) -> int:
+    return max((held for _, held in _timeline(opened(jaxpr)[0])), default=0)
 
 
 def _bytes(aval: Any) -> int:
