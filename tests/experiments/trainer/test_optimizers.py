@@ -169,3 +169,17 @@ def test_clipping_bounds_the_gradient():
     optimizer = make_optimizer(config, 10)
     updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
     assert float(optax.tree.norm(updates)) == pytest.approx(0.5)
+
+
+def test_lamb_by_config_moves_each_matrix_by_its_own_size():
+    """The trust ratio: an update as long as the rate times the weights, whatever the gradient's size."""
+    config = optimizer_config(name="lamb", warmup_steps=0, learning_rate=0.1, weight_decay=0.0, clip_norm=0.0)
+    optimizer = make_optimizer(config, 10)
+    check_optimizer(config, optimizer, PARAMS)
+    params = {"a": {"kernel": jnp.full((3, 4), 2.0)}, "b": {"kernel": jnp.full((4, 5), 0.5)}}
+    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
+    for scale in (1.0, 100.0):
+        scaled = jax.tree.map(lambda g, scale=scale: scale * g, grads)
+        updates, _ = optimizer.update(scaled, optimizer.init(params), params)
+        for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert float(jnp.linalg.norm(u)) == pytest.approx(0.1 * float(jnp.linalg.norm(p)), rel=1e-5)
