@@ -195,6 +195,9 @@ def best_mesh(config: ConfigDict, system: Topology, say: Any) -> tuple[ConfigDic
         except (ValueError, NotImplementedError) as error:
             say(f"{name}: {error}")
             continue
+        if made[-1][1].times is None:
+            say(f"{name}: {made.pop()[1].unread}")
+            continue
         seconds = made[-1][1].times.step * 1e3
         say(f"{name}: {seconds:.2f} ms, MFU {made[-1][1].mfu:.1%}, {made[-1][1].total / 2**30:.2f} GiB")
     if not made:
@@ -254,9 +257,11 @@ def _workload(config: ConfigDict) -> Workload:
 
 
 def write(made: Plan, out: Path) -> None:
-    """Write plan.json and memory.png."""
+    """Write plan.json and, where the schedule could be read, memory.png."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(made.as_dict(), indent=2) + "\n")
+    if not made.points:
+        return
     constant = {k: n for k, n in made.bytes.items() if k not in ("gradients", "activations") and n}
     has = f", which has {made.memory / 2**30:.0f} GiB" if made.memory else ""
     title = f"A device of {made.topology}{has}"
@@ -285,7 +290,7 @@ def main(argv: list[str]) -> None:
         out = Path(OUT.value or Path(run_dir()) / "plan")
         print(f"\n{made.table()}\n")
         write(made, out)
-        print(f"{out}/plan.json, {out}/memory.png")
+        print(f"written to {out}")
     except (ValueError, OSError) as error:
         sys.exit(f"experiments.plan: {error}")
 

@@ -35,6 +35,8 @@ class Plan:
       collectives: bytes that a device sends in one step, by mesh axes and kind.
       times: seconds by what they are spent on; None for CPUs.
       points: temporary bytes over the schedule.
+      unread: why the compiled text can't be had, "" where it can. Then there are no collectives, times and
+        points.
     """
 
     topology: str
@@ -51,6 +53,7 @@ class Plan:
     times: Times | None
     peak: float | None  # FLOPs a second of one device
     points: list[Point] = field(repr=False)
+    unread: str = ""
 
     @property
     def total(self) -> int:
@@ -83,6 +86,7 @@ class Plan:
             "model_flops": self.model_flops,
             "executed_flops": self.executed_flops,
             "exact": self.exact,
+            "unread": self.unread,
             "sent_bytes": {
                 f"{kind} over {'+'.join(axes)}": n for (axes, kind), n in self.collectives.items()
             },
@@ -100,10 +104,13 @@ class Plan:
         lines += [f"  {'total':<24}{self.total / gib:>10.3f}{of}"]
         lines += [f"  {'the program':<24}{self.code / gib:>10.3f}"] if self.code else []
         lines += [f"  {'offloaded to the host':<24}{self.host / gib:>10.3f}"] if self.host else []
-        lines += ["", "MB a device sends in a step"]
+        if self.unread:
+            lines += ["", f"The compiled text can't be read: {self.unread}"]
+            lines += ["So nothing is known here of collectives, times and the schedule."]
+        lines += [] if self.unread else ["", "MB a device sends in a step"]
         for (axes, kind), n in sorted(self.collectives.items()):
             lines.append(f"  {kind + ' over ' + '+'.join(axes):<44}{n / 1e6:>10.2f}")
-        lines += [] if self.collectives else ["  nothing"]
+        lines += [] if self.collectives or self.unread else ["  nothing"]
         lines += ["", "TFLOPs of a step, all devices"]
         lines += [f"  {'model':<24}{self.model_flops / 1e12:>10.6g}"] if self.model_flops else []
         lines += [f"  {'executed':<24}{self.executed_flops / 1e12:>10.6g}"]
@@ -203,10 +210,13 @@ def plan(
         "outputs": outputs,
         "padding": padding,
     }
-    program = parse(compiled.as_text())
+    try:
+        program, unread = parse(compiled.as_text()), ""
+    except jax.errors.JaxRuntimeError as error:  # libtpu may write what an older jaxlib does not know
+        program, unread = None, str(error).partition("\n")[0]
     collectives: dict[tuple[tuple[str, ...], str], int] = {}
     exact = True if executed is None else executed.exact
-    for one in hlo.collectives(program, mesh):
+    for one in hlo.collectives(program, mesh) if program else ():
         key = one.axes, one.kind
         collectives[key] = collectives.get(key, 0) + one.wire_bytes * one.times
         exact = exact and one.exact
@@ -226,9 +236,10 @@ def plan(
         executed_flops=executed.total if executed else 0,
         exact=exact,
         collectives=collectives,
-        times=times(program, mesh, topology, executed) if chip else None,
+        times=times(program, mesh, topology, executed) if chip and program else None,
         peak=chip.peak if chip else None,
-        points=timeline(program),
+        points=timeline(program) if program else [],
+        unread=unread,
     )
 
 

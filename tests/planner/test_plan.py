@@ -189,6 +189,26 @@ def test_bytes_are_the_compilers(name):
     assert 0 < made.mfu < 1
 
 
+def test_a_text_that_cannot_be_had_is_told():
+    """libtpu may write instructions that jaxlib does not know; bytes and operations are told all the same."""
+    x = jax.ShapeDtypeStruct((8,), jnp.float32)
+    compiled = jax.jit(lambda x: x + 1).lower(x).compile()
+
+    class Unreadable:
+        memory_analysis = compiled.memory_analysis
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update")
+
+    system = planner.topology("cpu:1")
+    mesh = frugax.parallel.make_mesh(devices=system.devices)
+    made = planner.plan(Unreadable(), topology=system, mesh=mesh, arguments={"a": x})
+    assert made.total == 64
+    assert (made.collectives, made.times, made.points) == ({}, None, [])
+    assert "The compiled text can't be read: INTERNAL: RET_CHECK failure: async-update" in made.table()
+    assert "MB a device sends" not in made.table()
+
+
 def test_wrong_calls_are_named():
     for name in ("v5e", "v9:2x2", "v5e:0x2", "h100:8*0"):
         with pytest.raises(
