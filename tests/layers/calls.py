@@ -53,7 +53,7 @@ class Calls:
         def with_gradients(call):
             return jax.jit(functools.partial(_with_gradients, call))
 
-        self._step, self._step_back = jax.jit(step), with_gradients(step)
+        self._step = with_gradients(step)
         self._whole = with_gradients(lambda v, x, _, __: call(v, x))
         self._packed = with_gradients(lambda v, x, state, ids: call(v, x, state=state, segment_ids=ids))
 
@@ -65,30 +65,37 @@ class Calls:
     def before(self):
         """The state that the tokens before the call leave."""
         x = self.x[:, : -self.ids.shape[1]]
-        return self.token_by_token(x, self.nothing_read, jnp.zeros(x.shape[:2], bool))[1]
+        return self.token_by_token(x, self.nothing_read, np.zeros(x.shape[:2], bool))[1]
 
     def starts(self):
         """True where a document starts [B, T], but at the first token."""
-        return jnp.pad(self.ids[:, 1:] != self.ids[:, :-1], ((0, 0), (1, 0)))
+        ids = np.asarray(self.ids)
+        return np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+
+    def step(self, x, state, starts):
+        """(y, state) of a row's next token: the program with gradients, for cotangents of zero."""
+        of_y, of_state = jax.tree.map(np.zeros_like, self.cotangents())
+        return self._step(self.variables, x, state, starts, (of_y[:, 0], of_state))[0]
 
     def token_by_token(self, x, state, starts, cotangents=None):
         """(y, state) of x from `state` on, which is zeros where a document starts; and the gradients."""
+        x, starts = jax.tree.map(np.asarray, (x, starts))
         before, outputs = [state], []
         for t in range(x.shape[1]):
-            y, state = self._step(self.variables, x[:, t], state, starts[:, t])
+            y, state = self.step(x[:, t], state, starts[:, t])
             before.append(state)
             outputs.append(y)
-        out = jnp.stack(outputs, axis=1), state
+        out = np.stack(outputs, axis=1), state
         if cotangents is None:
             return out
-        of_y, of_state = cotangents
+        of_y, of_state = jax.tree.map(np.asarray, cotangents)
         of_variables, of_x = None, []
         for t in reversed(range(x.shape[1])):
             arguments = (self.variables, x[:, t], before[t], starts[:, t], (of_y[:, t], of_state))
-            _, (more, of_token, of_state) = self._step_back(*arguments)
-            of_variables = more if of_variables is None else jax.tree.map(jnp.add, of_variables, more)
+            _, (more, of_token, of_state) = self._step(*arguments)
+            of_variables = more if of_variables is None else jax.tree.map(np.add, of_variables, more)
             of_x.append(of_token)
-        of_x = jax.tree.map(lambda *tokens: jnp.stack(tokens[::-1], axis=1), *of_x)
+        of_x = jax.tree.map(lambda *tokens: np.stack(tokens[::-1], axis=1), *of_x)
         return out, (of_variables, of_x, of_state)
 
     def whole(self, x, cotangents=None):
@@ -103,7 +110,7 @@ class Calls:
         """The factors of y and of the state's floats in the loss that gradients are of."""
         rng = np.random.default_rng(2)
         shapes = (self.y, floats(self.nothing_read))
-        return jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape), a.dtype), shapes)
+        return jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(a.dtype), shapes)
 
 
 def _with_gradients(call, variables, x, state, rest, cotangents):

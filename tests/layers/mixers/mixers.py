@@ -71,9 +71,10 @@ def make(name, *, batch=2, time=TIME, dtype=jnp.float64, **more):
     class_name, arguments = MIXERS[name]
     module = getattr(frugax.layers, class_name)(**arguments, param_dtype=dtype, **more)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((batch, time, WIDTH)), dtype)
+    x = jax.device_put(rng.standard_normal((batch, time, WIDTH)).astype(dtype))
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
-    return module, jax.tree.map(lambda p: jnp.asarray(0.3 * rng.standard_normal(p.shape), p.dtype), shapes), x
+    draw = lambda p: jax.device_put((0.3 * rng.standard_normal(p.shape)).astype(p.dtype))  # noqa: E731
+    return module, jax.tree.map(draw, shapes), x
 
 
 @functools.cache

@@ -32,7 +32,7 @@ NAN_GOES_BACK = {*LINEAR, "Based", "Mamba2"}
 def test_whole_is_token_by_token(name):
     with jax.enable_x64(True):
         mine = calls(name)
-        none = jnp.zeros(mine.ids.shape, bool)
+        none = np.zeros(mine.ids.shape, bool)
         out, grads = mine.token_by_token(mine.now, mine.nothing_read, none, mine.cotangents())
         got, got_grads = mine.whole(mine.now)
         assert_close(got, out, "float64", name="whole")
@@ -58,8 +58,10 @@ def test_outputs_do_not_see_what_comes_later(name):
         for run in (mine.whole, lambda x: mine.packed(x, mine.nothing_read)):
             (y, _), _ = run(mine.now)
             for later in (-3.0, jnp.nan)[: 1 if MIXERS[name][0] in NAN_GOES_BACK else 2]:
-                (other, _), _ = run(mine.now.at[:, 4:].multiply(later))
-                assert (other[:, :4] == y[:, :4]).all()
+                changed = np.array(mine.now)
+                changed[:, 4:] *= later
+                (other, _), _ = run(changed)
+                assert (np.asarray(other)[:, :4] == np.asarray(y)[:, :4]).all()
 
 
 @pytest.mark.nan
@@ -71,15 +73,16 @@ def test_documents_do_not_see_each_other(name):
         of_y, of_state = mine.cotangents()
         bad = np.zeros((2, TIME), bool)
         bad[0, 2] = bad[1, :5] = True
-        cotangents = jnp.where(bad[..., None], 0, of_y), of_state
+        cotangents = np.where(bad[..., None], 0, of_y), of_state
         (y, state), (_, (of_x,), _) = mine.packed(mine.now, mine.nothing_read, cotangents)
         for other in (-3.0, jnp.nan):
-            spoiled = mine.now.at[0, 2].multiply(other).at[1, 3].multiply(other)
+            spoiled = np.array(mine.now)
+            spoiled[[0, 1], [2, 3]] *= other
             got, (_, (of_spoiled,), _) = mine.packed(spoiled, mine.nothing_read, cotangents)
             assert (np.asarray(got[0])[~bad] == np.asarray(y)[~bad]).all()
             assert (np.asarray(of_spoiled)[~bad] == np.asarray(of_x)[~bad]).all()
             for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(state), strict=True):
-                assert (a == b).all()
+                assert (np.asarray(a) == np.asarray(b)).all()
 
 
 @together()
@@ -89,7 +92,7 @@ def test_extreme_inputs_have_finite_outputs_and_gradients(name):
         mine = calls(name)
         for size in (1e2, 1e5):
             out = mine.whole(size * mine.now)
-            assert all(jnp.isfinite(a).all() for a in floats(out)), size
+            assert all(np.isfinite(a).all() for a in floats(out)), size
 
 
 @together(full=VARIANTS)

@@ -32,7 +32,7 @@ def steps(mine, x, starts):
     """Return y [B, T, D] of a call token by token, and the state after 0, 1, ... T tokens."""
     states, y = [mine.nothing_read], []
     for t in range(x.shape[1]):
-        out, state = mine._step(mine.variables, x[:, t], states[-1], starts[:, t])
+        out, state = mine.step(x[:, t], states[-1], starts[:, t])
         y.append(out)
         states.append(state)
     return np.stack(y, axis=1), states
