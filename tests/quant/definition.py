@@ -1,21 +1,34 @@
 """GPTQ and AWQ in float64 NumPy, as the papers define them; a format only rounds, in groups of rows."""
 
-import jax.numpy as jnp
+import functools
+
+import jax
 import numpy as np
 
 from frugax.formats import format_named
 from frugax.formats.scales import split
 
 
+@functools.cache
+def _fit(format, g):
+    format = format_named(format)
+    return jax.jit(lambda w: format.fit(split(w, g)))
+
+
+@functools.cache
+def _round(format, g):
+    format = format_named(format)
+    return jax.jit(lambda w, scaling: format.decode(format.encode(split(w, g), scaling), scaling))
+
+
 def fit(w, format, g):
     """Compute what a format stores for the groups of g rows of w [K, N]."""
-    return format_named(format).fit(split(jnp.asarray(w.T, jnp.float32), g))
+    return _fit(format, g)(np.asarray(w.T, np.float32))
 
 
 def rounded(w, scaling, format, g):
     """The values of the format that are nearest to w's, float64."""
-    format = format_named(format)
-    q = format.decode(format.encode(split(jnp.asarray(w.T, jnp.float32), g), scaling), scaling)
+    q = _round(format, g)(np.asarray(w.T, np.float32), scaling)
     return np.asarray(q, np.float64).reshape(w.shape[1], -1)[:, : len(w)].T
 
 

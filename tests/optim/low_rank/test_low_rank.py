@@ -32,8 +32,8 @@ ORTHONORMAL = sorted(set(PROJECTORS) - {"random"})
 
 def at_work(p, g):
     """(down, up) of a projector after a refresh on g."""
-    kept = p.refresh(g, p.init(g.shape, g.dtype), KEY)
-    return lambda x: p.down(x, kept, KEY), lambda r: p.up(r, g.shape, kept, KEY)
+    kept = jax.jit(lambda g: p.refresh(g, p.init(g.shape, g.dtype), KEY))(g)
+    return jax.jit(lambda x: p.down(x, kept, KEY)), jax.jit(lambda r: p.up(r, g.shape, kept, KEY))
 
 
 @pytest.mark.parametrize("name", sorted(PROJECTORS))
