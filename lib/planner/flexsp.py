@@ -8,8 +8,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 
 class SequenceCosts(NamedTuple):
@@ -279,6 +277,9 @@ def group_meshes(
 def _solve(
     lengths: Sequence[int], devices: int, costs: SequenceCosts, buckets: int | None, time_limit: float
 ) -> list[Group] | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a slow import, and needed here alone
+    from scipy.sparse import coo_array
+
     members = bucket_lengths(lengths, len(lengths) if buckets is None else buckets)
     longest = [max(lengths[i] for i in bucket) for bucket in members]
     degrees = sorted((d for d in costs.bandwidth if d <= devices), reverse=True)
