@@ -39,9 +39,25 @@ def test_what_policies_keep():
     assert kept(dense(remat="full")) == kept(dense(remat=True)) == [D]
     assert kept(dense(remat="dots")) == [D, D, 3 * D, 2 * 4 * D]
     assert sum(kept(dense())) > 3 * sum(kept(dense(remat="dots")))
-    attention = Decoder(V, D, (Block("SlidingWindowAttention", None, {"heads": 2, "window": 4}),), 3)
-    few, many = (sum(kept(attention.clone(remat=f"dots{end}"))) for end in ("_without_batch", ""))
-    assert many > few > D  # scores and their products with values
+
+
+def test_products_of_activations_are_not_products_with_params():
+    """Scores y y^T [2, 13, 13] are kept by "dots" alone, and y = x w [2, 13, 5] by both."""
+
+    def f(x, w):
+        y = x @ w
+        return jnp.sum(jnp.sin(jnp.einsum("btk,bsk->bts", y, y)))
+
+    def shapes(name):
+        pull = jax.eval_shape(
+            lambda x, w: jax.vjp(jax.checkpoint(f, policy=remat_policy(name)), x, w)[1], x, w
+        )
+        return {leaf.shape for leaf in jax.tree.leaves(pull)} - {()}
+
+    x, w = jnp.ones((2, 13, D)), jnp.ones((D, 5))
+    assert shapes("full") == {x.shape, w.shape}
+    assert shapes("dots_without_batch") == {x.shape, w.shape, (2, 13, 5)}
+    assert shapes("dots") == {x.shape, w.shape, (2, 13, 5), (2, 13, 13)}
 
 
 def test_offload_sends_to_the_host():
@@ -140,7 +156,11 @@ def test_mlp_tiles_change_no_number():
 
 @pytest.mark.parametrize(
     "head",
-    [{"tie_embeddings": True}, {"tie_embeddings": False}, {"tie_embeddings": False, "ternary_head": True}],
+    [
+        pytest.param({"tie_embeddings": True}, marks=pytest.mark.full),  # a loss in tiles has it
+        {"tie_embeddings": False},
+        pytest.param({"tie_embeddings": False, "ternary_head": True}, marks=pytest.mark.full),
+    ],
     ids=["tied", "untied", "ternary"],
 )
 def test_hidden_values_and_the_head_are_logits(head):
