@@ -194,6 +194,24 @@ def test_parts_of_a_batch_add_up(corpus, tmp_path, no_report):
     assert_same_losses(whole, parts)
 
 
+@pytest.mark.full  # trainer/test_state.py and tests/memory have each field by itself
+def test_memory_changes_no_loss(corpus, tmp_path, no_report):
+    """A run that goes on with less memory has the losses of one that had it from the start, or never."""
+    fields = {"remat": "dots_without_batch", "offload": True, "loss_tiles": 3, "mlp_tiles": 5}
+    memory = {f"memory__{name}": value for name, value in fields.items()}
+    how = {"batch_size": 4, "accumulate": 2, "model__blocks__gru__channel": "GLU", "optimizer__warmup_steps": 1}
+    training.train(tiny_config(corpus, tmp_path / "never", steps=4, **how))
+    training.train(tiny_config(corpus, tmp_path / "always", steps=4, **how, **memory))
+    for steps, less in ((2, {}), (4, memory)):
+        training.train(tiny_config(corpus, tmp_path / "later", steps=steps, **how, **less))
+    never, always, later = (
+        logged(tmp_path / name, "loss", "grad_norm") for name in ("never", "always", "later")
+    )
+    assert_same_losses(always, never)
+    assert_same_losses(later[:2], never[:2])  # the schedule of two steps is not that of four
+    assert len(later) == 4
+
+
 def poison(monkeypatch, bad):
     """Make the weights of these batches NaN."""
     make_loader = training.make_loader
