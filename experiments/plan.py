@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,7 @@ def plan_config(config: ConfigDict, system: Topology, say: Any = lambda text: No
     """
     if config.parallel != "jit":
         raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' to plan for")
-    config = config.copy_and_resolve_references()
-    config.model.vocab_size = (
-        config.model.vocab_size or load_tokenizer(config.data.tokenizer or None).vocab_size
-    )
+    config = _with_vocabulary(config)
     layout = make_layout(config, system.devices)
     if layout.devices != len(system.devices):
         sizes = ", ".join(f"{name}={n}" for name, n in config.mesh.items() if name != "zero" and n != 1)
@@ -95,11 +93,11 @@ def plan_config(config: ConfigDict, system: Topology, say: Any = lambda text: No
         gradients = _gradient_places(layout, state, mesh)
     say("traced, operations counted")
     try:
-        compiled = layout.compile(step, state, batch)
+        compiled, text = _compiled(layout, step, state, batch, dumps=system.platform == "tpu")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
-        said = str(error).partition("\n")[0]
+        said = " ".join(str(error).splitlines()[:2])[:300]
         raise ValueError(
             f"topology: got {system.name}; expected devices that hold the step: {said}"
         ) from error
@@ -117,9 +115,21 @@ def plan_config(config: ConfigDict, system: Topology, say: Any = lambda text: No
         gradients=gradients,
         executed=executed,
         model_flops=3 * forward.total,  # a backward pass does twice the forward's products
+        text=text,
     )
     say("read")
     return made
+
+
+def _compiled(layout: Layout, step: Any, state: Any, batch: Any, *, dumps: bool) -> tuple[Any, str]:
+    """The compiled step, and the text that the compiler dumps of it, which `as_text()` may not print."""
+    if not dumps:
+        return layout.compile(step, state, batch), ""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = layout.compile(step, state, batch, options)
+        found = sorted(Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+        return compiled, found[-1].read_text() if found else ""
 
 
 def _with_vocabulary(config: ConfigDict) -> ConfigDict:
@@ -219,10 +229,7 @@ def _cluster(system: Topology) -> Cluster:
 
 def _workload(config: ConfigDict) -> Workload:
     """The model of a config for the search, from shapes of its params and products of a forward pass."""
-    config = config.copy_and_resolve_references()
-    config.model.vocab_size = (
-        config.model.vocab_size or load_tokenizer(config.data.tokenizer or None).vocab_size
-    )
+    config = _with_vocabulary(config)
     module, model = build_model(config), config.model
     layers, length = model.repeats * len(model.pattern), config.data.sequence_length
     row = {

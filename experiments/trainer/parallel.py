@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     place_grads: Callable[[Any], Any]  # gradients -> the same, where ZeRO's stage has them, inside the step
     batch: Callable[[Any], Any]  # `rows` of a batch (numpy) -> the global batch
     abstract_batch: Callable[[Any], Any]  # shapes of the global batch -> the same with shardings
-    compile: Callable[[Callable, Any, Any], Callable]  # (step, state, batch) -> a compiled step
+    compile: Callable[..., Any]  # (step, state, batch, options of the compiler=None) -> a compiled step
 
 
 def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Layout:
@@ -96,10 +96,10 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places(shapes)
         )
 
-    def compile_step(step, state, batch):
+    def compile_step(step, state, batch, options=None):
         out = jax.tree.map(lambda x: x.sharding, state), everywhere
         with jax.set_mesh(mesh):  # where a layer names the axis of its experts
-            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile()
+            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile(options)
 
     # Not a part by this process's number: devices of several may share rows, or lie in another order.
     indices = by_row.addressable_devices_indices_map((batch_size,)).values()
@@ -152,13 +152,13 @@ def _pmap(devices, batch_size: int) -> Layout:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), jax.eval_shape(init)
         )
 
-    def compile_step(step, state, batch):
+    def compile_step(step, state, batch, options=None):
         def on_each(state, batch):
             state, metrics = step(state, batch)
             return state, metrics
 
         mapped = jax.pmap(on_each, axis_name=AXIS, devices=devices, donate_argnums=0)
-        compiled = mapped.lower(state, batch).compile()
+        compiled = mapped.lower(state, batch).compile(options)
 
         def run(state, batch):
             state, metrics = compiled(state, batch)

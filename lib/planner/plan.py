@@ -161,6 +161,7 @@ def plan(
     gradients: Any = None,
     executed: Flops | None = None,
     model_flops: int = 0,
+    text: str = "",
 ) -> Plan:
     """Read a plan off a compiled step; nothing runs.
 
@@ -176,6 +177,8 @@ def plan(
       gradients: such a tree, of the gradients.
       executed: `frugax.planner.flops` of the step.
       model_flops: of the model, forward and backward, on all devices.
+      text: the compiled program's, read where `as_text()` can't print it. Compiled with
+        `{"xla_dump_to": FOLDER, "xla_dump_hlo_as_text": True}`, a TPU's is FOLDER/*after_codegen.txt.
 
     Returns:
       A `Plan`.
@@ -210,10 +213,14 @@ def plan(
         "outputs": outputs,
         "padding": padding,
     }
+    program, unread = None, ""
     try:
-        program, unread = parse(compiled.as_text()), ""
+        program = parse(compiled.as_text())
     except jax.errors.JaxRuntimeError as error:  # libtpu may write what an older jaxlib does not know
-        program, unread = None, str(error).partition("\n")[0]
+        if text:
+            program = parse(text)
+        else:
+            unread = str(error).partition("\n")[0]
     collectives: dict[tuple[tuple[str, ...], str], int] = {}
     exact = True if executed is None else executed.exact
     for one in hlo.collectives(program, mesh) if program else ():
