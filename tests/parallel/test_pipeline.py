@@ -71,7 +71,7 @@ def test_a_pipeline_with_other_axes_trains_as_one_device_does():
     [
         ("dense", 1, 1, {"pipeline": 2}, {}),
         ("dense", 1, 5, {"pipeline": 4, "data": 2}, {"tie_embeddings": False}),
-        ("dense", 2, 4, {"pipeline": 2, "fsdp": 4}, {"remat": "full"}),
+        ("floors", 2, 4, {"pipeline": 2, "data": 2}, {"remat": "full"}),
         ("dense", 2, 8, {"pipeline": 4, "fsdp": 2}, {}),
         ("dense", 3, 2, {"pipeline": 2, "slice": 2}, {}),
         ("attention", 1, 8, {"pipeline": 8}, {"tie_embeddings": False}),
