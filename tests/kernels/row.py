@@ -161,14 +161,14 @@ def value_and_gradients(
     keep [B, T] multiplies the cotangent of the output, whose axes begin with batch and time.
     """
     floats, arrays, static = parts(arguments)
-    return program(row, backend, static)(*jax.tree.map(jnp.asarray, (floats, arrays)), keep)
+    return program(row, backend, static)(floats, arrays, keep)
 
 
 def run(row: Row, arguments: Arguments, backend: str | None = None) -> tuple:
     """Return the results alone."""
     floats, arrays, static = parts(arguments)
     run = program(row, backend, static, differentiate=False)
-    return run(*jax.tree.map(jnp.asarray, (floats, arrays)), None)[0]
+    return run(floats, arrays, None)[0]
 
 
 def both_passes(row: Row, case: Case) -> tuple[Callable[..., Any], tuple]:
