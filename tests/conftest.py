@@ -14,6 +14,8 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = QUICK
     xla_client.CompileOptions()
     del os.environ["XLA_FLAGS"]
+# Ten stack frames for each operation of a program are a tenth of what XLA takes to compile it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # libtpu compiles for chips that are not here: it must not look for them, nor for other users of them.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -35,7 +37,7 @@ def pytest_collection_finish():
     """Collect garbage seldom: traces make objects by the million, and each round walks over all imports."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture
