@@ -199,7 +199,12 @@ def test_memory_changes_no_loss(corpus, tmp_path, no_report):
     """A run that goes on with less memory has the losses of one that had it from the start, or never."""
     fields = {"remat": "dots_without_batch", "offload": True, "loss_tiles": 3, "mlp_tiles": 5}
     memory = {f"memory__{name}": value for name, value in fields.items()}
-    how = {"batch_size": 4, "accumulate": 2, "model__blocks__gru__channel": "GLU", "optimizer__warmup_steps": 1}
+    how = {
+        "batch_size": 4,
+        "accumulate": 2,
+        "model__blocks__gru__channel": "GLU",
+        "optimizer__warmup_steps": 1,
+    }
     training.train(tiny_config(corpus, tmp_path / "never", steps=4, **how))
     training.train(tiny_config(corpus, tmp_path / "always", steps=4, **how, **memory))
     for steps, less in ((2, {}), (4, memory)):
