@@ -29,9 +29,8 @@ from experiments.data import load_tokenizer
 from experiments.trainer.flags import CONFIG, run, run_dir
 from experiments.trainer.optimizers import check_optimizer, make_optimizer
 from experiments.trainer.parallel import Layout, make_layout
-from experiments.trainer.pipeline import make_pipeline
-from experiments.trainer.runs import build_model, shapes_of
-from experiments.trainer.state import init_state, make_train_step
+from experiments.trainer.runs import build_model, build_step, shapes_of
+from experiments.trainer.state import init_state
 from frugax.planner import Plan, Topology, flops, plan, topology
 from frugax.planner.plan import shard_bytes
 from frugax.planner.search import Cluster, Workload, search
@@ -85,7 +84,7 @@ def plan_config(config: ConfigDict, system: Topology, say: Any = lambda text: No
     )
     batch = layout.abstract_batch(_batch_shapes(config))
     mesh = batch["tokens"].sharding.mesh
-    step = _step(config, module, optimizer, layout)
+    step = build_step(config, module, optimizer, layout)
     say(f"built {config.model.repeats * len(config.model.pattern)} layers over {layout.devices} devices")
     with jax.set_mesh(mesh):
         executed = flops(step, state, batch)
@@ -146,21 +145,6 @@ def _batch_shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     whole = {name: jnp.int32 for name in ("tokens", "targets", "segment_ids")} | {"weights": jnp.float32}
     shapes = {name: jax.ShapeDtypeStruct((rows, time_), dtype) for name, dtype in whole.items()}
     return shapes | {"bytes": jax.ShapeDtypeStruct((rows,), jnp.int32)}
-
-
-def _step(config: ConfigDict, module: Any, optimizer: Any, layout: Layout) -> Any:
-    return make_train_step(
-        module,
-        optimizer,
-        accumulate=config.accumulate,
-        ema_decay=config.ema_decay,
-        skip=config.skip_nonfinite > 0,
-        rounding=config.optimizer.rounding,
-        axis_name=layout.axis_name,
-        place_grads=layout.place_grads,
-        loss_tiles=config.memory.loss_tiles,
-        pipeline=make_pipeline(config, module),
-    )
 
 
 def _forward(module: Any, state: Any, params: Any, batch: Any) -> Any:

@@ -33,11 +33,10 @@ from experiments.trainer.lock import locked
 from experiments.trainer.metrics import Metrics
 from experiments.trainer.optimizers import check_optimizer, make_optimizer, schedule
 from experiments.trainer.parallel import make_layout
-from experiments.trainer.pipeline import make_pipeline
 from experiments.trainer.processes import check_same_everywhere, ends_at_once, join_processes
 from experiments.trainer.report import report
-from experiments.trainer.runs import build_model, shapes_of
-from experiments.trainer.state import bits_per_byte, init_state, make_train_step, params_to_use
+from experiments.trainer.runs import build_model, build_step, shapes_of
+from experiments.trainer.state import bits_per_byte, init_state, params_to_use
 
 
 class Sigterm:
@@ -144,18 +143,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
     metrics.say(f"{config.run_dir}: {start}, {config.steps} steps in all")
     try:
         if done < config.steps:
-            step = make_train_step(
-                module,
-                optimizer,
-                accumulate=config.accumulate,
-                ema_decay=config.ema_decay,
-                skip=config.skip_nonfinite > 0,
-                rounding=config.optimizer.rounding,
-                axis_name=layout.axis_name,
-                place_grads=layout.place_grads,
-                loss_tiles=config.memory.loss_tiles,
-                pipeline=make_pipeline(config, module),
-            )
+            step = build_step(config, module, optimizer, layout)
             with Sigterm() as sigterm:
                 state, done, times = run_steps(
                     config,

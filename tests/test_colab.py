@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[1] / "colab"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 # What a reader of the notebooks can look up: documented packages, and Python's own.
 PACKAGES = {"frugax", "jax", "matplotlib", "numpy", "optax", "tqdm"}
-STANDARD = {"gzip", "importlib", "math", "pathlib", "subprocess", "sys", "sysconfig"}
+STANDARD = {"gzip", "importlib", "math", "pathlib", "subprocess", "sys", "sysconfig", "tempfile"}
 BADGE = "https://colab.research.google.com/github/frugax/frugax/blob/main/colab/{}.ipynb"
 
 by_name = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -69,3 +69,29 @@ def groups_of_degrees() -> str:
         rows[-1].append(f"{r['its_seconds']:.2f}")
     head = ["sequences", "longest", "degrees of the groups", "seconds", "best single degree", "its seconds"]
     return table(head, rows)
+
+
+def pods() -> str:
+    """Tabulate the plans of the configs for pods."""
+    rows = []
+    for name, r in read("pods")["rows"].items():
+        mesh = ", ".join(f"{axis} {n}" for axis, n in r["mesh"].items())
+        sent, seconds = sum(r["sent_bytes"].values()), r["seconds"]
+        rows.append(
+            [
+                f"`{name}`",
+                r["topology"],
+                mesh,
+                f"{r['tokens_a_step'] / 1e6:.1f} M",
+                f"{r['context']:,}",
+                f"{(r['total_bytes'] + r['code_bytes']) / 2**30:.1f} of {r['memory_bytes'] / 2**30:.0f}",
+                f"{sent / 1e9:.1f}",
+                f"{1e3 * (seconds['step'] - seconds['exposed']):,.0f} + {1e3 * seconds['exposed']:,.0f}",
+                f"{r['model_flops'] / r['executed_flops']:.2f}",
+                f"{100 * r['mfu']:.0f} %",
+            ]
+        )
+    about = next(iter(read("pods")["rows"].values()))
+    head = ["", "devices", "mesh", "tokens a step", "context", "GiB a chip", "GB sent", "ms: work + waiting"]
+    head += ["needed FLOPs", "predicted MFU"]
+    return f"Compiled on {about['machine']}, jax {about['jax']}, {about['date']}.\n\n{table(head, rows)}"

@@ -577,6 +577,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "frontier_best": planning.frontier_best,
         "attention_balance": planning.attention_balance,
         "groups_of_degrees": planning.groups_of_degrees,
+        "pods": planning.pods,
     },
     "docs/results/formats.md": {
         "formats": formats,

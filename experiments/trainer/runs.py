@@ -1,5 +1,6 @@
 """From a config to a model, and from a run's folder to what it trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import frugax
 from experiments.configs.checks import remat_name
 from experiments.configs.defaults import defaults
 from experiments.trainer.checkpoints import Checkpoints
+from experiments.trainer.parallel import Layout
+from experiments.trainer.pipeline import make_pipeline
+from experiments.trainer.state import make_train_step
 
 
 def load_run(
@@ -129,3 +133,23 @@ def shapes_of(module: Any, config: ConfigDict) -> Any:
                     f"model.blocks.{name}: {type(its_error).__name__}: {its_error}"
                 ) from its_error
         raise ValueError(f"model: {type(error).__name__}: {error}") from error
+
+
+def build_step(config: ConfigDict, module: Any, optimizer: Any, layout: Layout) -> Callable[..., Any]:
+    """The function that takes one optimizer step as a config says, before it is compiled.
+
+    Raises:
+      ValueError: the config's pipeline can't be right.
+    """
+    return make_train_step(
+        module,
+        optimizer,
+        accumulate=config.accumulate,
+        ema_decay=config.ema_decay,
+        skip=config.skip_nonfinite > 0,
+        rounding=config.optimizer.rounding,
+        axis_name=layout.axis_name,
+        place_grads=layout.place_grads,
+        loss_tiles=config.memory.loss_tiles,
+        pipeline=make_pipeline(config, module),
+    )

@@ -177,7 +177,7 @@ def plan(
       gradients: such a tree, of the gradients.
       executed: `frugax.planner.flops` of the step.
       model_flops: of the model, forward and backward, on all devices.
-      text: the compiled program's, read where `as_text()` can't print it. Compiled with
+      text: the compiled program's, where `as_text()` can't print it. Compiled with
         `{"xla_dump_to": FOLDER, "xla_dump_hlo_as_text": True}`, a TPU's is FOLDER/*after_codegen.txt.
 
     Returns:
@@ -215,12 +215,9 @@ def plan(
     }
     program, unread = None, ""
     try:
-        program = parse(compiled.as_text())
+        program = parse(text or compiled.as_text())
     except jax.errors.JaxRuntimeError as error:  # libtpu may write what an older jaxlib does not know
-        if text:
-            program = parse(text)
-        else:
-            unread = str(error).partition("\n")[0]
+        unread = str(error).partition("\n")[0]
     collectives: dict[tuple[tuple[str, ...], str], int] = {}
     exact = True if executed is None else executed.exact
     for one in hlo.collectives(program, mesh) if program else ():

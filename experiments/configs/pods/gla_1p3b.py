@@ -2,7 +2,7 @@
 
 Reproduces: the shape and the schedule of the 1.3B model of Yang et al. 2024 (GLA, arXiv 2312.06635), with the
 hidden width rounded to what the matrix unit likes: 24 layers of width 2048, 4 heads, rows of 2048 tokens.
-Should reach: no run of it is known here. Its plan is in docs/results/pods.md.
+Should reach: no run of it is known here. Its plan is in docs/results/planning.md.
 Time: as there.
 
   python -m experiments.plan --config=experiments/configs/pods/gla_1p3b.py --topology=v5e:16x16
@@ -31,7 +31,8 @@ def get_config(variant: str = "") -> ConfigDict:
         mixer="GatedLinearAttention", channel="GLU", mixer_args=dict(heads=4), channel_args=dict(expand=2.75)
     )
     config.model.dtype = "bfloat16"
-    config.model.remat = True
+    config.memory.remat = "dots_without_batch"
+    config.memory.loss_tiles = 4
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 1000

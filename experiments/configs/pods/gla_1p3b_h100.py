@@ -1,7 +1,7 @@
 """The 1.3B gated linear attention model of gla_1p3b.py on eight H100s.
 
 Reproduces: the shape and the schedule of the 1.3B model of Yang et al. 2024 (GLA, arXiv 2312.06635).
-Should reach: no run of it is known here. Its plan is in docs/results/pods.md.
+Should reach: no run of it is known here. Its plan is in docs/results/planning.md.
 Time: as there.
 
   python -m experiments.plan --config=experiments/configs/pods/gla_1p3b_h100.py --topology=h100:8
@@ -31,7 +31,8 @@ def get_config(variant: str = "") -> ConfigDict:
         mixer="GatedLinearAttention", channel="GLU", mixer_args=dict(heads=4), channel_args=dict(expand=2.75)
     )
     config.model.dtype = "bfloat16"
-    config.model.remat = True
+    config.memory.remat = "full"
+    config.memory.loss_tiles = 4
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 2000

@@ -2,7 +2,7 @@
 
 Reproduces: no published run. Each row is split over 64 chips, which exchange states of a layer and no tokens
 (LASP-2, Sun et al. 2025, arXiv 2502.07563).
-Should reach: no run of it is known here. Its plan is in docs/results/pods.md.
+Should reach: no run of it is known here. Its plan is in docs/results/planning.md.
 Time: as there.
 
   python -m experiments.plan --config=experiments/configs/pods/gla_7b_1m.py --topology=v6e:16x16
@@ -31,7 +31,8 @@ def get_config(variant: str = "") -> ConfigDict:
         mixer="GatedLinearAttention", channel="GLU", mixer_args=dict(heads=8), channel_args=dict(expand=2.75)
     )
     config.model.dtype = "bfloat16"
-    config.model.remat = True
+    config.memory.remat = "full"
+    config.memory.loss_tiles = 8
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 1000

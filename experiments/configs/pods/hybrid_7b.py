@@ -2,7 +2,7 @@
 
 Reproduces: no published run. Seven layers of eight are Mamba-2 (Dao and Gu 2024, arXiv 2405.21060), one is
 softmax attention over the last 2048 tokens, as in Samba (Ren et al. 2024, arXiv 2406.07522).
-Should reach: no run of it is known here. Its plan is in docs/results/pods.md.
+Should reach: no run of it is known here. Its plan is in docs/results/planning.md.
 Time: as there.
 
   python -m experiments.plan --config=experiments/configs/pods/hybrid_7b.py --topology=v5p:4x8x8
@@ -37,7 +37,8 @@ def get_config(variant: str = "") -> ConfigDict:
         channel_args=dict(expand=2.0),
     )
     config.model.dtype = "bfloat16"
-    config.model.remat = True
+    config.memory.remat = "full"
+    config.memory.loss_tiles = 8
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 2000

@@ -2,7 +2,7 @@
 
 Reproduces: the shape of Qwen3-30B-A3B (arXiv 2505.09388) but for the mixer, which is gated linear attention
 here: 48 layers of width 2048, each with 128 experts of width 768, of which a token reads 8.
-Should reach: no run of it is known here. Its plan is in docs/results/pods.md.
+Should reach: no run of it is known here. Its plan is in docs/results/planning.md.
 Time: as there.
 
   python -m experiments.plan --config=experiments/configs/pods/moe_30b_a3b.py --topology=v5p:8x8x8
@@ -34,7 +34,8 @@ def get_config(variant: str = "") -> ConfigDict:
         channel_args=dict(experts=128, k=8, expand=0.375, expert_axis="expert"),
     )
     config.model.dtype = "bfloat16"
-    config.model.remat = True
+    config.memory.remat = "full"
+    config.memory.loss_tiles = 4
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 2000
