@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from ..formats import QuantizedTensor
 from .axes import axes_of
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -31,7 +32,8 @@ def shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, z
       mesh: from `make_mesh`, or a `jax.sharding.AbstractMesh` with its axes.
       rules: for each logical axis (see `logical_axes`) the mesh axis, or axes, that share it; None: none.
       zero: also spread each array over the mesh axes "fsdp" and "sequence", whose devices would all have the
-        same, along its longest dimension that is left and divides. That is stage 3 of ZeRO for
+        same, along a dimension that divides: a free one, else one that a rule has split already, and the last
+        one only where there is no other, since a group of codes runs along it. That is stage 3 of ZeRO for
         params, stage 2 for gradients, stage 1 for an optimizer's state.
 
     Returns:
@@ -61,9 +63,9 @@ def state_shardings(
 ) -> Any:
     """Place an optimizer's state as the params that it belongs to: stage 1 of ZeRO, whatever params have.
 
-    A moment in its param's shape is placed as the param. Others, such as codes, scales, projectors and
-    moments in a subspace, share dimensions of the same size with it; what is left goes over "fsdp" and
-    "sequence" alone.
+    A moment in its param's shape is placed as the param. One in codes is too, but for the axis of its groups
+    where a device would have a part of one. Others, such as projectors and moments in a subspace, share
+    dimensions of the same size with the param; what is left goes over "fsdp" and "sequence" alone.
 
     Args:
       state: `optimizer.init(params)`, or its shapes. A leaf belongs to the param whose path is part of its.
@@ -78,7 +80,7 @@ def state_shardings(
         >>> state = optax.adam(0.1).init(params)
         >>> mesh = frugax.parallel.make_mesh()
         >>> tuple(frugax.parallel.state_shardings(state, params, mesh)[0].mu["embedding"].spec)
-        ('tensor', 'fsdp')
+        ('fsdp', None)
     """
     named = {
         _text(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)
@@ -89,14 +91,18 @@ def state_shardings(
         found = f"/{_text(path)}/"
         owner = next((name for name in by_length if f"/{name}/" in found), None)
         if owner is None or not x.ndim:
-            return NamedSharding(mesh, PartitionSpec())
+            return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), x)
         shape = named[owner]
         spec = _spec(owner, shape, mesh, rules, zero)
+        if isinstance(x, QuantizedTensor):
+            spec = spec if x.shape == shape else _shared(spec, shape, x.shape, mesh, False)
+            return _by_groups(x, spec, mesh, zero)
         if x.shape != shape:
             spec = _shared(spec, shape, x.shape, mesh, zero)
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    is_leaf = lambda x: isinstance(x, QuantizedTensor)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(place, state, is_leaf=is_leaf)
 
 
 def table(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, zero: bool = True) -> str:
@@ -105,7 +111,7 @@ def table(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES, *, zero:
     Example:
         >>> import jax.numpy as jnp, frugax
         >>> print(frugax.parallel.table({"embedding": jnp.zeros((256, 64))}, frugax.parallel.make_mesh()))
-        embedding  256 x 64  vocab, embed  tensor, fsdp
+        embedding  256 x 64  vocab, embed  fsdp, -
     """
     rows = []
     for path, x in jax.tree_util.tree_leaves_with_path(params):
@@ -133,7 +139,7 @@ def _spec(
                 f"dimension {i} ({axis}) of {path} {list(shape)}, or a rule {axis!r}: None"
             )
     if zero and math.prod(shape) >= SMALLEST:
-        open_to = [i for i, axis in enumerate(axes) if parts[i] is None and axis not in ("layers", "experts")]
+        open_to = [i for i, axis in enumerate(axes) if axis not in ("layers", "experts")]
         _spread(parts, shape, open_to, mesh)
     return PartitionSpec(*parts)
 
@@ -152,16 +158,39 @@ def _shared(spec, shape, own, mesh: Mesh | AbstractMesh, zero: bool) -> Partitio
     return PartitionSpec(*parts)
 
 
+def _by_groups(x: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh, zero: bool) -> Any:
+    """Place codes as `spec` says, but no group of them on several devices, and what a group has beside it."""
+    axis = x.axis % x.ndim
+    parts: list[Any] = [*spec, *(None,) * (x.ndim - len(spec))]
+    if x.shape[axis] % (_size(mesh, parts[axis]) * x.group_size):
+        parts[axis] = None
+    if zero and x.size >= SMALLEST:
+        first = 1 if x.ndim > 2 else 0  # not over the layers of a stack
+        open_to = [i for i in range(first, x.ndim) if parts[i] is None and i != axis]
+        _spread(parts, x.shape, open_to, mesh)
+
+    def beside(own):
+        fits = [own.shape[i] % _size(mesh, part) == 0 for i, part in enumerate(parts)]
+        return NamedSharding(
+            mesh, PartitionSpec(*(part if fit else None for part, fit in zip(parts, fits, strict=True)))
+        )
+
+    return jax.tree.map(beside, x)
+
+
 def _spread(
     parts: list[Any], shape: tuple[int, ...], dimensions: list[int], mesh: Mesh | AbstractMesh
 ) -> None:
     if any("fsdp" in _names(part) for part in parts):
         return
+    # The last dimension last: its numbers lie side by side, in a chip's registers and in groups of codes.
+    order = sorted(dimensions, key=lambda i: (i == len(shape) - 1, _size(mesh, parts[i]) > 1, -shape[i]))
     both = ("fsdp", "sequence")
-    for over in (both, "fsdp") if mesh.shape.get("sequence", 1) > 1 else ("fsdp",):
-        for i in sorted(dimensions, key=lambda i: -shape[i]):
-            if shape[i] % _size(mesh, over) == 0:
-                parts[i] = over
+    for over in (both, both[:1]) if mesh.shape.get("sequence", 1) > 1 else (both[:1],):
+        for i in order:
+            beside = (*(name for name in _names(parts[i]) if mesh.shape[name] > 1), *over)
+            if shape[i] % _size(mesh, beside) == 0:
+                parts[i] = beside if len(beside) > 1 else beside[0]
                 return
 
 

@@ -46,18 +46,19 @@ def test_places_follow_the_rules():
     shapes = {"layers": {"block_0": {"channel": {"out": {"kernel": jnp.zeros((6, 64, 128))}}}}}
     of = lambda tree: tuple(jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "spec"))[0].spec)  # noqa: E731
     on = mesh(fsdp=2, tensor=2)
-    assert of(frugax.parallel.shardings(shapes, on)) == ("pipeline", "tensor", "fsdp")
+    assert of(frugax.parallel.shardings(shapes, on)) == ("pipeline", ("tensor", "fsdp"), None)
     assert of(frugax.parallel.shardings(shapes, on, zero=False)) == ("pipeline", "tensor", None)
     rules = {"mlp": None, "embed": ("fsdp", "tensor")}
     assert of(frugax.parallel.shardings(shapes, on, rules)) == (None, None, ("fsdp", "tensor"))
-    assert "6 x 64 x 128  layers, mlp, embed  pipeline, tensor, fsdp" in frugax.parallel.table(shapes, on)
+    assert of(frugax.parallel.shardings(shapes, mesh(fsdp=2))) == ("pipeline", "fsdp", None)
+    assert "6 x 64 x 128  layers, mlp, embed  pipeline, tensor*fsdp, -" in frugax.parallel.table(shapes, on)
 
 
 def test_a_state_lies_as_its_params():
     """Moments as the params; moments in a subspace and codes by the sizes that they share."""
-    shapes = {"layers": {"w": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32)}, "b": jnp.zeros(7)}
+    shapes = {"layers": {"w": jax.ShapeDtypeStruct((3, 64, 256), jnp.float32)}, "b": jnp.zeros(7)}
     on = mesh(fsdp=2)
-    for optimizer in (optax.adamw(0.1), frugax.optim.galore(0.1, rank=4), frugax.optim.adamw_8bit(0.1)):
+    for optimizer in (optax.adamw(0.1), frugax.optim.galore(0.1, rank=8), frugax.optim.adamw_8bit(0.1)):
         state = jax.eval_shape(optimizer.init, shapes)
         places = frugax.parallel.state_shardings(state, shapes, on)
         spread = 0

@@ -11,7 +11,7 @@ from tests.parallel.volume_calls import BLOCK, PARALLEL, payload, shared_bytes
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["zero", "tensor"])
+@pytest.mark.parametrize("kind", ["zero", "tensor", "moments"])
 def test_bytes_follow_the_papers_formulas(kind):
     run_on_eight_devices("tests.parallel.volume_calls", kind)
 

@@ -4,6 +4,7 @@ import sys
 from math import isclose
 
 import jax
+from flax import traverse_util
 
 import frugax
 from tests.parallel.steps import compile_step
@@ -58,9 +59,35 @@ def tensor():
     assert params[0] == params[1] == params[2] < 5 * device, (params, device)
 
 
+def moments():
+    """An 8-bit step, on matrices whose shares hold whole groups of codes, sends neither codes nor scales."""
+    mesh = frugax.parallel.make_mesh(data=1, fsdp=4, tensor=2)
+    sizes = {
+        "mixer/qkv": (128, 1536),
+        "mixer/out": (512, 128),
+        "channel/gate_in": (128, 1024),
+        "channel/out": (512, 128),
+    }
+    layers = {name: {"kernel": jax.ShapeDtypeStruct((2, *size), "float32")} for name, size in sizes.items()}
+    tree = {"layers": {"block_0": traverse_util.unflatten_dict(layers, sep="/")}}
+    tree["embedding"] = jax.ShapeDtypeStruct((512, 128), "float32")
+    put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)  # noqa: E731
+    places = frugax.parallel.shardings(tree, mesh)
+    params = jax.tree.map(put, tree, places)
+    for optimizer in (frugax.optim.adam_8bit(1e-3), frugax.optim.lion_8bit(1e-3)):
+        state = jax.eval_shape(optimizer.init, tree)
+        of_state = frugax.parallel.state_shardings(state, tree, mesh)
+        with jax.set_mesh(mesh):
+            step = jax.jit(optimizer.update, out_shardings=(places, of_state))
+            program = step.lower(params, jax.tree.map(put, state, of_state), params).compile()
+        assert "s8[" in program.as_text() or "u8[" in program.as_text()
+        sent = [c.payload_bytes for c in frugax.planner.collectives(program.as_text(), mesh)]
+        assert max(sent, default=0) < 1024, sent
+
+
 PARALLEL = frugax.layers.Block(
     "SlidingWindowAttention", "GLU", {"heads": 4, "window": 8}, {"expand": 2.0}, parallel=True
 )
 
 if __name__ == "__main__":
-    {"zero": zero, "tensor": tensor}[sys.argv[1]]()
+    {"zero": zero, "tensor": tensor, "moments": moments}[sys.argv[1]]()
