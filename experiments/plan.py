@@ -15,11 +15,13 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
@@ -34,7 +36,7 @@ from experiments.trainer.state import init_state
 from frugax.planner import Plan, Topology, flops, plan, topology
 from frugax.planner.plan import shard_bytes
 from frugax.planner.search import Cluster, Workload, search
-from frugax.planner.timeline import draw
+from frugax.planner.timeline import PHASES
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, such as v5e:16x16.")
 OUT = flags.DEFINE_string("out", None, "Folder of plan.json and memory.png; by default plan/ in the run's.")
@@ -245,6 +247,41 @@ def _workload(config: ConfigDict) -> Workload:
         kept=0 if model.remat else 12 * stream,
         kept_whole=stream if model.remat else 4 * stream,
     )
+
+
+def draw(
+    points: list[Any], constant: Mapping[str, int], path: str | Path, *, memory: int | None, title: str
+) -> None:
+    """Draw the bytes of a device over the schedule, stacked by kind, with the peak marked.
+
+    Args:
+      points: of a `Plan`.
+      constant: bytes that are there all the time, by kind, such as {"params": ...}.
+      path: of the picture.
+      memory: bytes that the device has, a line in the picture if half of them are used; None draws none.
+      title: above it.
+    """
+    gib = 2**30
+    peak = max(points, key=lambda p: p.total)
+    height = peak.total + sum(constant.values())
+    seen = {name: size for name, size in constant.items() if size >= 0.01 * height}
+    seen["other arguments and results"] = sum(constant.values()) - sum(seen.values())
+    rows = {name: [size / gib] * len(points) for name, size in seen.items() if size}
+    rows |= {f"temporaries: {name}": [p.bytes[name] / gib for p in points] for name in PHASES}
+    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stackplot(range(len(points)), *rows.values(), labels=rows.keys(), step="post", linewidth=0)
+    at = points.index(peak)
+    axes.plot([at], [height / gib], "kv")
+    words = f"{height / gib:.3g} GiB at {peak.name}"
+    axes.annotate(words, (at, height / gib), (0, 7), textcoords="offset points", ha="center")
+    axes.set_ylim(0, 1.15 * height / gib)
+    if memory and memory < 2 * height:
+        axes.axhline(memory / gib, color="k", linestyle="--", linewidth=1, label="the device's memory")
+        axes.set_ylim(0, 1.1 * max(1.05 * height, memory) / gib)
+    axes.set(xlabel="instructions in order, one trip of each loop", ylabel="GiB a device", title=title)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def write(made: Plan, out: Path) -> None:

@@ -14,8 +14,6 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = QUICK
     xla_client.CompileOptions()
     del os.environ["XLA_FLAGS"]
-# Ten stack frames for each operation of a program are a tenth of what XLA takes to compile it.
-os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # libtpu compiles for chips that are not here: it must not look for them, nor for other users of them.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

@@ -28,6 +28,16 @@ class Collective:
     `wire_bytes` is what one device sends in one execution, with n devices in a group: (n - 1) / n of the
     payload for all-gather, reduce-scatter and all-to-all, twice that for all-reduce (a reduce-scatter and an
     all-gather round a ring), the payload for collective-permute and collective-broadcast.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> mesh = frugax.parallel.make_mesh()
+        >>> by_row = jax.NamedSharding(mesh, jax.P("data"))
+        >>> rows = jax.ShapeDtypeStruct((mesh.size, 8), jnp.float32, sharding=by_row)
+        >>> text = jax.jit(lambda x: x.sum(0)).lower(rows).compile().as_text()
+        >>> found = frugax.planner.collectives(text, mesh)  # the sum over devices, if there are several
+        >>> all(one.kind == "all-reduce" and one.axes == ("data",) for one in found)
+        True
     """
 
     name: str

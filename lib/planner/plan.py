@@ -37,6 +37,16 @@ class Plan:
       points: temporary bytes over the schedule.
       unread: why the compiled text can't be had, "" where it can. Then there are no collectives, times and
         points.
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> system = frugax.planner.topology("cpu:1")
+        >>> mesh = frugax.parallel.make_mesh(devices=system.devices)
+        >>> x = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+        >>> step = jax.jit(lambda x: 2 * x, donate_argnums=0).lower(x)
+        >>> made = frugax.planner.plan(step, topology=system, mesh=mesh, arguments={"params": x})
+        >>> isinstance(made, frugax.planner.Plan), made.bytes["params"], made.fits()
+        (True, 1024, None)
     """
 
     topology: str

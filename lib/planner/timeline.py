@@ -1,9 +1,7 @@
-"""The memory that a compiled program holds over its schedule, and a figure of it."""
+"""The memory that a compiled program holds over its schedule."""
 
 import math
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 from .hlo import arrays
@@ -169,40 +167,3 @@ def held_bytes(shape: str) -> int:
             dims[axis] = math.ceil(dims[axis] / size) * size
         total += nbytes(f"{tiled[1]}[{','.join(map(str, dims))}]")
     return total
-
-
-def draw(
-    points: list[Point], constant: Mapping[str, int], path: str | Path, *, memory: int | None, title: str
-) -> None:
-    """Draw the bytes of a device over the schedule, stacked by kind, with the peak marked.
-
-    Args:
-      points: of `timeline`.
-      constant: bytes that are there all the time, by kind, such as {"params": ...}.
-      path: of the picture.
-      memory: bytes that the device has, a line in the picture if half of them are used; None draws none.
-      title: above it.
-    """
-    import matplotlib.figure
-
-    gib = 2**30
-    peak = max(points, key=lambda p: p.total)
-    height = peak.total + sum(constant.values())
-    seen = {name: size for name, size in constant.items() if size >= 0.01 * height}
-    seen["other arguments and results"] = sum(constant.values()) - sum(seen.values())
-    rows = {name: [size / gib] * len(points) for name, size in seen.items() if size}
-    rows |= {f"temporaries: {name}": [p.bytes[name] / gib for p in points] for name in PHASES}
-    figure = matplotlib.figure.Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.stackplot(range(len(points)), *rows.values(), labels=rows.keys(), step="post", linewidth=0)
-    at = points.index(peak)
-    axes.plot([at], [height / gib], "kv")
-    words = f"{height / gib:.3g} GiB at {peak.name}"
-    axes.annotate(words, (at, height / gib), (0, 7), textcoords="offset points", ha="center")
-    axes.set_ylim(0, 1.15 * height / gib)
-    if memory and memory < 2 * height:
-        axes.axhline(memory / gib, color="k", linestyle="--", linewidth=1, label="the device's memory")
-        axes.set_ylim(0, 1.1 * max(1.05 * height, memory) / gib)
-    axes.set(xlabel="instructions in order, one trip of each loop", ylabel="GiB a device", title=title)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
-    figure.savefig(path, dpi=110)

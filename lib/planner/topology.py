@@ -41,6 +41,12 @@ class Topology:
       chip: peaks and bandwidths of one device; None for CPUs, which have no data sheet here.
       slices: groups of devices with slow links between: slices of TPUs, hosts of GPUs.
       devices: abstract devices, for a mesh; all of the first slice come first.
+
+    Example:
+        >>> import frugax
+        >>> system = frugax.planner.topology("cpu:1")
+        >>> isinstance(system, frugax.planner.Topology), system.slices, len(system.devices)
+        (True, 1, 1)
     """
 
     name: str
