@@ -11,7 +11,6 @@ Topologies: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, cpu:8; v5p:8x8
 
 import contextlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -324,5 +323,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, so no accelerator is taken
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
     run(main)

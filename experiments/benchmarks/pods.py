@@ -8,10 +8,10 @@ Writes results/pods.json, which docs/results/planning.md tabulates.
 
 import argparse
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from experiments.benchmarks.interleaved import about, write
@@ -62,5 +62,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, so no accelerator is taken
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
     main()
