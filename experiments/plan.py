@@ -11,6 +11,7 @@ Topologies: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, cpu:8; v5p:8x8
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -323,6 +324,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if not jax.config.jax_platforms:
+    if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
     run(main)

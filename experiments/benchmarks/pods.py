@@ -8,6 +8,7 @@ Writes results/pods.json, which docs/results/planning.md tabulates.
 
 import argparse
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not jax.config.jax_platforms:
+    if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")  # nothing runs, so no accelerator is taken
     main()

@@ -139,8 +139,8 @@ def _spec(
                 f"dimension {i} ({axis}) of {path} {list(shape)}, or a rule {axis!r}: None"
             )
     if zero and math.prod(shape) >= SMALLEST:
-        # Where two axes split one side of an expert's matrix, XLA's partitioner ends a process that has a manual
-        # axis, such as a pipeline's (jax 0.10.2).
+        # Where two axes split one side of an expert's matrix, XLA's partitioner ends a process whose program
+        # has a manual axis, such as a pipeline's (jax 0.10.2).
         split = [i for i, part in enumerate(parts) if "experts" in axes and _size(mesh, part) > 1]
         open_to = [i for i, axis in enumerate(axes) if axis not in ("layers", "experts") and i not in split]
         _spread(parts, shape, open_to, mesh)
