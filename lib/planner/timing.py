@@ -1,6 +1,7 @@
 """The time of a compiled program by a simple model: the compiler's estimates, a roofline, and links."""
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 from jax.sharding import Mesh
@@ -94,13 +95,16 @@ def times(program: Program, mesh: Mesh, topology: Topology, kernel_flops: Flops 
                 seconds = cycles / chip.clock
                 compiler += seconds * visit.times
             elif any(f'custom_call_target="{name}' in x.attributes for name in _KERNELS):
-                read = _bytes(visit.computation, x)
+                read = _bytes(program, visit.computation, x)
                 kernel_bytes += read * visit.times
                 seconds = read / chip.bandwidth
             elif x.opcode in _FREE or x.opcode.endswith(("-start", "-done")) or talks or _moves_nothing(x):
                 seconds = 0.0
             else:
-                bytes_, products = _bytes(visit.computation, x), _products(program, visit.computation, x)
+                bytes_, products = (
+                    _bytes(program, visit.computation, x),
+                    _products(program, visit.computation, x),
+                )
                 seconds = max(bytes_ / chip.bandwidth, products / chip.peak)
                 roofline += seconds * visit.times
             now += seconds
@@ -133,10 +137,53 @@ def _moves_nothing(x: Instruction) -> bool:
     return x.opcode == "custom-call" and "S(1)" in x.shape
 
 
-def _bytes(computation: Computation, x: Instruction) -> int:
-    """Bytes of HBM that an instruction reads and writes; a TPU's arrays in VMEM, S(1), are not among them."""
-    shapes = [x.shape, *(y.shape for y in computation.operands(x))]
-    return sum(nbytes(part) for shape in shapes for part in hlo.arrays(shape) if "S(1)" not in part)
+def _bytes(program: Program, computation: Computation, x: Instruction) -> int:
+    """Bytes of HBM that an instruction reads and writes; a TPU's arrays in VMEM, S(1), are not among them.
+
+    Of an array that it slices, or updates in its place, the slice counts: loops keep an array of all trips.
+    """
+    if x.opcode == "fusion" and (called := x.called("calls")):
+        inside = program.computations[called[0]]
+        parameters = {int(y.literal): y for y in inside.instructions.values() if y.opcode == "parameter"}
+        operands = computation.operands(x)
+        read = [_read(inside, parameters[i], y.shape) for i, y in enumerate(operands) if i in parameters]
+        root = inside.instructions[inside.root]
+        parts = inside.operands(root) if root.opcode == "tuple" else [root]
+        shapes = hlo.arrays(x.shape)
+        if len(parts) == len(shapes):
+            return sum(read) + sum(map(partial(_written, inside), parts, shapes))
+        return sum(read) + _stored(x.shape)
+    if x.opcode in ("dynamic-slice", "dynamic-update-slice"):
+        part = x if x.opcode == "dynamic-slice" else computation.instructions[x.operands[1]]
+        return 2 * _stored(part.shape)
+    return _stored(x.shape) + sum(_stored(y.shape) for y in computation.operands(x))
+
+
+def _stored(shape: str) -> int:
+    return sum(nbytes(part) for part in hlo.arrays(shape) if "S(1)" not in part)
+
+
+def _read(inside: Computation, x: Instruction, shape: str) -> int:
+    """Bytes of a fusion's operand of this shape, `x` inside, that are read."""
+    users = [y for y in inside.instructions.values() if x.name in y.operands]
+    total = 0
+    for y in users:
+        if y.opcode == "bitcast":
+            total += _read(inside, y, shape)
+        elif y.opcode == "dynamic-slice" and y.operands[0] == x.name:
+            total += min(nbytes(y.shape), _stored(shape))
+        elif y.opcode != "dynamic-update-slice" or y.operands[0] != x.name:
+            return _stored(shape)
+    return min(total, _stored(shape))
+
+
+def _written(inside: Computation, x: Instruction, shape: str) -> int:
+    """Bytes of a fusion's result of this shape, `x` inside, that are written."""
+    while x.opcode == "bitcast" and inside.operands(x):
+        x = inside.operands(x)[0]
+    if x.opcode == "dynamic-update-slice":
+        return min(nbytes(inside.instructions[x.operands[1]].shape), _stored(shape))
+    return _stored(shape)
 
 
 def _products(program: Program, computation: Computation, x: Instruction) -> int:

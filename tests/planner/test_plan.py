@@ -310,3 +310,40 @@ def test_the_command_says_what_is_wrong():
             left = parse(["plan", *flags])
             with pytest.raises((SystemExit, app.UsageError), match=said):
                 experiments.plan.main(left)
+
+
+LOOP_ARRAYS = """
+HloModule step, is_scheduled=true
+
+%fused_write (a: f32[24,8], b: f32[1,8], i: s32[]) -> f32[24,8] {
+  %a = f32[24,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %write = f32[24,8]{1,0} dynamic-update-slice(%a, %b, %i, %zero)
+}
+
+%fused_read (c: f32[24,8], j: s32[]) -> f32[1,8] {
+  %c = f32[24,8]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %none = s32[] constant(0)
+  %slice = f32[1,8]{1,0} dynamic-slice(%c, %j, %none), dynamic_slice_sizes={1,8}
+  ROOT %twice = f32[1,8]{1,0} add(%slice, %slice)
+}
+
+ENTRY %main (x: f32[24,8], y: f32[1,8], k: s32[]) -> f32[1,8] {
+  %x = f32[24,8]{1,0} parameter(0)
+  %y = f32[1,8]{1,0} parameter(1)
+  %k = s32[] parameter(2)
+  %written = f32[24,8]{1,0} fusion(%x, %y, %k), kind=kLoop, calls=%fused_write
+  ROOT %read = f32[1,8]{1,0} fusion(%written, %k), kind=kLoop, calls=%fused_read
+}
+"""
+
+
+def test_of_an_array_in_slices_the_slices_count():
+    """A row of 32 bytes is read and written, or read and its double written; the indices have 4 bytes."""
+    parsed = program.parse(LOOP_ARRAYS)
+    main = parsed.computations[parsed.entry]
+    found = {name: timing._bytes(parsed, main, main.instructions[name]) for name in ("written", "read")}
+    assert found == {"written": 32 + 32 + 4, "read": 32 + 32 + 4}

@@ -31,8 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
         mixer="GatedLinearAttention", channel="GLU", mixer_args=dict(heads=4), channel_args=dict(expand=2.75)
     )
     config.model.dtype = "bfloat16"
-    config.memory.remat = "full"
-    config.memory.loss_tiles = 4
+    config.memory.remat = "dots_without_batch"
 
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 1000
