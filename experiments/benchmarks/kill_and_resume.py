@@ -8,8 +8,6 @@ with the undisturbed one, step by step, and the next one begins, until --kills h
 """
 
 import argparse
-import datetime
-import json
 import os
 import random
 import shutil
@@ -19,10 +17,10 @@ import threading
 import time
 from pathlib import Path
 
-import jax
 from tqdm import tqdm
 
-from experiments.launcher.local import Died, run_job
+from experiments.benchmarks.interleaved import about, save
+from experiments.launcher.local import Died, flags_of, run_job
 from experiments.trainer.metrics import read_lines
 
 FIELDS = {
@@ -42,8 +40,8 @@ LOSSES = ("loss", "grad_norm", "update_norm")
 def train(args: argparse.Namespace, folder: Path, **options) -> None:
     """Start the run, or go on with it."""
     fields = FIELDS | {"steps": args.steps}
-    given = [f"--config={args.config}", *(f"--config.{name}={value}" for name, value in fields.items())]
-    run_job([*given, f"--run={folder}"], args.processes, say=lambda line: None, **options)
+    given = [f"--config={args.config}", *flags_of(fields), f"--run={folder}"]
+    run_job(given, args.processes, say=lambda line: None, **options)
 
 
 def losses(folder: Path) -> dict[int, list[float]]:
@@ -131,10 +129,8 @@ def main(argv: list[str] | None = None) -> None:
         if folder.exists():
             train(args, folder)
             compare()
-    result = {
+    result = about() | {
         "benchmark": "experiments.benchmarks.kill_and_resume",
-        "date": str(datetime.date.today()),
-        "jax": jax.__version__,
         "config": args.config,
         "processes": args.processes,
         "steps": args.steps,
@@ -145,8 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         "runs_that_differ": differing,
         "largest_relative_difference": worst,
     }
-    Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    save(Path(args.json), result)
 
 
 if __name__ == "__main__":

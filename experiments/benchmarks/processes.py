@@ -7,16 +7,13 @@ over its later half of steps. On a machine where nothing else runs. Writes --jso
 """
 
 import argparse
-import datetime
-import json
 import os
 import statistics
 import tempfile
 from pathlib import Path
 
-import jax
-
-from experiments.launcher.local import run_job
+from experiments.benchmarks.interleaved import about, save
+from experiments.launcher.local import flags_of, run_job
 from experiments.trainer.metrics import read_lines
 
 FIELDS = {"checkpoint.every": 0, "evaluation.enabled": False, "sample.tokens": 0, "tensorboard": False}
@@ -29,8 +26,8 @@ def tokens_per_second(config: str, steps: int, processes: int, cores: set[int]) 
     try:
         with tempfile.TemporaryDirectory() as folder:
             fields = FIELDS | {"steps": steps, "optimizer.warmup_steps": 1}
-            given = [f"--config={config}", *(f"--config.{name}={value}" for name, value in fields.items())]
-            run_job([*given, f"--run={folder}"], processes, say=lambda line: None)
+            given = [f"--config={config}", *flags_of(fields), f"--run={folder}"]
+            run_job(given, processes, say=lambda line: None)
             lines = read_lines(Path(folder, "metrics.jsonl"))
     finally:
         os.sched_setaffinity(0, here)
@@ -58,17 +55,14 @@ def main(argv: list[str] | None = None) -> None:
         one.append(tokens_per_second(args.config, args.steps, 1, {cores[0]}))
         two.append(tokens_per_second(args.config, args.steps, 2, set(cores)))
         print(f"round {number + 1}: one process {one[-1]:,.0f} tokens/s, two {two[-1]:,.0f}", flush=True)
-    result = {
+    result = about() | {
         "benchmark": "experiments.benchmarks.processes",
-        "date": str(datetime.date.today()),
-        "jax": jax.__version__,
         "config": args.config,
         "one_process_on_one_core": one,
         "two_processes_on_two_cores": two,
         "ratio": round(statistics.median(two) / statistics.median(one), 3),
     }
-    Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=2))
+    save(Path(args.json), result)
 
 
 if __name__ == "__main__":

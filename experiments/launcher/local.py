@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 GRACE_S = 3.0  # for the others to tell their errors, once one process failed
@@ -24,6 +24,11 @@ class Stopped(Exception):
     """The launcher was told to stop, and the job has saved its state and ended."""
 
 
+def flags_of(fields: Mapping[str, Any]) -> list[str]:
+    """Write fields of a config by their paths, such as "optimizer.name", as flags."""
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
 def commands(arguments: Sequence[str], count: int, port: int | str = "PORT") -> list[list[str]]:
     """Command lines of the processes of one job.
 
@@ -37,7 +42,7 @@ def commands(arguments: Sequence[str], count: int, port: int | str = "PORT") -> 
         return [alone]
     fields = {"enabled": True, "coordinator": f"localhost:{port}", "processes": count}
     return [
-        [*alone, *(f"--config.distributed.{k}={v}" for k, v in (fields | {"process": i}).items())]
+        [*alone, *flags_of({f"distributed.{k}": v for k, v in (fields | {"process": i}).items()})]
         for i in range(count)
     ]
 

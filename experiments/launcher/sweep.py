@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.benchmarks.markdown import table
+from experiments.launcher.local import flags_of
 
 
 class Point(NamedTuple):
@@ -18,7 +19,7 @@ class Point(NamedTuple):
     @property
     def arguments(self) -> list[str]:
         """Flags of `experiments.train`, to come after those that all points share."""
-        return [*(f"--config.{name}={value}" for name, value in self.fields.items()), f"--run={self.folder}"]
+        return [*flags_of(self.fields), f"--run={self.folder}"]
 
 
 def grid(sweeps: Sequence[str], folder: str | Path) -> list[Point]:

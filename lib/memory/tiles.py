@@ -136,7 +136,7 @@ def _wide(dtype: Any) -> Any:
 
 
 def _length(x: Any, tiles: int, axis: int) -> int:
-    """How long all arrays of x are along the axis."""
+    """Return the length of all arrays of x along the axis."""
     if tiles < 1:
         raise ValueError(f"tiles: got {tiles}; expected a number >= 1")
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(x)]

@@ -235,8 +235,8 @@ class Decoder(nn.Module):
     def beside_layers(
         self, over_depth: tuple[Any, ...], gates: Array | None, tokens: Array
     ) -> tuple[tuple[Any, ...], dict[str, Any], Announced | None]:
-        """What layers read beside the residual stream: what differs by layer, what they share, and what
-        pre-gated mixtures announce to the first."""
+        """Return the arguments of layers beside the residual stream: those that differ by layer, those that
+        they share, and the announcement of pre-gated mixtures to the first."""
         channels = [block.channel_class for block in self.blocks if block.channel is not None]
         shared: dict[str, Any] = {}
         if any("token_ids" in getattr(channel, "takes", ()) for channel in channels):

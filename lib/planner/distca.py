@@ -321,7 +321,7 @@ def _moved(task: CoreTask, query_bytes: int, key_bytes: int) -> int:
 
 
 def _cuts(task: CoreTask, wanted: float, block: int) -> list[int]:
-    """Where to cut off at most the wanted work: of the last queries, or (negative) of the first."""
+    """List the places that cut off at most the wanted work: of the last queries, or (negative) the first."""
     a, b = task.queries
     if task.work <= wanted:
         return [-b]  # all of it

@@ -17,7 +17,7 @@ from .topology import Topology
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step takes of each device, and how long.
+    """The demands of a step on each device, and its time.
 
     Attributes:
       topology: its name.

@@ -213,7 +213,7 @@ def _index_read(computation: Computation, name: str) -> int | None:
 
 
 def _next(program: Program, loop: Instruction, index: int) -> tuple[Computation, str]:
-    """Where a loop's body makes the next value of an element of its state."""
+    """Find the instruction of a loop's body that makes the next value of an element of its state."""
     body = program.computations[loop.called("body")[0]]
     root = body.instructions[body.root]
     return body, (root.operands[index] if root.opcode == "tuple" else "")
@@ -244,7 +244,7 @@ def _operands_through_fusion(program, computation, name) -> tuple[Instruction | 
 
 
 def _trips(program: Program, loop: Instruction, scope: _Scope) -> int | None:
-    """How often a loop's body runs: as the compiler noted, or read from `i < n` in its condition."""
+    """Count the runs of a loop's body: as the compiler noted, or as `i < n` in its condition says."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes)
     if known:
         return int(known[1])

@@ -397,7 +397,7 @@ def search(
 
 
 def _rounds(stages: int, microbatches: int) -> float:
-    """How often the critical path of 1F1B goes down all links and back, in units of P - 1 links."""
+    """Count the trips of 1F1B's critical path down all links or back, in units of P - 1 links."""
     if microbatches < 2:
         return 1.0
     later = microbatches - 2

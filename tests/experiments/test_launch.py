@@ -147,7 +147,7 @@ def test_a_dry_run_prints_a_task_that_skypilot_accepts(tmp_path, start):
 
 
 def test_a_task_for_a_cluster():
-    """What SkyPilot gets, which reads no more of it than its schema: each machine knows the others."""
+    """SkyPilot gets commands by which each machine knows the others; it reads no more than its schema."""
     arguments = [CONFIG, "--config.model.width=16", "--run=runs/x"]
     options = {"accelerators": "H100:8", "num_nodes": 2, "bucket": "gs://the-bucket"}
     task = sky.make_task(arguments, options, "x")

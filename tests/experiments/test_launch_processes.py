@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_one_device(corpus, tmp_path_factory):
-    """What the resized runs are compared with: three steps, three more, and three more."""
+    """The run that the resized ones are compared with: three steps, three more, and three more."""
     folder = tmp_path_factory.mktemp("one")
     for steps in (3, 6, 9):  # the schedule is that of each part
         train(tiny_config(corpus, folder, **FIELDS, steps=steps))
@@ -39,7 +39,7 @@ def on_one_device(corpus, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """Of the processes that a test starts."""
+    """Settings of the processes that a test starts."""
     for name, value in {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}.items():
         monkeypatch.setitem(os.environ, name, value)
 

@@ -35,7 +35,7 @@ def kept(model):
 
 
 def test_what_policies_keep():
-    """Of dense layers: inputs, or also the products of MLGRU (3 gates and its output) and GLU (2 of 32)."""
+    """Dense layers keep inputs, or also the products of MLGRU (3 gates and its output) and GLU (2 of 32)."""
     assert kept(dense(remat="full")) == kept(dense(remat=True)) == [D]
     assert kept(dense(remat="dots")) == [D, D, 3 * D, 2 * 4 * D]
     assert sum(kept(dense())) > 3 * sum(kept(dense(remat="dots")))
@@ -110,7 +110,7 @@ def on_chip(chip, **memory):
 @pytest.mark.deviceless
 @pytest.mark.parametrize("chip", ["v5e", "h200"])
 def test_offloaded_activations_are_on_the_host(chip):
-    """Of "full" the eight inputs; of the products also their results, and both leave the device."""
+    """With "full" the eight inputs leave the device; with the products their results too."""
     here, layer = on_chip(chip, remat="full")
     there, _ = on_chip(chip, remat="full", offload=True)
     assert here.host_temp_size_in_bytes == 0

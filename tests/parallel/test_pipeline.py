@@ -94,9 +94,7 @@ def test_memory_follows_what_is_in_flight_and_a_run_goes_on_over_another_mesh():
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", [{"pipeline": 4}, {"pipeline": 2, "fsdp": 2}, {"pipeline": 2, "tensor": 2}])
 def test_a_step_compiles_for_tpu(mesh):
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+    devices = frugax.planner.topology("v5e:2x2").devices
     config = config_of(8, 4, 2, **mesh)
     config.data.sequence_length = 128
     module = module_of(config, "attention", width=128, dtype=jnp.bfloat16)

@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from jax.experimental import topologies
 
 from experiments.benchmarks.deviceless_tpu import has_libtpu
+from frugax.planner import topology
 from tests.devices import run_on_eight_devices
 from tests.parallel.steps import compile_step
 from tests.parallel.volume_calls import BLOCK, PARALLEL, payload, shared_bytes
@@ -17,7 +17,7 @@ def test_bytes_follow_the_papers_formulas(kind):
 
 
 def v5e():
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    return topology("v5e:2x4").devices
 
 
 @pytest.mark.full
