@@ -9,6 +9,7 @@ from typing import Any
 
 from flax.linen import LayerNorm
 
+from ..kernels.linear_attention.features import taylor
 from .bidirectional import Bidirectional
 from .block import Block
 from .channel.decoupled_router import DecoupledRouter
@@ -35,7 +36,7 @@ from .mixers.sliding_window import SlidingWindowAttention
 from .modules.bit_linear import BitLinear
 from .modules.dense import Dense, QuantizedDense
 from .modules.depthwise_conv import DepthwiseConv
-from .modules.feature_maps import LearnedMap, elu_plus_one, taylor
+from .modules.feature_maps import LearnedMap, elu_plus_one
 from .modules.norms import GatedNorm, HeadLayerNorm, RMSNorm, SimpleRMSNorm
 from .modules.rotary import positions, rotary
 from .modules.short_conv import ShortConv

@@ -16,6 +16,7 @@ from ..kernels.common.documents import documents
 from ..kernels.common.operation import Backend
 from ..kernels.common.sharding import vary_like
 from ..kernels.linear_attention import inputs as attention
+from ..kernels.linear_attention.features import widened
 from .shards import entering_state, of_last_shard
 
 
@@ -26,12 +27,13 @@ def linear_attention(
     log_decay: Float[Array, "h"] | Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
     *,
     axis_name: str,
+    feature_map: attention.FeatureMap | None = None,
     bonus: Float[Array, "h k"] | None = None,
     scale: float | None = None,
-    initial_state: Float[Array, "b h k v"] | None = None,
+    initial_state: Float[Array, "b h f v"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h f v"]]:
     """`frugax.kernels.linear_attention` with time split over the mesh axis `axis_name`.
 
     Each shard makes the state its tokens leave (one matmul of K x V a token), the shards pass these states
@@ -39,7 +41,8 @@ def linear_attention(
     local output would take as many FLOPs, and one more float32 array of the output's size to read and write.
 
     Args:
-      q, k, v, log_decay, bonus, scale, segment_ids, backend: as there; of those with time, one shard of it.
+      q, k, v, log_decay, feature_map, bonus, scale, segment_ids, backend: as there; one shard of time of
+        those that have it.
       axis_name: a manual mesh axis of the `shard_map` around the call; shards are in the order of time.
       initial_state: the state before the first shard's first token, the same on every shard.
 
@@ -63,14 +66,16 @@ def linear_attention(
         >>> out.shape
         (1, 64, 2, 16)
     """
-    call = attention.check(q, k, v, log_decay, bonus, initial_state, segment_ids)
-    S_BHKV, total_BHK1 = state_left(call)
+    arrays = (q, k, v, log_decay, bonus, initial_state, segment_ids)
+    call = attention.check(*arrays, feature_map=feature_map)
+    S_BHKV, total_BHK1 = state_left(widened(call, feature_map))
     entering = entering_state(total_BHK1, S_BHKV, initial_state, segment_ids, axis_name, logs=True)
     out, final_state = kernels.linear_attention(
         q,
         k,
         v,
         log_decay,
+        feature_map=feature_map,
         bonus=bonus,
         scale=scale,
         initial_state=entering,

@@ -1,6 +1,6 @@
 """The checked call of `linear_attention` is, once checked: the form that every backend takes."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -8,6 +8,8 @@ from jax import Array
 from ..common.arguments import reject
 from ..common.documents import documents
 from ..common.rows import Rows
+
+FeatureMap = Literal["taylor"]
 
 
 class Inputs(NamedTuple):
@@ -26,13 +28,20 @@ class Inputs(NamedTuple):
         return max(self.q.shape[2], self.k.shape[2], self.v.shape[2])
 
 
+def feature_count(width: int, feature_map: str | None) -> int:
+    """The number of features of `width` channels of q or k: the rows of a state."""
+    return width if feature_map is None else 1 + width + width * (width + 1) // 2
+
+
 def repeat_heads(x: Array, heads: int, axis: int = 2) -> Array:
     """Give every one of `heads` heads its own copy of the head it reads."""
     return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis)
 
 
-def check(q, k, v, log_decay, bonus, initial_state, segment_ids) -> Inputs:
+def check(q, k, v, log_decay, bonus, initial_state, segment_ids, *, feature_map=None) -> Inputs:
     """Raise ValueError naming the argument that can't be right, or return the checked `Inputs`."""
+    if feature_map not in (None, *get_args(FeatureMap)):
+        raise ValueError(f"feature_map: got {feature_map!r}; expected 'taylor' or None")
     floats = dict(q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, initial_state=initial_state)
     for name, x in floats.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
@@ -62,6 +71,12 @@ def check(q, k, v, log_decay, bonus, initial_state, segment_ids) -> Inputs:
         if log_decay.shape[:h_axis] != (B, T)[:h_axis] or log_decay.shape[h_axis + 1 :] not in ((), (K,)):
             reject("log_decay", log_decay, fits)
         log_decay = repeat_heads(log_decay, H, h_axis)
+    if feature_map is not None:
+        if bonus is not None:
+            reject("bonus", bonus, "None with a feature_map")
+        if log_decay is not None and log_decay.ndim == 4:
+            reject("log_decay", log_decay, f"None, [{H}] or [{B}, {T}, {H}] with a feature_map")
+        K = feature_count(K, feature_map)
     if bonus is not None and bonus.shape != (H, K):
         reject("bonus", bonus, f"[{H}, {K}]")
     if initial_state is not None and initial_state.shape != (B, H, K, V):

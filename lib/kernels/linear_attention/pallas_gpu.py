@@ -23,12 +23,14 @@ from .tiling_gpu import Tiling, choose
 _MOST_BLOCKS = 65535  # in the y and z dimensions of a CUDA grid
 
 
-def unsupported_reason(call: Inputs) -> str | None:
+def unsupported_reason(call: Inputs, feature_map: str | None = None) -> str | None:
     """Why these kernels can't serve the call; None if they can. Works on shapes and dtypes alone."""
     B, _, _, K = call.q.shape
     V = call.v.shape[-1]
     if call.q.dtype != jnp.bfloat16:
         return f"q, k and v must be bfloat16; they are {call.q.dtype}"
+    if feature_map is not None:
+        return f"feature_map {feature_map!r}: q and k are multiplied as they are"
     if min(K, V) < 32:
         return f"K and V must be at least 32 (they are padded to multiples of 64); they are {K} and {V}"
     if max(B, call.heads) > _MOST_BLOCKS:
@@ -36,7 +38,7 @@ def unsupported_reason(call: Inputs) -> str | None:
     return compat.local_gpu_lacks_mosaic()
 
 
-def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Array]:
+def forward(call: Inputs, scale: float, feature_map: None = None, *, interpret: bool) -> tuple[Array, Array]:
     """The outputs [B, T, H, V] and the final state [B, H, K, V], as `reference.forward` defines them."""
     T, K, V = _sizes(call)
     padded = _pad(call)
@@ -75,7 +77,14 @@ def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Arra
     return out[:, :T, :, :V], last[:, :, :K, :V]
 
 
-def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, interpret: bool) -> Inputs:
+def backward(
+    call: Inputs,
+    cotangents: tuple[Array, Array],
+    scale: float,
+    feature_map: None = None,
+    *,
+    interpret: bool,
+) -> Inputs:
     """The gradient of every float input, in its shape and dtype."""
     T, K, V = _sizes(call)
     padded = _pad(call)

@@ -1,8 +1,10 @@
 """Linear attention on TPU: which calls the kernels take, and their arrays around them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -11,15 +13,18 @@ from ..common.arguments import pad_to, trim
 from ..common.chips import LANES, SUBLANES, VMEM_LIMIT
 from ..common.tiling import round_up
 from ..common.tpu import F32, Layout, TimeGrid
-from .inputs import Inputs
+from . import pallas_tpu_features as features
+from .features import widened
+from .inputs import Inputs, feature_count
 from .pallas_tpu_backward import backward_kernel
 from .pallas_tpu_decay import FLOOR, RESTART
 from .pallas_tpu_forward import Spec, forward_kernel, states_kernel
 from .tiling import Tiling, choose, itemsize_fits, vmem_bytes
 
 
-def unsupported_reason(call: Inputs) -> str | None:
+def unsupported_reason(call: Inputs, feature_map: str | None = None) -> str | None:
     """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
+    call = jax.eval_shape(partial(widened, feature_map=feature_map), call)
     if not itemsize_fits(call.q.dtype):
         return f"dtype {call.q.dtype}: bfloat16 and float32 are served"
     needed = max(vmem_bytes(call, choose(call, backward=b), backward=b) for b in (False, True))
@@ -31,21 +36,39 @@ def unsupported_reason(call: Inputs) -> str | None:
     return None
 
 
-def forward(call: Inputs, scale: float, *, interpret: bool) -> tuple[Array, Array]:
-    """(out [B, T, H, V] in v's dtype, final_state [B, H, K, V] in float32)."""
-    return forward_tiled(call, scale, choose(call, backward=False, interpret=interpret), interpret=interpret)
+def forward(
+    call: Inputs, scale: float, feature_map: str | None = None, *, interpret: bool
+) -> tuple[Array, Array]:
+    """(out [B, T, H, V] in v's dtype, final_state [B, H, F, V] in float32)."""
+    tiling = _choose(call, feature_map, backward=False, interpret=interpret)
+    return forward_tiled(call, scale, tiling, feature_map, interpret=interpret)
 
 
-def backward(call: Inputs, cotangents: tuple[Array, Array], scale: float, *, interpret: bool) -> Inputs:
+def backward(
+    call: Inputs,
+    cotangents: tuple[Array, Array],
+    scale: float,
+    feature_map: str | None = None,
+    *,
+    interpret: bool,
+) -> Inputs:
     """The gradient of each input, in its shape and dtype; None where the input is None."""
-    return backward_tiled(
-        call, cotangents, scale, choose(call, backward=True, interpret=interpret), interpret=interpret
-    )
+    tiling = _choose(call, feature_map, backward=True, interpret=interpret)
+    return backward_tiled(call, cotangents, scale, tiling, feature_map, interpret=interpret)
 
 
-def forward_tiled(call: Inputs, scale: float, tiling: Tiling, *, interpret: bool) -> tuple[Array, Array]:
+def _choose(call: Inputs, feature_map: str | None, *, backward: bool, interpret: bool) -> Tiling:
+    shapes = jax.eval_shape(partial(widened, feature_map=feature_map), call)
+    # Narrow rows have time along lanes, of which a chunk is then a whole register or more.
+    shortest = {} if feature_map is None else {"shortest": LANES}
+    return choose(shapes, backward=backward, interpret=interpret, **shortest)
+
+
+def forward_tiled(
+    call: Inputs, scale: float, tiling: Tiling, feature_map: str | None = None, *, interpret: bool
+) -> tuple[Array, Array]:
     """`forward` with blocks of one's choice."""
-    whole = _Call(call, scale, tiling, interpret, "linear_attention_forward")
+    whole = _Call(call, scale, tiling, feature_map, interpret, "linear_attention_forward")
     whole.read("q", "k", "v", "log_decay", "rows", "bonus", "initial_state")
     out = whole.write("out", call.v.dtype, (*call.v.shape[:2], call.heads, call.v.shape[3]))
     whole.write_state("final_state")
@@ -54,10 +77,12 @@ def forward_tiled(call: Inputs, scale: float, tiling: Tiling, *, interpret: bool
     return out.restore(results["out"]), whole.trim_state(results["final_state"])
 
 
-def backward_tiled(call: Inputs, cotangents, scale: float, tiling: Tiling, *, interpret: bool) -> Inputs:
+def backward_tiled(
+    call: Inputs, cotangents, scale: float, tiling: Tiling, feature_map: str | None = None, *, interpret: bool
+) -> Inputs:
     """`backward` with blocks of one's choice."""
     d_out, d_final_state = cotangents
-    before = _Call(call, scale, tiling, interpret, "linear_attention_states")
+    before = _Call(call, scale, tiling, feature_map, interpret, "linear_attention_states")
     before.read("k", "v", "log_decay", "rows", "initial_state")
     K, V = before.widths
     B, H, n = call.q.shape[0], call.heads, tiling.heads
@@ -65,7 +90,7 @@ def backward_tiled(call: Inputs, cotangents, scale: float, tiling: Tiling, *, in
     before.launch.hold("state", before.state_shape)
     states = before.run(states_kernel)["states"]
 
-    after = _Call(call, scale, tiling, interpret, "linear_attention_backward", backwards=True)
+    after = _Call(call, scale, tiling, feature_map, interpret, "linear_attention_backward", backwards=True)
     after.read("q", "k", "v", "log_decay", "rows", "bonus")
     launch = after.launch
     out = after.layout("out", call.v.dtype, d_out.shape)
@@ -130,6 +155,7 @@ class _Call:
         call: Inputs,
         scale: float,
         tiling: Tiling,
+        feature_map: str | None,
         interpret: bool,
         name: str,
         *,
@@ -139,7 +165,11 @@ class _Call:
         B, T, n = call.q.shape[0], call.q.shape[1], tiling.heads
         self.grid = TimeGrid((B, call.heads // n), T, tiling.block, backwards)
         self.launch = self.grid.launch(name, interpret=interpret, vmem_limit=VMEM_LIMIT)
-        self.widths = tuple(round_up(x.shape[3], LANES) for x in (call.q, call.v))
+        self.narrow = feature_map is not None
+        self.state_sizes = feature_count(call.q.shape[3], feature_map), call.v.shape[3]
+        self.widths = tuple(round_up(size, LANES) for size in self.state_sizes)
+        if self.narrow:
+            features.add_constants(self.launch, call.q.shape[3], call.q.dtype)
         K, V = self.widths
         self.state_shape = (n, V, K)
         self.state_spec = pl.BlockSpec((1, n, K, V), lambda b, h, t: (b, h, 0, 0))
@@ -149,7 +179,8 @@ class _Call:
 
     def layout(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Layout:
         heads, n, chunk = self.call.heads, self.tiling.heads, self.tiling.chunk
-        self.layouts[name] = Layout(shape, jnp.dtype(dtype), heads, n, self.grid, chunk, self.interpret)
+        kind = features.NarrowLayout if self.narrow and name.lstrip("d") in features.NARROW else Layout
+        self.layouts[name] = kind(shape, jnp.dtype(dtype), heads, n, self.grid, chunk, self.interpret)
         return self.layouts[name]
 
     def write(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Layout:
@@ -166,7 +197,7 @@ class _Call:
         return pad_to(x.astype(F32), (*x.shape[:2], *self.widths))
 
     def trim_state(self, x: Array) -> Array:
-        return trim(x, (*x.shape[:2], self.call.q.shape[3], self.call.v.shape[3]))
+        return trim(x, (*x.shape[:2], *self.state_sizes))
 
     def read(self, *names: str) -> None:
         """Add inputs of the call, where it has them."""

@@ -7,6 +7,7 @@ from jax.experimental import pallas as pl
 
 from ..common.chips import LANES, SUBLANES
 from ..common.tpu import dot, iota
+from . import pallas_tpu_features as features
 from .pallas_tpu_decay import HeadDecay, across, join, log_decay_gradient, masked_sums, ranks, split
 from .pallas_tpu_forward import (
     Spec,
@@ -171,8 +172,9 @@ def from_pairs(d_scores: Array, operand: Array, half: int, rows: str) -> Array:
 def backward_kernel(spec: Spec, refs: dict) -> None:
     """One grid step.
 
-    refs: q, k, v, (log_decay), (rows), (bonus), d_out, d_final_state, states -> dq, dk, dv, (d_log_decay),
-    (d_rows), (d_bonus), d_initial_state; scratch: d_state [heads, V, K], chunk_states [chunks, heads, V, K].
+    refs: (left, right, terms), q, k, v, (log_decay), (rows), (bonus), d_out, d_final_state, states -> dq, dk,
+    dv, (d_log_decay), (d_rows), (d_bonus), d_initial_state; scratch: d_state [heads, V, K], chunk_states
+    [chunks, heads, V, K].
     """
     tiling, layouts = spec.tiling, spec.layouts
     first = spec.grid.first_token()
@@ -204,7 +206,7 @@ def backward_kernel(spec: Spec, refs: dict) -> None:
         start = _aligned(index, tiling)
 
         def head(n):
-            q, k, v = (layouts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
+            q, k, v = (spec.load(refs, x, n, start, first) for x in ("q", "k", "v"))
             d_out = layouts["out"].load(refs["d_out"], n, start, first)
             states = refs["chunk_states"][index, n], refs["d_state"][n]
             bonus = refs["bonus"][0, n : n + 1] if has_bonus else None
@@ -215,6 +217,10 @@ def backward_kernel(spec: Spec, refs: dict) -> None:
                 decay = chunk_decay(spec, refs, n, index, bonus=has_bonus)
                 grads = yield from head_gradients(q, k, v, d_out, *states, decay, bonus, spec.scale)
             refs["d_state"][n] = grads["d_state"]
+            if spec.narrow:
+                for x in features.NARROW:
+                    narrow = layouts[x].load(refs[x], n, start, first)
+                    grads[f"d{x}"] = features.contract(refs, narrow, grads[f"d{x}"])
             if has_bonus:
                 refs["d_bonus"][0, 0, n : n + 1] += grads["d_bonus"]
             return grads

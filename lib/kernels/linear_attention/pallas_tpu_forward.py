@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from ..common.chips import SUBLANES
 from ..common.tpu import Layout, TimeGrid, dot, iota
+from . import pallas_tpu_features as features
 from .pallas_tpu_decay import HeadDecay, Level, across, head_decay, join, levels, prepare_decays, ranks, split
 from .tiling import Tiling
 
@@ -29,6 +30,16 @@ class Spec:
     @property
     def channels(self) -> bool:
         return "log_decay" in self.layouts
+
+    def load(self, refs: dict, name: str, n: int, start, first) -> Array:
+        """Tokens [chunk, width] of head n of q, k or v: features, where the kernel makes them."""
+        x = self.layouts[name].load(refs[name], n, start, first)
+        return features.expand(refs, x) if self.narrow and name in features.NARROW else x
+
+    @property
+    def narrow(self) -> bool:
+        """The kernel makes features of q and k itself."""
+        return isinstance(self.layouts["k"], features.NarrowLayout)
 
 
 def chunk_levels(spec: Spec, refs: dict, n: int, start, first, bonus: bool):
@@ -174,14 +185,18 @@ def load_initial(spec: Spec, refs: dict) -> None:
 
 
 def forward_kernel(spec: Spec, refs: dict) -> None:
-    """refs: q, k, v, (log_decay), (rows), (bonus), (initial_state) -> out, final_state; scratch: state."""
+    """One grid step.
+
+    refs: (left, right, terms), q, k, v, (log_decay), (rows), (bonus), (initial_state) -> out, final_state;
+    scratch: state.
+    """
     tiling, layouts = spec.tiling, spec.layouts
     first = spec.grid.first_token()
     load_initial(spec, refs)
     prepare_block(spec, refs, bonus="bonus" in refs)
 
     def head(n, index, start):
-        q, k, v = (layouts[x].load(refs[x], n, start, first) for x in ("q", "k", "v"))
+        q, k, v = (spec.load(refs, x, n, start, first) for x in ("q", "k", "v"))
         bonus = refs["bonus"][0, n : n + 1] if "bonus" in refs else None
         if spec.channels:
             decay = chunk_levels(spec, refs, n, start, first, bonus is not None)
@@ -210,7 +225,11 @@ def forward_kernel(spec: Spec, refs: dict) -> None:
 
 
 def states_kernel(spec: Spec, refs: dict) -> None:
-    """refs: k, v, (log_decay), (rows), (initial_state) -> states [V, K] before each block; scratch: state."""
+    """One grid step.
+
+    refs: (left, right, terms), k, v, (log_decay), (rows), (initial_state) -> states [V, K] before each block;
+    scratch: state.
+    """
     tiling = spec.tiling
     first = spec.grid.first_token()
     load_initial(spec, refs)
@@ -229,7 +248,7 @@ def states_kernel(spec: Spec, refs: dict) -> None:
 def recomputed_state(spec: Spec, refs: dict, n: int, index, first, state: Array) -> Array:
     """The state after a chunk of head n, from the one before it."""
     start = _aligned(index, spec.tiling)
-    k, v = (spec.layouts[x].load(refs[x], n, start, first) for x in ("k", "v"))
+    k, v = (spec.load(refs, x, n, start, first) for x in ("k", "v"))
     if spec.channels:
         _, whole, total = chunk_levels(spec, refs, n, start, first, bonus=False)
         return next_state(state, k, v, whole.write, total)

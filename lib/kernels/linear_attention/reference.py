@@ -8,19 +8,22 @@ from jax import Array
 
 from ..common.arguments import accumulator
 from ..common.sharding import vary_like
+from .features import widened
 from .inputs import Inputs, repeat_heads
 
 
-@partial(jax.jit, static_argnames="scale")
-def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnames=("scale", "feature_map"))
+def forward(inputs: Inputs, scale: float, feature_map: str | None = None) -> tuple[Array, Array]:
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T;  o_t = scale * q_t S_t.
 
     With a bonus u (RWKV-6) the token reads the state before its own decay:
-    o_t = scale * q_t (S_{t-1} + diag(u) k_t v_t^T).
+    o_t = scale * q_t (S_{t-1} + diag(u) k_t v_t^T). With a feature map q and k are features of those given.
     """
     dtype = accumulator(inputs.q.dtype)
-    H = inputs.heads
-    q, k, v = (repeat_heads(x, H).astype(dtype) for x in (inputs.q, inputs.k, inputs.v))
+    H, out_dtype = inputs.heads, inputs.v.dtype
+    inputs = inputs._replace(**{n: getattr(inputs, n).astype(dtype) for n in "qkv"})
+    inputs = widened(inputs, feature_map)
+    q, k, v = (repeat_heads(x, H) for x in (inputs.q, inputs.k, inputs.v))
     B, T, _, K = q.shape
     V = v.shape[-1]
 
@@ -51,4 +54,4 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, decay, starts))
     state, out = jax.lax.scan(step, state, tokens)
-    return jnp.moveaxis(out, 0, 1).astype(inputs.v.dtype), state
+    return jnp.moveaxis(out, 0, 1).astype(out_dtype), state

@@ -41,22 +41,23 @@ def vmem_bytes(call: Inputs, tiling: Tiling, *, backward: bool) -> int:
     return 2 * tokens * per_token + states + scores
 
 
-def choose(call: Inputs, *, backward: bool, interpret: bool = False) -> Tiling:
+def choose(call: Inputs, *, backward: bool, interpret: bool = False, shortest: int = 16) -> Tiling:
     """The largest blocks that fit VMEM; long enough chunks to fill the matrix unit, no longer than the call.
 
     An interpreted kernel is compiled by XLA for CPU, which takes long over long bodies: it gets small blocks.
+    Chunks have `shortest` tokens or more.
     """
     if interpret:
         return Tiling(32, 64, 1)
     T = call.q.shape[1]
-    chunk = min(128, max(16, 1 << (T - 1).bit_length()))
+    chunk = min(128, max(shortest, 1 << (T - 1).bit_length()))
 
     def fits(block: int, heads: int) -> bool:
         return vmem_bytes(call, Tiling(chunk, block, heads), backward=backward) <= VMEM_LIMIT
 
     numbers = heads_per_step(call)
     heads = largest(numbers, lambda n: fits(chunk, n), otherwise=numbers[0])
-    most = 2 * min(256 if backward else 512, T)
+    most = 2 * max(min(256 if backward else 512, T), chunk)
     blocks = [size for size in (chunk << n for n in range(6)) if size < most]
     return Tiling(chunk, largest(blocks, lambda size: fits(size, heads), otherwise=chunk), heads)
 

@@ -14,17 +14,19 @@ from jax import Array
 
 from ..common.arguments import accumulator, known, operand_dtype
 from ..common.sharding import vary_like
-from .inputs import Inputs, repeat_heads
+from .features import widen
+from .inputs import Inputs, feature_count, repeat_heads
 
 CHUNK = 64
 TOGETHER = 128  # chunks, counted over rows and heads, in a group; half of it with a decay a channel
 LONGEST = 32  # chunks of one row in a group: the loop over their states is written out
 
 
-@partial(jax.jit, static_argnames="scale")
-def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
+@partial(jax.jit, static_argnames=("scale", "feature_map"))
+def forward(inputs: Inputs, scale: float, feature_map: str | None = None) -> tuple[Array, Array]:
     """The contract of `linear_attention`, for checked inputs."""
-    B, T, _, K = inputs.q.shape
+    B, T = inputs.q.shape[:2]
+    K = feature_count(inputs.q.shape[3], feature_map)
     H, V, out_dtype = inputs.heads, inputs.v.shape[-1], inputs.v.dtype
     dtype, operand = accumulator(inputs.q.dtype), operand_dtype(inputs.q.dtype)
     inputs = inputs._replace(**{n: getattr(inputs, n).astype(operand) for n in "qkv"})
@@ -57,7 +59,7 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
         state = inputs.initial_state.astype(dtype)
 
     xs = (groups(q), groups(k), groups(repeat_heads(inputs.v, H)), g, runs, entering)
-    step = partial(_group, scale, inputs.bonus)
+    step = partial(_group, scale, feature_map, inputs.bonus)
     if L == 1:
         state, out = step(state, jax.tree.map(lambda x: x[0], xs))
         out = out[None]
@@ -69,9 +71,10 @@ def forward(inputs: Inputs, scale: float) -> tuple[Array, Array]:
     return out_BTHV.astype(out_dtype), state
 
 
-def _group(scale, bonus_HK, S_BHKV, x):
+def _group(scale, feature_map, bonus_HK, S_BHKV, x):
     """A group of N chunks: (state before, its tokens) -> (state after, out_BNCHV)."""
     q_BNGCK, k_BNGCK, v_BNHCV = (y.swapaxes(2, 3) for y in x[:3])  # G heads of scores, H of values and decays
+    q_BNGCK, k_BNGCK = widen(q_BNGCK, feature_map), widen(k_BNGCK, feature_map)
     g, runs_BNC, entering_BN = x[3:]
     dtype, C, H = S_BHKV.dtype, q_BNGCK.shape[3], S_BHKV.shape[1]
     per_channel = g is not None and g.shape[-1] > 1

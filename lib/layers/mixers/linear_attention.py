@@ -9,7 +9,7 @@ from jax import Array
 
 from ...kernels.common.arguments import accumulator
 from ...parallel.over_time import linear_attention
-from ..modules.feature_maps import LearnedMap, elu_plus_one, taylor
+from ..modules.feature_maps import LearnedMap, elu_plus_one
 from ..modules.heads import head_size, merge_heads, split_heads
 from .mixer import Mixer, RowArguments, summable
 
@@ -68,6 +68,7 @@ class LinearAttention(Mixer):
             q_BTHF,
             k_BTHF,
             v_BTHV,
+            feature_map="taylor" if self.feature_map == "taylor" else None,
             scale=1.0 if self.normalize else None,
             initial_state=None if state is None else state.memory,
             **rows,
@@ -84,7 +85,7 @@ class LinearAttention(Mixer):
         if self.feature_map == "relu":
             return jax.nn.relu(x)
         if self.feature_map == "taylor":
-            return taylor(x * x.shape[-1] ** -0.25)
+            return x * x.shape[-1] ** -0.25  # whose features `linear_attention` makes
         if self.feature_map == "learned":
             return LearnedMap(param_dtype=self.param_dtype, name=name)(x)
         raise ValueError(f"feature_map: got {self.feature_map!r}; expected one of {', '.join(FEATURE_MAPS)}")

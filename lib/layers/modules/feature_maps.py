@@ -1,7 +1,5 @@
 """Feature maps of linear attention: phi(q) . phi(k) stands for a kernel of q and k."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -22,25 +20,6 @@ def elu_plus_one(x: Float[Array, "..."]) -> Float[Array, "..."]:
         [1.0, 3.0]
     """
     return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))  # -1 + 1 would lose what exp leaves
-
-
-def taylor(x: Float[Array, "*n d"]) -> Float[Array, "*n f"]:
-    """The map whose inner product is exp's second-order Taylor polynomial, 1 + x.y + (x.y)^2 / 2.
-
-    Its features are 1, x_i, x_i^2 / sqrt(2), and x_i x_j for i < j: 1 + D + D (D + 1) / 2 of them, since the
-    square's other half would only repeat this one.
-
-    Source: Based, Arora et al. 2024 (arXiv 2402.18668), where x is q or k over D^(1/4).
-
-    Example:
-        >>> import frugax, jax.numpy as jnp
-        >>> x, y = frugax.layers.taylor(jnp.array([[1.0, 2.0], [3.0, 0.5]]))
-        >>> x.shape, round(float(x @ y), 4)  # 1 + 4 + 4^2 / 2
-        ((6,), 13.0)
-    """
-    squares = [x[..., i:] * x[..., i : i + 1] for i in range(x.shape[-1])]
-    squares = [jnp.concatenate([s[..., :1] * math.sqrt(0.5), s[..., 1:]], axis=-1) for s in squares]
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, *squares], axis=-1)
 
 
 class LearnedMap(nn.Module):

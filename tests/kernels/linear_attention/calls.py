@@ -20,8 +20,11 @@ def draw(
     state=False,
     packed=False,
     dtype="float32",
+    feature_map=None,
     **more,
 ):
+    more |= {} if feature_map is None else {"feature_map": feature_map}
+    rows = K if feature_map is None else 1 + K + K * (K + 1) // 2  # of the state
     H, f32 = max(heads), wide(dtype)
     shapes = zip("qkv", heads, (K, K, V), strict=True)
     args = {n: rng.standard_normal((B, T, h, width)).astype(jnp.dtype(dtype)) for n, h, width in shapes}
@@ -32,7 +35,7 @@ def draw(
     if bonus:
         args["bonus"] = rng.standard_normal((H, K)).astype(f32)
     if state:
-        args["initial_state"] = rng.standard_normal((B, H, K, V)).astype(f32)
+        args["initial_state"] = rng.standard_normal((B, H, rows, V)).astype(f32)
     if packed:
         args["segment_ids"] = document_ids(rng, B, T)
     return args | more
@@ -43,19 +46,20 @@ def has(case: dict) -> set:
     decay, heads = case.get("decay"), case.get("heads", (2, 2, 2))
     strong = {f"strong {decay}"} if case.get("strongest", 0) < -1 and decay != "h" else set()
     groups = {"fewer k, v" if heads[0] > heads[2] else "fewer q, k"} if len(set(heads)) > 1 else set()
-    flags = {name for name in ("bonus", "state", "packed", *MORE) if case.get(name)}
+    flags = {name for name in ("bonus", "state", "packed", "feature_map", *MORE) if case.get(name)}
     size = {"one token"} if case["T"] == 1 else {f"K = {case.get('K')}"}
     return flags | strong | groups | size | {f"decay {decay}", case.get("dtype", "float32")}
 
 
 MORE = ("lengths", "segment_states", "reverse")
 EVERYTHING = {"decay": "bthk", "bonus": True, "state": True, "packed": True, "heads": (4, 2, 2)}
+TAYLOR = {"feature_map": "taylor"}
 STRONG = {"mildest": -1e-4, "strongest": -50}
 RICH = [
     {"T": 130} | EVERYTHING | STRONG,
     {"T": 100, "decay": "bth", "heads": (1, 1, 4), "scale": 1.0, "state": True, "packed": True} | STRONG,
     {"T": 63, "decay": "h", "state": True, "packed": True},
-    {"T": 7, "heads": (4, 2, 2)},
+    {"T": 70, "heads": (4, 2, 2), "state": True, "packed": True} | TAYLOR,
     {"T": 1, "decay": "bth", "bonus": True, "state": True},
 ]
 LONG = [
@@ -71,6 +75,7 @@ LONG = [
     {"T": 40, "decay": "bth", "bonus": True},
     {"T": 150, "decay": "bthk"} | STRONG,
     {"T": 150, "decay": "bth", "packed": True} | STRONG,
+    {"T": 100, "decay": "bth", "lengths": [100, 71]} | TAYLOR,
     {"T": 50, "decay": "h", "mildest": -40, "strongest": -50, "state": True},
 ]
 
@@ -90,7 +95,12 @@ CASES = {
         *sized(LONG, [(16, 24), (128, 60)]),
         *sized(LONG[3:9], [(128, 60), (16, 24)], dtype="bfloat16"),
     ],
-    "pallas_gpu": sized(RICH + LONG, [(64, 64)], B=1, dtype="bfloat16"),
+    "pallas_gpu": sized(
+        [{n: x for n, x in c.items() if n != "feature_map"} for c in RICH + LONG],
+        [(64, 64)],
+        B=1,
+        dtype="bfloat16",
+    ),
     None: sized(RICH[:1], [(5, 24)]),
 }
 
@@ -98,6 +108,7 @@ DEFINED = [
     {"T": 9, "K": 4, "V": 3, "decay": "bth", "bonus": True, "heads": (1, 1, 4), "scale": 0.3},
     {"T": 9, "K": 4, "V": 3, "decay": "bthk"} | STRONG,
     {"T": 9, "K": 4, "V": 3, "decay": "h", "state": True},
+    {"T": 9, "K": 2, "V": 3, "decay": "bth", "state": True} | TAYLOR,
     {"T": 9, "K": 4, "V": 3},
 ]
 
@@ -121,6 +132,8 @@ WRONG = [
     ({"log_decay": -jnp.ones((B, T, H), jnp.int32)}, r"log_decay: got int32"),
     ({"bonus": jnp.ones((K,))}, r"bonus: got .* expected \[4, 3\]"),
     ({"initial_state": jnp.ones((B, H, V, K))}, r"initial_state: got .* expected \[2, 4, 3, 5\]"),
+    (TAYLOR | {"bonus": jnp.ones((H, K))}, r"bonus: got .* expected None with a feature_map"),
+    (TAYLOR | {"log_decay": -jnp.ones((B, T, H, K))}, r"log_decay: got .* \[2, 6, 4\] with a feature_map"),
     ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got .* expected integers \[2, 6\]"),
     ({"segment_ids": jnp.ones((B, T + 1), jnp.int32)}, r"segment_ids: got"),
 ]
@@ -144,6 +157,8 @@ ON_TPU = [
     WIDE | {"T": 130, "decay": "bthk", "dtype": "float32"},
     WIDE | {"T": 129, "decay": "bth", "K": 256, "V": 256},
     WIDE | {"T": 200, "decay": "bth", "heads": (1, 1, 4), "V": 64},  # Mamba-2's groups
+    {"T": 200, "heads": (16, 16, 16), "K": 16, "V": 65} | TAYLOR | BF16,  # Based
+    {"T": 40, "heads": (2, 1, 1), "K": 16, "V": 65, "decay": "bth", "packed": True} | TAYLOR,
     {"T": 64, "heads": (8, 8, 8), "K": 256, "V": 384} | BF16,
     {"T": 256, "heads": (8, 8, 8), "K": 256, "V": 512, "decay": "bthk"} | BF16,
 ]
