@@ -31,6 +31,7 @@ CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8, activations int8": ("int8", {"activations": "int8"}),
     "int4, activations int8": ("int4", {"activations": "int8"}),
     "int4, look-ups": ("int4", {"method": "lut"}),
+    "int2, look-ups": ("int2", {"method": "lut"}),
     "int1, look-ups": ("int1", {"method": "lut"}),
     "int1": ("int1", {}),
 }

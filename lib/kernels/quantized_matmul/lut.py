@@ -1,45 +1,61 @@
 """Products by looking sums up: four activations have 16 signed sums, and four bits of W say which one.
 
 W's codes are split in bit planes. With bits b = (s + 1) / 2 a value is a constant and a sum of signs s times
-powers of two. So x W is a sum over planes of sums looked up; only scales multiply. The sums of bits i and of
-15 - i are the negative of each other: half of a table is enough.
+powers of two. So x W is a sum over planes of sums looked up; only scales multiply. The sum of opposite signs
+is the negative: half of a table is enough, and the fourth bit is a sign.
+
+Bits are read where they are packed. A look-up in half a table is a tree of seven choices, one bit at a time:
+XLA makes it vector instructions for many columns at once, as it does of no gather.
 
 Source: Wei et al. 2024, T-MAC (arXiv 2407.00088); Mo et al. 2024, LUT Tensor Core (2408.06003), for the half.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from ...formats import Bipolar, Format
-from .activations import each_segment, quantize_activations
-from .decode import groups
-from .inputs import Inputs, Spec, weights
+from ..common.arguments import pad_to
+from .activations import quantize_activations
+from .decode import block_of, groups, unpack_rows
+from .inputs import Inputs, Spec
+from .streamed import Plane, aligned, of_run, planes_of
 
 SUMMED = 4  # activations under one look-up
-HALF = 2 ** (SUMMED - 1)  # entries of a table
+FEW = 2  # tokens; of more, one program does one after another
 
 
 def product(call: Inputs, spec: Spec) -> Array:
     """x W [M, N] in the accumulator's dtype."""
-    x, stored = quantize_activations(call.x, spec), groups(call, spec)
-    dtype = x.values.dtype
-    segment = min(spec.group_size, x.block)
-    tokens = _fours(x.values, segment)
-    index = plane_index(_fours(weights(call, spec).unpacked(), segment), spec.format.bits)
+    rounded, stored = quantize_activations(call.x, spec), groups(call, spec)
+    x = rounded.values
+    if rounded.scales is not None:
+        x = x * jnp.repeat(rounded.scales, rounded.block, 1)[:, : spec.K]
+    codes, size = call.codes.astype(jnp.uint8), spec.group_size
+    every = planes_of(call, spec, _rows)
+    if not aligned(call, spec, every):
+        x, codes, plane = _bytes(x, call, spec)
+        every, size = [plane], min(plane.block, -(-size // plane.rows) * plane.rows)
     signs, constant = as_signs(spec.format)
-    sums = look_up(signed_sums(tokens), index, signs, rounded=spec.method == "lut_int8")
-    n, totals = tokens.shape[0], tokens.sum((2, 3))[:, :, None]  # of each segment's activations
-    shift = (
-        constant
-        if stored.zeros is None
-        else constant - each_segment(stored.zeros, spec.group_size, segment, n)[:, None]
+    shift = constant * jnp.ones((1, 1)) if stored.zeros is None else constant - stored.zeros
+    scales, shift = (
+        stored.scales.astype(x.dtype),
+        jnp.broadcast_to(shift, stored.scales.shape).astype(x.dtype),
     )
-    sums += totals * jnp.asarray(shift, dtype)
-    scales = each_segment(stored.scales, spec.group_size, segment, n)[:, None].astype(dtype)
-    if x.scales is not None:
-        scales = scales * each_segment(x.scales.T, x.block, segment, n)[:, :, None]
-    return jnp.sum(sums * scales, 0)
+
+    def of_token(token: Array) -> Any:
+        # The constant is added with the top plane.
+        shifts = (shift if p is every[-1] else None for p in every)
+        return sum(
+            _plane_product(token, codes, p, size, signs, scales, shift, spec.method == "lut_int8")
+            for p, shift in zip(every, shifts, strict=True)
+        )
+
+    if isinstance(x.shape[0], int) and x.shape[0] <= FEW:
+        return jnp.concatenate([of_token(token) for token in x])
+    return lax.map(of_token, x)[:, 0]
 
 
 def as_signs(format: Format) -> tuple[np.ndarray, float]:
@@ -52,59 +68,84 @@ def as_signs(format: Format) -> tuple[np.ndarray, float]:
     return powers / 2, float(powers.sum() / 2)
 
 
-def signed_sums(x: Array) -> Array:
-    """Half of the 16 signed sums of every four activations: [..., 4] -> [..., 8].
+def signed_sums(x: Array) -> list[Array]:
+    """Eight of the signed sums of four activations [..., 4]: entry i adds x_r where bit r of i is set.
 
-    Entry i is the sum of x_r where bit r of i is set, and of -x_r elsewhere. That of 15 - i is its negative.
+    It subtracts x_r elsewhere, and always adds x_3. The other eight are the negatives.
     """
-    bits = (np.arange(HALF)[:, None] >> np.arange(SUMMED)) & 1
-    signs = jnp.asarray(2 * bits - 1, x.dtype).reshape(*[1] * (x.ndim - 1), HALF, SUMMED)
-    terms = [x[..., r, None] * signs[..., r] for r in range(SUMMED)]
-    return (terms[0] + terms[1]) + (terms[2] + terms[3])
+    sums = [x[..., SUMMED - 1]]
+    for r in range(SUMMED - 1):
+        sums = [s - x[..., r] for s in sums] + [s + x[..., r] for s in sums]
+    return sums
 
 
-def plane_index(codes: Array, bits: int) -> Array:
-    """The sum that each four bits pick: [segments, N, fours, 4] -> uint8 [segments, bits, fours, N]."""
-    planes = (codes[:, None] >> np.arange(bits, dtype=np.int32)[:, None, None, None]) & 1
-    index = jnp.sum(planes << np.arange(SUMMED, dtype=np.int32)[None, None, None, None], -1)
-    return jnp.swapaxes(index, 2, 3).astype(jnp.uint8)
+def look_up(table: list[Array], bits: list[Array], negative: Array) -> Array:
+    """The entry whose number has the given bits, lowest first; its negative where `negative`."""
+    for bit in bits:
+        table = [jnp.where(bit, odd, even) for even, odd in zip(table[::2], table[1::2], strict=True)]
+    return jnp.where(negative, -table[0], table[0])
 
 
-def look_up(tables: Array, index: Array, signs: np.ndarray, *, rounded: bool) -> Array:
-    """Sums over planes and fours of what the index picks, times the planes' factors.
+def _plane_product(
+    x: Array,
+    codes: Array,
+    p: Plane,
+    group_size: int,
+    signs: np.ndarray,
+    scales: Array,
+    shift: Array | None,
+    rounded: bool,
+) -> Array:
+    """The share of a plane of W in the product with one token x [K]: [1, N]."""
+    K, N, fours = x.shape[0], codes.shape[1], p.rows // SUMMED
+    shape = p.shape(K, group_size)
+    packed = codes.reshape(shape[0], -1, N)
+    x = x.reshape(shape[0], 8 // p.width, *shape[1:], fours, SUMMED)
+    table, step = signed_sums(x), None
+    if rounded:  # to 8 bits, with one scale for each group of a run
+        largest = jnp.max(jnp.stack([jnp.abs(s) for s in table]), (0, 4, 5))
+        step = largest[..., None] / 127
+        table = [jnp.round(s / jnp.where(step == 0, 1, step)[..., None]) for s in table]
+    total = jnp.zeros((), x.dtype)
+    for run in range(8 // p.width):  # of codes, run * p.bytes + [0, p.bytes) of every block
+        of_bits = [jnp.zeros((), x.dtype)] * min(p.width, len(signs))
+        for four in range(fours):
+            first = p.first + SUMMED * four
+            rows = [
+                packed[:, first + r : p.first + p.bytes : p.rows].reshape(*shape, N) for r in range(SUMMED)
+            ]
+            same = [~(row ^ rows[-1]) for row in rows[:-1]]  # as the fourth, the sign of which is taken out
+            entries = [s[:, run, ..., four, None] for s in table]
+            for i, found in enumerate(of_bits):
+                bit = np.uint8(1 << (run * p.width + i))
+                picks = [(row & bit) != 0 for row in same]
+                of_bits[i] = found + look_up(entries, picks, (rows[-1] & bit) == 0)
+        part = sum(found * float(signs[p.low + i]) for i, found in enumerate(of_bits))
+        if step is not None:
+            part *= step[:, run, ..., None]
+        if shift is not None:
+            part += jnp.sum(x[:, run], (-2, -1))[..., None] * of_run(shift, p, K, run)
+        total += part * of_run(scales, p, K, run)
+    parts = lax.optimization_barrier(total.reshape(-1, N))
+    return jnp.ones((1, parts.shape[0]), parts.dtype) @ parts
 
-    Args:
-      tables: [segments, M, fours, 8], as `signed_sums` gives them.
-      index: [segments, bits, fours, N], as `plane_index` gives it.
-      signs: a factor for each plane [bits].
-      rounded: store tables in 8 bits, with one scale for each token and segment.
 
-    Returns:
-      [segments, M, N].
-    """
-    dtype = tables.dtype
-
-    def of_segment(given: tuple[Array, Array]) -> Array:
-        table, picks = given
-        scale = jnp.ones((), dtype)
-        if rounded:
-            scale = jnp.max(jnp.abs(table), (1, 2), keepdims=True) / 127
-            table = jnp.round(table / jnp.where(scale == 0, 1, scale)).astype(jnp.int8).astype(jnp.int32)
-        mirrored = picks >= HALF
-        entry = jnp.where(mirrored, 2 * HALF - 1 - picks, picks).astype(jnp.int32)
-        # [M, bits, fours, N], of which only the sum over fours is written
-        found = jnp.take_along_axis(table[:, None], entry[None], -1, mode="promise_in_bounds")
-        sums = jnp.sum(jnp.where(mirrored, -found, found), 2).astype(dtype)
-        sums = jnp.sum(sums * jnp.asarray(signs, dtype)[None, :, None], 1)
-        return sums * (scale[:, 0] if rounded else scale)
-
-    return lax.map(of_segment, (tables, index))
+def _rows(width: int) -> int:
+    """The rows of bytes of a plane of so many bits that a part of the sum has."""
+    return 2 * SUMMED if width > 2 else SUMMED
 
 
-def _fours(a: Array, segment: int) -> Array:
-    """[rows, K] as [segments, rows, fours, 4]; zeros fill the last segment, and its last four."""
-    rows, K = a.shape
-    n = -(-K // segment)
-    a = jnp.pad(a, ((0, 0), (0, n * segment - K))).reshape(rows, n, segment)
-    a = jnp.pad(a, ((0, 0), (0, 0), (0, -segment % SUMMED))).reshape(rows, n, -1, SUMMED)
-    return jnp.swapaxes(a, 0, 1)
+def _bytes(x: Array, call: Inputs, spec: Spec) -> tuple[Array, Array, Plane]:
+    """x [M, K'] and codes [K', N], one in each byte: groups are padded to parts of a sum."""
+    K, rows = spec.K, _rows(8)
+    n = -(-K // spec.group_size)
+    size = -(-spec.group_size // rows) * rows
+
+    def padded(a: Array, axis: int) -> Array:
+        """Fill up each group along an axis with zeros."""
+        before, after = a.shape[:axis], a.shape[axis + 1 :]
+        a = pad_to(a, (*before, n * spec.group_size, *after)).reshape(*before, n, spec.group_size, *after)
+        return pad_to(a, (*before, n, size, *after)).reshape(*before, n * size, *after)
+
+    codes = unpack_rows(call.codes, spec.format, block_of(spec, call.codes.shape[0]))[:K]
+    return padded(x, 1), padded(codes.astype(jnp.uint8), 0), Plane(n * size, 0, 8, 0, rows)

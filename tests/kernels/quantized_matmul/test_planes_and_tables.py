@@ -1,18 +1,22 @@
 """Products by bit planes and by look-ups: exact for whole numbers, with as many look-ups as bits say."""
 
+import dataclasses
+import itertools
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from frugax.formats import format_named
+from frugax.formats import quantize
 from frugax.kernels import quantized_matmul
 from frugax.kernels.quantized_matmul import lut
 from frugax.kernels.quantized_matmul.planes import plane_products
 from tests.kernels.harness import OPERATIONS
 
-from .definition import dequantized, unpacked, values
+from .definition import dequantized, unpacked
 
 ROW = OPERATIONS["quantized_matmul"]
 BITS = [(n, m) for n in range(1, 9) for m in range(1, 9)]
@@ -37,58 +41,53 @@ def test_planes_are_the_product_of_integers(bits):
     np.testing.assert_array_equal(sums, np.einsum("msk,nsk->smn", xs, ws))
 
 
+LOOKED_UP = [
+    ("int2", 64, 32),  # two codes of a byte have one scale, and two another
+    ("uint4", 30, 30),  # neither groups nor bytes are whole fours
+    ("ternary", 30, None),
+    *(("int1", 256, 256), ("int3", 256, 128), ("int4", 512, 128), ("uint3", 70, 35)),
+    *(("bipolar4", 128, 64), ("uint8", 24, 8), ("int8", 256, 64), ("bipolar7", 32, 16), ("int5", 20, 4)),
+]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "int2",
-        "uint4",
-        "ternary",
-        *(pytest.param(n, marks=pytest.mark.full) for n in ("int1", "int3", "int4", "uint3", "bipolar4")),
-    ],
+    ("name", "K", "group"),
+    [pytest.param(*c, marks=[] if c in LOOKED_UP[:3] else pytest.mark.full) for c in LOOKED_UP],
 )
-def test_look_ups_of_whole_numbers_are_exact(name):
-    """Segments of 30, which is no multiple of four: float tables of integers are the integers' sums."""
-    format, rng = format_named(name), np.random.default_rng(0)
-    x = rng.integers(-127, 128, (3, 30))
-    codes = rng.integers(0, 3 if name == "ternary" else 2**format.bits, (5, 30))
-    codes = np.where(codes == 2, 3, codes) if name == "ternary" else codes  # two's complement: 3 is -1
-    tables = lut.signed_sums(fours(x.astype(np.float32)))
-    index = lut.plane_index(fours(codes.astype(np.int32)), format.bits)
-    signs, constant = lut.as_signs(format)
-    sums = jax.jit(lambda t, i: lut.look_up(t, i, signs, rounded=False))(tables, index)[0]
-    exact = x @ values(format.element, codes).T
-    np.testing.assert_array_equal(sums + constant * x.sum(1, keepdims=True), exact)
-    np.testing.assert_array_equal(sums, full_tables(x, index, signs))
+def test_look_ups_of_whole_numbers_are_exact(name, K, group):
+    """For one token and for three, of which a loop takes one after another."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-127, 128, (3, K)).astype(np.float32)
+    w = quantize(jnp.asarray(rng.standard_normal((K, 5)), jnp.float32), name, group_size=group)
+    w = dataclasses.replace(w, scales=jnp.exp2(jnp.arange(w.scales.size).reshape(w.scales.shape) % 3))
+    product = jax.jit(partial(quantized_matmul, method="lut"))
+    exact = x @ dequantized(w)
+    np.testing.assert_array_equal(product(jnp.asarray(x), w), exact)
+    np.testing.assert_array_equal(product(jnp.asarray(x[:1]), w), exact[:1])
 
 
-def fours(a: np.ndarray) -> jnp.ndarray:
-    """[rows, K] as one segment [1, rows, fours, 4]."""
-    return jnp.asarray(np.pad(a, ((0, 0), (0, -a.shape[1] % 4))).reshape(1, a.shape[0], -1, 4))
-
-
-def full_tables(x: np.ndarray, index: jnp.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Sums by tables of all 16 entries, twice as many as are stored."""
-    every = 2 * (np.arange(16)[:, None] >> np.arange(4) & 1) - 1
-    tables = np.asarray(fours(x))[0] @ every.T  # [M, fours, 16]
-    found = np.take_along_axis(tables[:, None], np.asarray(index[0], int)[None], -1)
-    return (found.sum(2) * signs[:, None]).sum(1)
+def test_half_of_a_table_is_all_of_it():
+    """Sixteen signed sums of four numbers, from eight entries and a sign."""
+    x = np.random.default_rng(0).integers(-127, 128, (3, 4)).astype(np.float32)
+    table = lut.signed_sums(jnp.asarray(x))
+    assert len(table) == 8
+    for bits in itertools.product((False, True), repeat=4):
+        same = [jnp.asarray(b == bits[3]) for b in bits[:3]]
+        found = lut.look_up(table, same, jnp.asarray(not bits[3]))
+        np.testing.assert_array_equal(found, x @ np.where(bits, 1, -1))
 
 
 def test_look_ups_are_linear_in_bits():
-    """A quarter of a look-up for each bit of a weight, in tables of eight."""
+    """A quarter of a look-up for each bit of a weight: seven choices, and one of the sign."""
 
-    def gathered(name):
-        signs, _ = lut.as_signs(format_named(name))
-        bits = format_named(name).bits
-        shapes = (
-            jax.ShapeDtypeStruct((1, 3, 8, 8), jnp.float32),
-            jax.ShapeDtypeStruct((1, bits, 8, 5), jnp.uint8),
+    def chosen(name):
+        w = jax.eval_shape(partial(quantize, format=name), jax.ShapeDtypeStruct((256, 5), jnp.float32))
+        program = jax.make_jaxpr(partial(quantized_matmul, method="lut", backend="xla"))(
+            jnp.ones((1, 256)), w
         )
-        program = jax.make_jaxpr(lambda t, i: lut.look_up(t, i, signs, rounded=False))(*shapes)
-        return sum(e.outvars[0].aval.size for e in equations(program.jaxpr) if e.primitive.name == "gather")
+        return sum(e.outvars[0].aval.size for e in equations(program.jaxpr) if e.primitive.name == "select_n")
 
-    counts = [gathered(f"int{n}") for n in (1, 2, 3, 4)]
-    assert counts == [3 * 5 * 32 // 4 * n for n in (1, 2, 3, 4)]
+    assert [chosen(f"int{n}") for n in (1, 2, 3, 4)] == [8 * 256 * 5 // 4 * n for n in (1, 2, 3, 4)]
 
 
 def equations(jaxpr):
