@@ -1,6 +1,5 @@
 """A sequence mixer read in both directions, for encoders: nothing is predicted from earlier tokens alone."""
 
-from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
@@ -47,28 +46,44 @@ class Bidirectional(nn.Module):
         if self.shared not in SHARED:
             raise ValueError(f"shared: got {self.shared!r}; expected one of {', '.join(SHARED)}")
         how = {"segment_ids": segment_ids, "lengths": lengths} | of_layer
-        forward = self.mixer.clone(parent=None, name=None)
-        init = lambda key: forward.init(key, x, **how)["params"]  # noqa: E731
-        ahead = self._given("forward", init)
-        back = ahead
-        if self.shared != "all":
-            own = self._given("backward", lambda key: _without(self.shared, init(key)))
-            back = _merged(ahead, own)
-        y, _ = forward.apply({"params": ahead}, x, **how)
-        z, _ = forward.apply({"params": back}, x, **how, reverse=True)
-        return y + z
+        mixer = self.mixer.clone(parent=self, name="forward")
+        y, _ = mixer(x, **how)
+        if self.shared == "all":
+            return y + mixer(x, **how, reverse=True)[0]
+        if self.shared == "none":
+            return y + self.mixer.clone(parent=self, name="backward")(x, **how, reverse=True)[0]
+        own = self._given(x, how)
 
-    def _given(self, name: str, init: Callable[[Array], Any]) -> Any:
-        """The params of that name; the mixer checks their shapes, in which matrices may be packed."""
-        if self.has_variable("params", name):
-            return nn.meta.unbox(self.get_variable("params", name))
-        return self.param(name, init)
+        # The same module as ahead, so that what sees its calls, as calibration does, finds matrices there.
+        def back(mixer, x):
+            return mixer(x, **how, reverse=True)
+
+        ahead = _picked(mixer.variables["params"], own)
+        turned = nn.map_variables(
+            back,
+            "params",
+            lambda variables: {"params": _merged(variables["params"], own)},
+            lambda variables: {"params": _merged(variables["params"], ahead)},
+            mutable=self.is_mutable_collection("params"),
+        )
+        return y + turned(mixer, x)[0]
+
+    def _given(self, x: Array, how: dict[str, Any]) -> Any:
+        """The parameters of the way back that are its own."""
+        if self.has_variable("params", "backward"):
+            return nn.meta.unbox(self.get_variable("params", "backward"))
+        init = self.mixer.clone(parent=None, name=None).init
+        return self.param("backward", lambda key: _without_kernels(init(key, x, **how)["params"]))
 
 
-def _without(shared: str, params: Any) -> Any:
-    """The parameters of a direction's own."""
-    flat = flatten_dict(params)
-    return unflatten_dict({path: p for path, p in flat.items() if shared == "none" or path[-1] != "kernel"})
+def _without_kernels(params: Any) -> Any:
+    """The parameters but for the matrices of dense layers."""
+    return unflatten_dict({path: p for path, p in flatten_dict(params).items() if path[-1] != "kernel"})
+
+
+def _picked(params: Any, like: Any) -> Any:
+    """The parameters that `like` has too."""
+    return unflatten_dict({path: p for path, p in flatten_dict(params).items() if path in flatten_dict(like)})
 
 
 def _merged(params: Any, own: Any) -> Any:

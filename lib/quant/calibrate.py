@@ -1,8 +1,10 @@
 """Statistics of the inputs of every matrix of a Flax module, gathered in bounded memory."""
 
+import functools
+import itertools
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,11 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from ..formats import QuantizedTensor
+from ..optim.common.matrix_spec import leaf_path
 from .statistics import Statistics
+
+Quantizer = Callable[[str, Array, Statistics], QuantizedTensor | Array]
 
 _NAME = "frugax_statistics"
 
@@ -23,6 +29,8 @@ def calibrate(
     *,
     only: str = "",
     max_bytes: int | None = None,
+    quantize: Quantizer | None = None,
+    together: str = r".*block_\d+|[^/]+",
     **kwargs: Any,
 ) -> dict[str, Statistics]:
     """Gather the statistics of the inputs of each matrix of a module.
@@ -41,6 +49,12 @@ def calibrate(
       max_bytes: of Gram matrices on the device at once. What does not fit waits for another pass over the
         batches, so that they must be a list or another container; a matrix that is larger by itself has a
         pass of its own. None: one pass.
+      quantize: (path, matrix, its statistics) -> the matrix quantized. Given it, the inputs of a block are
+        those that it has once all blocks before it are quantized so, as in GPTQ: one pass over the batches
+        for each block, and each layer of a stack, where None is one for all. Of a stack it is handed one
+        layer's matrix and statistics.
+      together: with `quantize`, a regular expression: matrices in a row, at the start of whose paths it
+        finds the same, make a block, and see each other's inputs as they were. "": a whole layer of a stack.
       kwargs: further arguments of each call, such as `deterministic=True`.
 
     Returns:
@@ -66,6 +80,18 @@ def calibrate(
         ['layers/block_0/channel/gate_in/kernel', 'layers/block_0/channel/out/kernel']
         >>> found["layers/block_0/channel/out/kernel"].gram.shape
         (3, 48, 48)
+
+        With `quantize`, layer by layer, each after those before it:
+
+        >>> def pack(path, w, statistics):
+        ...     return frugax.quant.gptq(w, statistics, "int4")
+        >>> after = frugax.quant.calibrate(model, variables, batches, only="channel", quantize=pack)
+        >>> path = "layers/block_0/channel/out/kernel"
+        >>> bool((after[path].gram[0] == found[path].gram[0]).all())  # nothing is before the first
+        True
+        >>> packed, _ = frugax.quant.quantize_params(
+        ...     variables["params"], {"channel/.*kernel$": lambda path, w: pack(path, w, after[path])}
+        ... )
     """
     once = iter(batches) is batches
     batches = iter(batches) if once else batches
@@ -73,12 +99,12 @@ def calibrate(
     if first is None:
         raise ValueError("batches: got none; expected at least one")
 
-    order: dict[str, None] = {}
+    order: dict[str, bool] = {}
 
     def call(variables, batch, wanted):
         args = batch if isinstance(batch, tuple) else (batch,)
-        found = _gathered(module, variables, args, kwargs, wanted)
-        order.update(dict.fromkeys(found))  # of the calls: JAX sorts a dict that it returns
+        found, of_experts = _gathered(module, variables, args, kwargs, wanted)
+        order.update(of_experts)  # in the order of the calls: JAX sorts a dict that it returns
         return found
 
     # Shapes alone: which matrices there are, and how large.
@@ -87,26 +113,48 @@ def calibrate(
     shapes = {path: shapes[path] for path in order if pattern.search(path)}
     if not shapes:
         raise ValueError(f"module: found no matrix with {only!r} in its path; expected modules with a kernel")
-    passes = _passes({path: s.gram.size * 4 for path, s in shapes.items()}, max_bytes)
-    if once and len(passes) > 1:
-        raise ValueError(
-            f"batches: got an iterator for {len(passes)} passes within max_bytes={max_bytes}; expected a list"
-        )
+    sizes = {path: s.gram.size * 4 for path, s in shapes.items()}
+    stages = [Stage(tuple(shapes))]
+    if quantize is not None:
+        variables = nn.meta.unbox(variables)
+        stages = list(_stages({path: _depth(s, order[path]) for path, s in shapes.items()}, together))
+    passes = [_passes({path: sizes[path] for path in stage.paths}, max_bytes) for stage in stages]
+    count = sum(map(len, passes))
+    if once and count > 1:
+        why = f"within max_bytes={max_bytes}" if quantize is None else "with quantize"
+        raise ValueError(f"batches: got an iterator for {count} passes {why}; expected a list")
 
-    found: dict[str, Statistics] = {}
-    for wanted in passes:
-
+    @functools.cache
+    def adding(wanted: frozenset[str]):
         @jax.jit
-        def add(total, variables, batch, wanted=frozenset(wanted)):
+        def add(total, variables, batch):
             new = call(variables, batch, wanted)
             return {path: total[path].merge(new[path]) for path in total}
 
+        return add
+
+    def gather(variables, wanted: tuple[str, ...]) -> dict[str, Statistics]:
+        """Pass over the batches."""
+        add = adding(frozenset(wanted))
         total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), {path: shapes[path] for path in wanted})
         if once:
             total = add(total, variables, first)
         for batch in batches:
             total = add(total, variables, batch)
-        found |= {path: jax.tree.map(np.asarray, total[path]) for path in wanted}
+        return jax.tree.map(np.asarray, total)
+
+    found: dict[str, Statistics] = {}
+    for stage, parts in zip(stages, passes, strict=True):
+        new = {path: s for wanted in parts for path, s in gather(variables, wanted).items()}
+        for path, s in new.items():
+            if stage.layer is not None:  # of a stack, in which the other layers have not had their turn
+                whole, s = found.get(path, s), jax.tree.map(lambda x, i=stage.layer: x[i], s)
+                found[path] = jax.tree.map(lambda x, y, i=stage.layer: _with_row(x, i, y), whole, s)
+            else:
+                found[path] = s
+            if quantize is not None and stage is not stages[-1]:
+                variables = _with_quantized(variables, path, stage.layer, s, quantize)
+    found = {path: found[path] for path in shapes}
     _say_what_is_wrong(found)
     return found
 
@@ -149,13 +197,15 @@ def expert_inputs(context: nn.module.InterceptorContext, args: tuple[Any, ...]) 
     return MatrixInput("/".join((*context.module.path, "kernel")), jnp.asarray(x), group_sizes)
 
 
-def _gathered(module, variables, args, kwargs, wanted: frozenset[str] | None) -> dict[str, Statistics]:
-    """The statistics of one call, of the matrices wanted (None: of all).
+def _gathered(
+    module, variables, args, kwargs, wanted: frozenset[str] | None
+) -> tuple[dict[str, Statistics], dict[str, bool]]:
+    """The statistics of one call, of the matrices wanted (None: of all), and which are those of experts.
 
     They are written beside each kernel among the params, which a scan over layers carries out stacked as it
     carried the kernels in.
     """
-    order: list[str] = []
+    order: dict[str, bool] = {}
 
     def see(call, args, kwargs, context):
         found = matrix_input(context, args) or expert_inputs(context, args)
@@ -166,7 +216,7 @@ def _gathered(module, variables, args, kwargs, wanted: frozenset[str] | None) ->
             if inner.has_variable("params", _NAME):
                 new = inner.get_variable("params", _NAME).merge(new)
             inner.put_variable("params", _NAME, new)
-            order.append(found.path)
+            order.setdefault(found.path, sizes is not None)
         return call(*args, **kwargs)
 
     try:
@@ -187,10 +237,59 @@ def _gathered(module, variables, args, kwargs, wanted: frozenset[str] | None) ->
         for path, x in leaves
         if isinstance(x, Statistics)
     }
-    return {path: found[path] for path in dict.fromkeys(order)}
+    return {path: found[path] for path in order}, order
 
 
-def _passes(sizes: dict[str, int], max_bytes: int | None) -> list[list[str]]:
+class Stage(NamedTuple):
+    """Matrices whose statistics are taken together, of one layer of a stack or of all."""
+
+    paths: tuple[str, ...]
+    layer: int | None = None
+
+
+def _depth(shape: Statistics, is_of_experts: bool) -> int | None:
+    """The layers of a stack of matrices, None for a single one; experts are no layers."""
+    return shape.gram.shape[0] if shape.gram.ndim > 2 + is_of_experts else None
+
+
+def _stages(depths: dict[str, int | None], together: str) -> Iterator[Stage]:
+    """The blocks of a model in the order in which an input meets them; those of a scan layer by layer."""
+
+    def block(path: str) -> str:
+        found = re.match(together, path)
+        return "" if found is None else found.group()
+
+    for (_, depth), scan in itertools.groupby(depths, lambda path: (path.split("/")[0], depths[path])):
+        blocks = [tuple(paths) for _, paths in itertools.groupby(scan, block)]
+        for layer in (None,) if depth is None else range(depth):
+            yield from (Stage(paths, layer) for paths in blocks)
+
+
+def _with_quantized(
+    variables: Any, name: str, layer: int | None, statistics: Statistics, quantize: Quantizer
+) -> Any:
+    """The variables with a matrix, or one layer of a stack, in the values that it has once quantized."""
+
+    def put(path, leaf):
+        if leaf_path(path) != name or isinstance(leaf, QuantizedTensor):
+            return leaf
+        q = quantize(name, leaf if layer is None else leaf[layer], statistics)
+        value = (q.dequantize(leaf.dtype) if isinstance(q, QuantizedTensor) else q).astype(leaf.dtype)
+        return value if layer is None else leaf.at[layer].set(value)
+
+    params = jax.tree_util.tree_map_with_path(
+        put, variables["params"], is_leaf=lambda x: isinstance(x, QuantizedTensor)
+    )
+    return {**variables, "params": params}
+
+
+def _with_row(x: np.ndarray, i: int, row: Any) -> np.ndarray:
+    x = x.copy()
+    x[i] = row
+    return x
+
+
+def _passes(sizes: dict[str, int], max_bytes: int | None) -> list[tuple[str, ...]]:
     """Cut the matrices in runs of at most `max_bytes`, of at least one matrix each."""
     passes: list[list[str]] = []
     room = -1.0
@@ -200,7 +299,7 @@ def _passes(sizes: dict[str, int], max_bytes: int | None) -> list[list[str]]:
             room = float("inf") if max_bytes is None else max_bytes
         passes[-1].append(path)
         room -= size
-    return passes
+    return [tuple(paths) for paths in passes]
 
 
 def _say_what_is_wrong(found: dict[str, Statistics]) -> None:

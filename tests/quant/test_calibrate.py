@@ -80,6 +80,85 @@ def test_layers_under_a_scan_are_stacked_as_their_params_are():
         assert_close(statistics, jax.tree.map(lambda *x: np.concatenate(x), *pair), "float32", name=path)
 
 
+class Layer(nn.Module):
+    """The body of a scan: a mixer that reads both ways, or two blocks."""
+
+    shared: str | None = None
+
+    @nn.compact
+    def __call__(self, x, _):
+        if self.shared is not None:
+            mixer = frugax.layers.GatedLinearAttention(heads=2, gate_rank=3, backend="xla")
+            return x + frugax.layers.Bidirectional(mixer, self.shared, name="both")(x), None
+        for i in range(2):
+            x = x + nn.Dense(D, name=f"block_{i}")(jnp.tanh(x))
+        return x, None
+
+
+class Stack(nn.Module):
+    """Two layers under a scan, then a matrix outside of it."""
+
+    shared: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return nn.Dense(3, name="last")(scan(self.shared, name="layers")(x, None)[0])
+
+
+@pytest.mark.parametrize(
+    "shared", ["projections", *(pytest.param(how, marks=pytest.mark.full) for how in ("all", "none"))]
+)
+def test_both_ways_of_a_wrapper_count(shared):
+    """A matrix that both ways share has the inputs of both; the first layer's are x as it is, twice."""
+    module, x = Stack(shared), jax.random.normal(jax.random.key(0), (2, 9, D))
+    variables = module.init(jax.random.key(1), x)
+    found = calibrate(module, variables, [x], only="both")
+    ways, times = (("forward", "backward"), 1) if shared == "none" else (("forward",), 2)
+    names = ("qkv_gates", "forget", "out")
+    assert sorted(found) == sorted(f"layers/both/{way}/{name}/kernel" for way in ways for name in names)
+    assert all(s.count.tolist() == [times * 18] * 2 for s in found.values())
+    assert_close(found["layers/both/forward/qkv_gates/kernel"].gram[0] / times, definition(x).gram, "float32")
+    # What calibration wrote among the params is gone, and values are as they were.
+    y, after = module.apply(variables, x, mutable=["params"])
+    assert jax.tree.structure(after["params"]) == jax.tree.structure(variables["params"])
+    assert_close(y, module.apply(variables, x), "float32")
+    jax.tree.map(np.testing.assert_array_equal, after["params"], variables["params"])
+
+
+def test_inputs_are_those_after_the_blocks_before_once_quantized():
+    module = Stack()
+    batches = [jax.random.normal(jax.random.key(i), (B, T, D)) for i in range(2)]
+    variables = module.init(jax.random.key(9), batches[0])
+    asked = []
+
+    def pack(path, w, statistics):
+        asked.append(path)
+        return frugax.formats.quantize(w, "int3") if path != "layers/block_1/kernel" else w * 0.5
+
+    found = calibrate(module, variables, batches, quantize=pack)
+    params = variables["params"]["layers"]
+    x = np.concatenate(batches)
+    for layer in range(2):
+        for name in ("block_0", "block_1"):
+            w, bias = params[name]["kernel"][layer], params[name]["bias"][layer]
+            mine = jax.tree.map(lambda a, layer=layer: a[layer], found[f"layers/{name}/kernel"])
+            assert_close(mine, definition(np.tanh(x)), "float32", name=f"{name}, {layer}")
+            q = frugax.formats.quantize(w, "int3").dequantize() if name == "block_0" else w * 0.5
+            x = x + np.tanh(x) @ np.asarray(q) + np.asarray(bias)
+    assert_close(found["last/kernel"], definition(x), "float32")
+    assert asked == ["layers/block_0/kernel", "layers/block_1/kernel"] * 2
+    # A whole layer at once: its second block sees the first as it was.
+    whole = calibrate(module, variables, batches, quantize=pack, together="", only="block", max_bytes=1)
+    plain = calibrate(module, variables, batches)
+    first = lambda s: jax.tree.map(lambda a: a[0], s)  # noqa: E731
+    for name in ("layers/block_0/kernel", "layers/block_1/kernel"):
+        assert_close(first(whole[name]), first(plain[name]), "float32")
+    assert_close(whole["layers/block_0/kernel"], found["layers/block_0/kernel"], "float32")
+    with pytest.raises(ValueError, match="batches: got an iterator for 5 passes with quantize"):
+        calibrate(module, variables, iter(batches), quantize=pack)
+
+
 class Recurrent(nn.Module):
     """A scan over time, each step of which has the same params."""
 
