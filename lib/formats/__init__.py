@@ -26,6 +26,7 @@ from .scales import (
     LeastSquares,
     MeanMagnitude,
     PowerOfTwo,
+    RoundedAbsMax,
     Scaling,
     TwoLevel,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Pairs",
     "PowerOfTwo",
     "QuantizedTensor",
+    "RoundedAbsMax",
     "Scaling",
     "SpecialValue",
     "Ternary",

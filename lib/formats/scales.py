@@ -203,6 +203,39 @@ class PowerOfTwo:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundedAbsMax:
+    """Scales of `AbsMax`, rounded to an element format and stored as its codes in 8 bits.
+
+    Values outside of that format's range need scales of their own around them: see `TwoLevel`.
+
+    Attributes:
+      element: of the scales' codes: unsigned.
+      rounding: of the scales: "nearest", or "up", so that no group's largest value is out of range.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> e4m3, fp4 = (frugax.formats.format_named(name).element for name in ("fp8_e4m3", "fp4_e2m1"))
+        >>> scheme = frugax.formats.RoundedAbsMax(e4m3)
+        >>> scheme.scale(scheme.fit(jnp.array([[6.0, 1.0], [1.0, 0.6]]), fp4)).tolist()
+        [1.0, 0.171875]
+    """
+
+    element: Element
+    rounding: str = "nearest"
+    by_group = True
+
+    def fit(self, x: Array, element: Element) -> Scaling:
+        wanted = group_maxima(x) * (1 / element.largest)
+        return Scaling(rounded_codes(wanted, self.element, self.rounding).astype(jnp.uint8))
+
+    def covering(self) -> "RoundedAbsMax":
+        return dataclasses.replace(self, rounding="up")
+
+    def scale(self, scaling: Scaling) -> Array:
+        return self.element.decode(scaling.scales.astype(jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
 class TwoLevel:
     """Scales of `AbsMax`, coded in 8 bits under a float32 scale of their own.
 
@@ -242,10 +275,7 @@ class TwoLevel:
             outer = _across(group_maxima(split(_across(jnp.abs(rest)), self.block)))
         outer = outer * (1 / self.element.largest)
         unit = rest / never_zero(self._spread(outer, rest))
-        codes = self.element.encode(unit)
-        if self.rounding == "up":
-            above = self.element.next(codes, jnp.full(codes.shape, True))
-            codes = jnp.where(self.element.decode(codes) < unit, above, codes)
+        codes = rounded_codes(unit, self.element, self.rounding)
         return Scaling(CodedScales(codes.astype(jnp.uint8), outer, offset, self.element, self.block))
 
     def covering(self) -> "TwoLevel":
@@ -314,6 +344,15 @@ def least_squares(
 
     first = scale(0)
     return lax.fori_loop(0, steps, attempt, (jnp.full(first.shape, jnp.inf, jnp.float32), first))[1]
+
+
+def rounded_codes(x: Array, element: Element, rounding: str) -> Array:
+    """The codes of the nearest values, or of the nearest above ("up")."""
+    codes = element.encode(x)
+    if rounding == "nearest":
+        return codes
+    above = element.next(codes, jnp.full(codes.shape, True))
+    return jnp.where(element.decode(codes) < x, above, codes)
 
 
 def split(x: Array, group_size: int) -> Array:

@@ -1,14 +1,13 @@
 """The block quantizer f(x) = s Q(x / s) of low-bit training, and its gradient."""
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Float, Key
 
-from ...formats import Element
+from ...formats import Element, RoundedAbsMax
 from .recipe import SCALES, Recipe
 from .rounding import rounding_slope
 
@@ -62,7 +61,7 @@ def quantize_blocks(
     else:
         amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
         outer = _tensor_scale(amax, element, recipe) if recipe.tensor_scale else jnp.float32(1)
-        scales = _block_scales(amax / outer, element, recipe.scale, up=key is not None)
+        scales = _block_scales(amax / outer, element, recipe, covering=key is not None)
     unit = _units(x, scales * outer)
     if key is None:
         codes = element.encode(unit)
@@ -115,45 +114,19 @@ def quantizer_vjp(
 
 
 def _tensor_scale(amax: Array, element: Element, recipe: Recipe) -> Array:
-    """The scale that brings the largest block scale to the top of the scale format."""
-    of_scales = SCALES[recipe.scale]
-    top = 1.0 if of_scales is None else of_scales.largest
+    """The scale that brings the largest block scale to the top of the scale format; powers of two to 1."""
+    scheme = SCALES[recipe.scale]
+    top = scheme.element.largest if isinstance(scheme, RoundedAbsMax) else 1.0
     outer = jnp.max(amax) / element.largest / top
     return jnp.where(outer == 0, 1.0, outer)
 
 
-def _block_scales(amax: Array, element: Element, name: str, *, up: bool) -> Array:
-    """Scales in their format: to the nearest ("e8m0": as OCP MX has it, so elements may saturate), or up.
-
-    Source: OCP Microscaling Formats (MX) Specification 1.0, section 6.3, for "e8m0".
-    """
-    wanted = amax / element.largest
-    of_scales = SCALES[name]
-    if name == "float32":
-        scales = wanted
-    elif of_scales is None:
-        if up:
-            has_fraction = (lax.bitcast_convert_type(wanted, jnp.int32) & 0x7FFFFF) != 0
-            exponent = _exponent(wanted) + has_fraction.astype(jnp.int32)
-        else:
-            exponent = _exponent(amax) - math.floor(math.log2(element.largest))
-        scales = _power_of_two(jnp.clip(exponent, -126, 127))
-    else:
-        codes = of_scales.encode(wanted)
-        if up:
-            is_below = of_scales.decode(codes) < wanted
-            codes = jnp.where(is_below, of_scales.next(codes, is_below), codes)
-        scales = of_scales.decode(codes)
+def _block_scales(amax: Array, element: Element, recipe: Recipe, *, covering: bool) -> Array:
+    """Scales [..., 1] of blocks with these largest magnitudes; `covering`: so that no element saturates."""
+    scheme = SCALES[recipe.scale]
+    scheme = scheme.covering() if covering else scheme
+    scales = scheme.scale(scheme.fit(amax, element))[..., None]
     return jnp.where(jnp.isfinite(amax), scales, jnp.nan)
-
-
-def _exponent(x: Array) -> Array:
-    """The exponent of a float32 x >= 0; -127 for zero."""
-    return (lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
-
-
-def _power_of_two(exponent: Array) -> Array:
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _finite_or_nan(x: Array) -> Array:

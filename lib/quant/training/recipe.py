@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from ...formats import Element, Minifloat, format_named
+from ...formats import AbsMax, Element, Minifloat, PowerOfTwo, RoundedAbsMax, format_named
 
-SCALES: dict[str, Minifloat | None] = {
-    "e8m0": None,  # powers of two
-    "e4m3": Minifloat.of(4, 3, reserved=1, signed=False),
-    "ue5m3": Minifloat.of(5, 3, reserved=1, signed=False),
-    "float32": None,
+SCALES: dict[str, AbsMax | PowerOfTwo | RoundedAbsMax] = {
+    "e8m0": PowerOfTwo("floor"),  # as OCP MX has it: elements may saturate
+    "e4m3": RoundedAbsMax(Minifloat.of(4, 3, reserved=1, signed=False)),
+    "ue5m3": RoundedAbsMax(Minifloat.of(5, 3, reserved=1, signed=False)),
+    "float32": AbsMax(),
 }
 ROUNDING_GRADIENTS = ("straight_through", "power", "spline")
 
