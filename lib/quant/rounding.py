@@ -20,6 +20,7 @@ def learned_rounding(
     format: Format | str,
     *,
     group_size: int | None = None,
+    start: QuantizedTensor | None = None,
     steps: int = 1000,
     learning_rate: float = 0.1,
     weight: float = 3.0,
@@ -36,6 +37,8 @@ def learned_rounding(
       statistics: of its inputs, stacked as w is.
       format: a format or its name.
       group_size: as in `frugax.formats.quantize`, whose scales the result has.
+      start: w quantized by another method, such as `gptq`: its codes and scales take the place of the
+        nearest ones, and a column that does not gain keeps them.
       steps, learning_rate: of Adam. The first fifth of the steps has no penalty.
       weight: of the penalty, where the error of rounding to the nearest counts as 1 for each weight.
 
@@ -63,24 +66,31 @@ def learned_rounding(
     if steps < 1:
         raise ValueError(f"steps: got {steps}; expected at least 1")
     group_size = format.group_of(group_size, w.shape[-2])
-    return _learn(w, jnp.asarray(statistics.gram), learning_rate, weight, format, group_size, steps)
+    if start is not None:
+        how, asked = (start.format, start.group_size), (format, group_size)
+        if start.shape != w.shape or start.axis != -2 or how != asked:
+            raise ValueError(
+                f"start: got {start.format.name}{list(start.shape)} in groups of {start.group_size} along "
+                f"axis {start.axis}; expected {format.name}{list(w.shape)}, {group_size} along axis -2"
+            )
+    return _learn(w, jnp.asarray(statistics.gram), start, learning_rate, weight, format, group_size, steps)
 
 
 @functools.partial(jax.jit, static_argnames=("format", "group_size", "steps"))
-def _learn(w, gram, learning_rate, weight, format, group_size, steps) -> QuantizedTensor:
-    def one(w, gram):
-        return _matrix(w.astype(jnp.float32), gram, learning_rate, weight, format, group_size, steps)
+def _learn(w, gram, start, learning_rate, weight, format, group_size, steps) -> QuantizedTensor:
+    def one(w, gram, start):
+        return _matrix(w.astype(jnp.float32), gram, start, learning_rate, weight, format, group_size, steps)
 
     for _ in w.shape[:-2]:
         one = jax.vmap(one)
-    return one(w, gram)
+    return one(w, gram, start)
 
 
-def _matrix(w, gram, learning_rate, weight, format: Format, g: int, steps: int) -> QuantizedTensor:
+def _matrix(w, gram, first, learning_rate, weight, format: Format, g: int, steps: int) -> QuantizedTensor:
     K, N = w.shape
     x = split(w.T, g)  # [N, G, g]
-    scaling = format.fit(x)
-    near = format.encode(x, scaling)
+    scaling = format.fit(x) if first is None else first.scaling()
+    near = format.encode(x, scaling) if first is None else split(first.unpacked(), g)
     other = format.next(near, x > format.decode(near, scaling), scaling)
 
     def matrix(values):
@@ -88,7 +98,7 @@ def _matrix(w, gram, learning_rate, weight, format: Format, g: int, steps: int) 
 
     near_value, other_value = (matrix(format.decode(codes, scaling)) for codes in (near, other))
     gap = other_value - near_value
-    # h is how far from the nearest value to the other one: at most a half at the start.
+    # h is how far from the nearest value to the other one: at most a half, unless the codes were given.
     start = jnp.clip((w - near_value) / jnp.where(gap == 0, 1.0, gap), 0.0, 1.0)
     start = -jnp.log(1.2 / (start + 0.1) - 1)
     plain = column_errors(near_value - w, gram)

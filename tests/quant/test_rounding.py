@@ -65,6 +65,24 @@ def test_stacked_matrices_under_jit():
     np.testing.assert_array_equal(q[1], quantize(W, "int3").dequantize())  # no input, nothing to learn
 
 
+@pytest.mark.parametrize("format", ["int3", pytest.param("nvfp4", marks=pytest.mark.full)])
+def test_it_goes_on_from_gptq(format):
+    """Codes are GPTQ's or their neighbours under GPTQ's scales, and no column loses by it."""
+    begun = gptq(W, STATISTICS, format)
+    q = learned_rounding(W, STATISTICS, format, start=begun, steps=200)
+    jax.tree.map(np.testing.assert_array_equal, q.scaling(), begun.scaling())
+    rank = lambda q: np.argsort(np.argsort(values_of_codes(q.format)))[q.unpacked() - q.format.element.lowest]  # noqa: E731
+    assert np.abs(rank(q) - rank(begun)).max() == 1
+    errors = [((X @ np.asarray(a.dequantize() - W)) ** 2).sum(0) for a in (q, begun)]
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+    assert errors[0].sum() < 0.98 * errors[1].sum()
+
+
+def values_of_codes(format):
+    element = format.element
+    return np.asarray(element.decode(jnp.arange(element.lowest, element.highest + 1)))
+
+
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_a_corrected_bias_keeps_the_mean(method):
     x = X + 3.0
@@ -82,6 +100,7 @@ def test_a_corrected_bias_keeps_the_mean(method):
         (lambda: learned_rounding(W, STATISTICS, "int4", steps=0), "steps: got 0"),
         (lambda: learned_rounding(W, STATISTICS, "olive4"), "format: got olive4"),
         (lambda: learned_rounding(W[:-1], STATISTICS, "int4"), "statistics.gram: got"),
+        (lambda: learned_rounding(W, STATISTICS, "int4", start=quantize(W, "int3")), "start: got int3"),
         (lambda: bias_correction(W, W[:, :1], STATISTICS), "q: got"),
     ],
 )
