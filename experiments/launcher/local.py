@@ -11,9 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 GRACE_S = 3.0  # for the others to tell their errors, once one process failed
-# Runs the rest of its command line in its place; Linux kills it (PR_SET_PDEATHSIG) once the launcher is gone.
-_PROGRAM = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
-_ENDS_WITH_PARENT = [sys.executable, "-S", "-c", _PROGRAM] if sys.platform == "linux" else []
+# Linux: keep to the cores that come first, and run the rest of the command line in place of this program. The
+# process is killed (PR_SET_PDEATHSIG) once the launcher is gone.
+_PROGRAM = """import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+os.execv(sys.argv[2], sys.argv[2:])"""
 
 
 class Died(RuntimeError):
@@ -80,7 +83,8 @@ def run_job(
 
 
 def _run_once(arguments, count: int, say, started) -> None:
-    processes = [_start(command) for command in commands(arguments, count, _free_port())]
+    each = zip(commands(arguments, count, _free_port()), cores_of(count), strict=True)
+    processes = [start(command, cores) for command, cores in each]
     prefixes = [f"[{i}] " if count > 1 else "" for i in range(count)]
     readers = [
         threading.Thread(target=_hand_on, args=(process.stdout, prefix, say), daemon=True)
@@ -149,9 +153,25 @@ class _Stop:
             signal.signal(which, handler)
 
 
-def _start(command: list[str]) -> subprocess.Popen:
+def cores_of(count: int) -> list[list[int]]:
+    """Share this program's cores out, neighbours to each process; all to each where there are too few.
+
+    Threads of a process that waits for another one would else take the time of the cores that it waits for.
+    A system that can't tell its cores gives no lists of them.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return [[]] * count
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < count:
+        return [cores] * count
+    return [cores[len(cores) * i // count : len(cores) * (i + 1) // count] for i in range(count)]
+
+
+def start(command: list[str], cores: Sequence[int]) -> subprocess.Popen:
+    """Start a command on some cores of this machine; it ends with this program."""
+    on_linux = [sys.executable, "-S", "-c", _PROGRAM, ",".join(map(str, cores))]
     return subprocess.Popen(
-        [*_ENDS_WITH_PARENT, *command],
+        [*(on_linux if sys.platform == "linux" else []), *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

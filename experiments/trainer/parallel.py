@@ -13,12 +13,13 @@ from experiments.trainer.state import TrainState
 from frugax.parallel import AXES, BATCH_AXES, make_mesh, shardings, state_shardings
 
 AXIS = "data"  # of pmap
+COPIES = ("slice", "data")  # of a mesh: devices that share the rows of a batch and nothing else
 
 
 class Layout(NamedTuple):
     """Places of the state and the batches on devices, and the compilation of a step for them."""
 
-    axis_name: str | None  # what `make_train_step` reduces over
+    axis_name: str | tuple[str, ...] | None  # what `make_train_step` reduces over
     devices: int
     rows: tuple[int, ...]  # of each batch: those that this process reads
     create: Callable[[Callable[[], Any]], Any]  # init function -> the state it makes, on the devices
@@ -63,7 +64,7 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
             f"mesh.sequence={mesh.shape['sequence']}"
         )
     if config.parallel == "jit":
-        return _jit_over_mesh(mesh, config.mesh.zero, config.batch_size)
+        return _jit_over_mesh(mesh, config.mesh.zero, config.batch_size, joined=_joins(config, mesh))
     if config.parallel == "pmap":
         if jax.process_count() > 1:
             raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
@@ -75,7 +76,20 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
     raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' or 'pmap'")
 
 
-def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layout:
+def _joins(config: ConfigDict, mesh: jax.sharding.Mesh) -> bool:
+    """True where each device is to compute its rows by itself, and send all gradients as one message.
+
+    Between processes on CPU each array is a message of its own, and dozens take longer than a step. Elsewhere
+    the compiler sends gradients while it computes others. Devices by themselves have the same numbers only
+    where no layer compares rows, or draws random numbers for them.
+    """
+    several = jax.process_count() > 1 and mesh.devices.flat[0].platform == "cpu"
+    copies = all(size == 1 for name, size in mesh.shape.items() if name not in COPIES)
+    apart = not config.model.low_bit and all(b.channel != "MoE" for b in config.model.blocks.values())
+    return several and copies and apart
+
+
+def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int, *, joined: bool) -> Layout:
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     by_row_and_time = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
@@ -98,6 +112,15 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
 
     def compile_step(step, state, batch, options=None):
         out = jax.tree.map(lambda x: x.sharding, state), everywhere
+        if joined:
+            by_copy = PartitionSpec(COPIES)
+            step = jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(PartitionSpec(), by_copy),
+                out_specs=PartitionSpec(),
+                check_vma=False,
+            )
         with jax.set_mesh(mesh):  # where a layer names the axis of its experts
             return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile(options)
 
@@ -121,7 +144,7 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
 
     gather = jax.jit(lambda tree: tree, out_shardings=everywhere)
     return Layout(
-        axis_name=None,
+        axis_name=COPIES if joined else None,
         devices=mesh.size,
         rows=tuple(rows),
         create=lambda init: jax.jit(init, out_shardings=places(jax.eval_shape(init)))(),
@@ -129,8 +152,10 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int) -> Layou
         put=lambda state: state,
         take=lambda state: state,
         whole=lambda tree: jax.tree.map(lambda x: x.addressable_data(0), gather(tree)),
-        place_grads=lambda grads: jax.lax.with_sharding_constraint(
-            grads, shardings(grads, mesh, zero=zero >= 2)
+        place_grads=lambda grads: (
+            grads
+            if joined
+            else jax.lax.with_sharding_constraint(grads, shardings(grads, mesh, zero=zero >= 2))
         ),
         batch=place_batch,
         abstract_batch=lambda batch: jax.tree.map(

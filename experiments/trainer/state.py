@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -51,7 +52,7 @@ def make_train_step(
     ema_decay: float,
     skip: bool = False,
     rounding: str = "nearest",
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     place_grads: Callable[[Any], Any] = lambda grads: grads,
     loss_tiles: int = 1,
     pipeline: Callable[..., tuple[Array, dict[str, Array], Any]] | None = None,
@@ -67,7 +68,8 @@ def make_train_step(
       skip: a step with a loss, gradient or update that is not finite changes nothing but the counts of steps.
       rounding: "nearest", or "stochastic": params in bfloat16 or float16 are rounded at random, so that small
         updates count on average, and the optimizer works in float32.
-      axis_name: the axis that `jax.pmap` maps over; None where the compiler sees the whole batch.
+      axis_name: the axis, or axes, that `jax.pmap` or `jax.shard_map` map over; None where the compiler sees
+        the whole batch.
       place_grads: says to the compiler where gradients belong (`Layout.place_grads`).
       loss_tiles: as in `token_losses`.
       pipeline: computes loss, report and gradients of all parts, over stages of layers (`make_pipeline`).
@@ -132,7 +134,7 @@ def make_train_step(
                 return (jax.tree.map(jnp.add, sums, more), collections), None
 
             (sums, collections), _ = jax.lax.scan(add, (zeros, state.collections), (parts, keys))
-        loss, report, grads = over_devices(sums)
+        loss, report, grads = sums if axis_name is None else _summed(axis_name, sums)
         grads = place_grads(grads)
         if axis_name is not None:
             collections = jax.tree.map(functools.partial(_same, axis_name), collections)
@@ -211,7 +213,13 @@ def _cross_entropy(logits: Array, targets: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
 
 
-def _same(axis_name: str, x: Array) -> Array:
+def _summed(axis_name: str | tuple[str, ...], tree: Any) -> Any:
+    """The sum over devices, in one message: between processes each costs as much as a thousand numbers."""
+    joined, parted = jax.flatten_util.ravel_pytree(tree)
+    return parted(jax.lax.psum(joined, axis_name))
+
+
+def _same(axis_name: str | tuple[str, ...], x: Array) -> Array:
     """The mean over devices, so that all have the same; whole numbers are the same as they are."""
     return jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x
 

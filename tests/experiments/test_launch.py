@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -10,7 +11,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import launch
-from experiments.launcher import sky, slurm
+from experiments.launcher import local, sky, slurm
 from experiments.launcher.local import commands
 from experiments.launcher.sweep import grid, write_table
 from experiments.train import train
@@ -65,6 +66,18 @@ def test_two_processes_have_the_losses_of_one(tmp_path, start):
     expected, actual = (logged(tmp_path / name, "loss", "grad_norm") for name in ("one", "two"))
     assert len(expected) == 8
     np.testing.assert_allclose(actual, expected, rtol=10 * bound("float32"))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system can't tell")
+def test_processes_share_the_cores_out(monkeypatch):
+    here = sorted(os.sched_getaffinity(0))
+    asked = [sys.executable, "-S", "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    told, _ = local.start(asked, here[-1:]).communicate()
+    assert told == f"{here[-1:]}\n"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 3, 5, 7, 11})
+    assert local.cores_of(2) == [[2, 3], [5, 7, 11]]
+    assert local.cores_of(1) == [[2, 3, 5, 7, 11]]
+    assert local.cores_of(6) == [[2, 3, 5, 7, 11]] * 6
 
 
 def test_a_grid_holds_every_combination_once(tmp_path):
