@@ -200,13 +200,18 @@ def token_losses(
         (logits_BTV, _), new = module.apply(*args, **how)
         return _cross_entropy(logits_BTV, batch["targets"]), new
     (x_BTD, _), new = module.apply(*args, hidden=True, **how)
-    decoder = module.module if isinstance(module, frugax.quant.training.LowBit) else module
+    decoder, params = _decoder_of(module), variables["params"]
+    read = "head" if "head" in params else "embedding"
 
-    def losses(tile):
+    def losses(head, tile):
         x, targets = tile
-        return _cross_entropy(decoder.apply({"params": variables["params"]}, x, method="head"), targets)
+        return _cross_entropy(decoder.apply({"params": {read: head}}, x, method="head"), targets)
 
-    return frugax.memory.tiled(losses, (x_BTD, batch["targets"]), tiles), new
+    return frugax.memory.tiled_over_mesh(losses, params[read], (x_BTD, batch["targets"]), tiles), new
+
+
+def _decoder_of(module) -> Any:
+    return module.module if isinstance(module, frugax.quant.training.LowBit) else module
 
 
 def _cross_entropy(logits: Array, targets: Array) -> Array:
@@ -256,10 +261,19 @@ def params_to_use(state: TrainState) -> Any:
     return jax.tree.map(lambda x, p: x.astype(p.dtype), average, state.params)
 
 
+LOGITS = 2**25  # how many `bits_per_byte` has at a time: 128 MiB
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(module, variables, batch):
-    logits_BTV, _ = module.apply(variables, batch["tokens"], segment_ids=batch["segment_ids"])
-    return jnp.sum(_cross_entropy(logits_BTV, batch["targets"]) * batch["weights"])
+    decoder = _decoder_of(module)
+    if isinstance(decoder, frugax.layers.Decoder):
+        tiles = -(-math.prod(batch["tokens"].shape) * decoder.vocab_size // LOGITS)
+        losses_BT, _ = token_losses(module, variables, batch, tiles=tiles, mutable=[])
+    else:
+        logits_BTV, _ = module.apply(variables, batch["tokens"], segment_ids=batch["segment_ids"])
+        losses_BT = _cross_entropy(logits_BTV, batch["targets"])
+    return jnp.sum(losses_BT * batch["weights"])
 
 
 def bits_per_byte(

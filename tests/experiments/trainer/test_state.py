@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import frugax
+from experiments.trainer import state as training_state
 from experiments.trainer.state import bits_per_byte, init_state, make_train_step, params_to_use
 from tests.errors import assert_close, bound, error
 
@@ -256,3 +257,22 @@ def test_a_loss_in_tiles_is_the_loss(head):
     assert_close(*moved, "float32", times=4)  # the gradient's size is that of params, which round too
     shapes = [str(jax.make_jaxpr(step)(state, batch)) for step in (whole, tiles)]
     assert [f"f32[2,7,{V}]" in text for text in shapes] == [True, False]
+
+
+def test_an_evaluation_makes_few_logits_at_a_time(monkeypatch):
+    block = frugax.layers.Block("MLGRU", None)
+    module = frugax.layers.Decoder(13, 8, (block,), backend="xla")
+    tokens = np.random.default_rng(0).integers(0, 13, (2, 2, 7)).astype(np.int32)
+    batch = dict(tokens=tokens[0], targets=tokens[1], segment_ids=np.ones((2, 7), np.int32))
+    batch |= dict(weights=np.ones((2, 7), np.float32), bytes=np.ones(2, np.int32))
+    params = jax.jit(module.init)(jax.random.key(0), tokens[0])["params"]
+    bits, programs = [], []
+    for logits in (2**25, 4 * 13):  # all, and a token of each row at a time
+        monkeypatch.setattr(training_state, "LOGITS", logits)
+        training_state._nats.clear_cache()
+        bits.append(bits_per_byte(module, params, [batch]))
+        programs.append(
+            str(jax.make_jaxpr(lambda p: training_state._nats(module, {"params": p}, batch))(params))
+        )
+    np.testing.assert_allclose(*bits, rtol=bound("float32"))
+    assert ["f32[2,7,13]" in text for text in programs] == [True, False]
