@@ -67,12 +67,12 @@ def test_what_a_kernel_cannot_serve_is_lowered_to_xla():
 def test_a_cpu_holds_no_array_that_only_a_tpu_reads():
     """The states that a TPU's forward pass keeps for its gradient, one in 128 tokens: [B, T / 128, N, D]."""
     B, T, D, N, layers = 2, 1280, 48, 16, 5
-    rows = jnp.ones((B, T, N))
+    rows = jnp.ones((B, T, N), jnp.float32)
 
     def layer(x, _):
-        return frugax.kernels.selective_scan(x, x, -jnp.ones((D, N)), rows, rows)[0], None
+        return frugax.kernels.selective_scan(x, x, -jnp.ones((D, N), jnp.float32), rows, rows)[0], None
 
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(jax.lax.scan(layer, x, None, length=layers)[0])))
-    text = gradient.lower(jnp.ones((B, T, D))).compile().as_text()
+    text = gradient.lower(jnp.ones((B, T, D), jnp.float32)).compile().as_text()
     assert f"f32[{layers},{B},{T},{D}]" in text  # each layer's input, so that such an array would be found
     assert f"{B},{T // 128},{N},{D}]" not in text

@@ -93,9 +93,10 @@ def test_packed_experts_are_decoded_where_they_are_multiplied(format, group, gro
 
 def test_places_of_packed_experts_rows_are_in_tiles_of_their_expert():
     rng, tokens = generator(5), 8
+    run = jax.jit(places, static_argnums=(1, 2))
     for E, M in ((3, 100), (40, 33)):
         sizes = rng.multinomial(rng.integers(M + 1), rng.dirichlet(np.full(E, 0.3)))
-        expert, row = map(np.asarray, places(jnp.asarray(sizes, jnp.int32), M, tokens))
+        expert, row = map(np.asarray, run(sizes.astype(np.int32), M, tokens))
         owner, total = np.repeat(np.arange(E), sizes), sum(sizes)
         assert len(set(row[:total])) == total
         np.testing.assert_array_equal(expert[row[:total] // tokens], owner)
@@ -105,10 +106,10 @@ def test_places_of_packed_experts_rows_are_in_tiles_of_their_expert():
 
 @pytest.mark.parametrize("rows", [64, 128])
 def test_tiles_of_rows_have_each_row_of_a_group_and_no_other(rows):
-    rng = generator(2)
+    rng, run = generator(2), jax.jit(visits, static_argnums=(1, 2))
     for E, M in ((3, 300), (40, 700)):
         sizes = rng.multinomial(rng.integers(M + 1), rng.dirichlet(np.full(E, 0.3)))
-        found, (count,) = map(np.asarray, visits(jnp.asarray(sizes, jnp.int32), M, rows))
+        found, (count,) = map(np.asarray, run(sizes.astype(np.int32), M, rows))
         owner = np.repeat(np.arange(E + 1), [*sizes, M - sum(sizes)])
         stored = np.zeros(M, int)
         for group, first, height in found[:, :count].T:

@@ -32,11 +32,12 @@ full = pytest.mark.full
 def test_visits_have_each_row_of_a_group_once():
     """Every row is its own group's, a stripe is written when all of its rows are there, and none is left."""
     rng, heights = generator(3), (16, 32, 64)
+    run = jax.jit(visits, static_argnums=(1, 2), static_argnames="every_group")
     for E, rows in ((3, 304), (40, 704), (5, 64)):
         sizes = rng.multinomial(rng.integers(rows + 1), rng.dirichlet(np.full(E, 0.3)))
         owner = np.repeat(np.arange(E + 1), [*sizes, rows - sum(sizes)])
         for every_group in (False, True):
-            found = visits(jnp.asarray(sizes, jnp.int32), rows, heights, every_group=every_group)
+            found = run(sizes.astype(np.int32), rows, heights, every_group=every_group)
             found = jax.tree.map(np.asarray, found)
             (total,) = found.total
             assert total <= len(found.group)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from frugax.kernels.linear_attention import xla
+from frugax.kernels.linear_attention.features import taylor
 from frugax.kernels.linear_attention.inputs import check
 from tests.errors import assert_close
 from tests.kernels.harness import OPERATIONS, expected, run, value_and_gradients
@@ -32,7 +33,7 @@ def test_a_constant_gate_is_a_fixed_decay():
 @pytest.mark.parametrize("T", [*(pytest.param(T, marks=pytest.mark.full) for T in (1, 50)), 129])
 def test_equals_the_masked_quadratic_form(T):
     """((Q K^T) * M) V with M[i, j] = lambda^(i - j), values and gradients (Lightning Attention's check)."""
-    a = {n: jnp.asarray(x) for n, x in ROW.arguments({"T": T, "decay": "h"}).items()}
+    a = ROW.arguments({"T": T, "decay": "h"})
     weights = np.random.default_rng(0).standard_normal(a["v"].shape)
 
     def quadratic(q, k, v, log_decay):
@@ -45,12 +46,10 @@ def test_equals_the_masked_quadratic_form(T):
         return attend(**a, scale=1.0)[0]
 
     def run(f, a):
-        return jax.value_and_grad(lambda a: jnp.sum(f(**a) * weights))(a)
+        return jax.jit(jax.value_and_grad(lambda a: jnp.sum(f(**a) * weights)))(a)
 
     with jax.enable_x64(True):
-        want = jax.tree.map(
-            np.asarray, run(quadratic, {n: jnp.asarray(x, jnp.float64) for n, x in a.items()})
-        )
+        want = jax.tree.map(np.asarray, run(quadratic, {n: x.astype(np.float64) for n, x in a.items()}))
     value, gradients = run(ours, a)
     if T == 1:
         want[1].pop("log_decay"), gradients.pop("log_decay")  # no decay lies between a token and itself
@@ -90,19 +89,39 @@ def test_every_gate_at_its_strongest():
     assert_close((out, state), (want, np.einsum("bhk,bhv->bhkv", a["k"][:, -1], a["v"][:, -1])), "float32")
 
 
-def test_residuals_and_temporaries_grow_with_T_alone():
+@pytest.mark.parametrize("decay", ["bth", pytest.param("bthk", marks=pytest.mark.full)])
+def test_residuals_and_temporaries_grow_with_T_alone(decay):
     """Bytes that the gradient keeps: linear in T, and far from one state a token."""
 
     def temporaries(T):
         x = jax.ShapeDtypeStruct((1, T, 2, 64), jnp.float32)
+        gate = x if decay == "bthk" else jax.ShapeDtypeStruct((1, T, 2), jnp.float32)
 
         def loss(q, k, v, g):
             return jnp.sum(attend(q=q, k=k, v=v, log_decay=g)[0] ** 2)
 
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, x).compile()
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(x, x, x, gate).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(4096), temporaries(16384)
     assert long < 5 * short
     a_state_per_token = 16384 * 2 * 64 * 64 * 4
     assert long < a_state_per_token / 4
+
+
+@pytest.mark.full
+def test_features_made_inside_are_never_all_in_memory():
+    """Temporaries of a gradient: a small part of what the features of q and k alone would take."""
+    T, H, K = 4096, 4, 16
+    q, v = (jax.ShapeDtypeStruct((1, T, H, width), jnp.float32) for width in (K, 8))
+    features = 2 * T * H * 153 * 4
+
+    def temporaries(**how):
+        def loss(q, k, v):
+            q, k = (q, k) if how else (taylor(q), taylor(k))
+            return jnp.sum(attend("xla", q=q, k=k, v=v, **how)[0] ** 2)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(feature_map="taylor") < 0.5 * features < temporaries()

@@ -1,5 +1,7 @@
 """Tests of the portable quantized_matmul alone: its blocks and streams, what it keeps, sums, mixtures."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,12 +73,16 @@ def test_rounded_activations_are_the_definition(given):
     """Values; the gradient is that of the product without rounding."""
     arguments = ROW.arguments(given)
     x, w, how = arguments["x"], arguments["w"], arguments["activations"]
-    y, pullback = jax.vjp(
-        lambda x: quantized_matmul(x, w, activations=how, backend="reference"), jnp.asarray(x)
-    )
+    dy = np.random.default_rng(0).standard_normal((*x.shape[:-1], w.shape[1])).astype(np.float32)
+
+    @jax.jit
+    def both(x, w, dy):
+        y, pullback = jax.vjp(lambda x: quantized_matmul(x, w, activations=how, backend="reference"), x)
+        return y, pullback(dy)[0]
+
+    y, dx = both(x, w, dy)
     assert_close(y, quantized_matmul_in_float64(x.astype(float), w, activations=how), "float32")
-    dy = np.random.default_rng(0).standard_normal(y.shape)
-    assert_close(pullback(jnp.asarray(dy, jnp.float32))[0], dy @ dequantized(w).T, "float32")
+    assert_close(dx, dy.astype(float) @ dequantized(w).T, "float32")
 
 
 BLOCKS = [
@@ -119,19 +125,19 @@ def test_sums_are_those_of_int32():
     """Whole numbers whose sums float32 does not hold; and ternary weights bit for bit."""
     rng = np.random.default_rng(0)
     x, w = rng.integers(100, 128, (2, 5000)), rng.integers(100, 128, (5000, 3))
-    w = frugax.formats.from_codes(
-        jnp.asarray(w.T), frugax.formats.Scaling(jnp.ones((3, 1))), frugax.formats.format_named("int8"),
-        axis=-2, group_size=5000,
-    )  # fmt: skip
+    int8, ones = frugax.formats.format_named("int8"), frugax.formats.Scaling(np.ones((3, 1), np.float32))
+    pack = jax.jit(lambda codes: frugax.formats.from_codes(codes, ones, int8, axis=-2, group_size=5000))
+    w = pack(w.T.astype(np.int32))
     x[:, 0] = 127
-    y = quantized_matmul(jnp.asarray(x, jnp.float32), w, activations="int8", backend="xla")
+    product = jax.jit(partial(quantized_matmul, activations="int8", backend="xla"))
+    y = product(x.astype(np.float32), w)
     exact = x @ unpacked(w).astype(np.int8)
     assert (exact > 2**24).all()
     np.testing.assert_array_equal(y, exact.astype(np.float32))
 
     arguments = ROW.arguments(case("ternary", 300, 8, B=3))
     x, w = arguments["x"], arguments["w"]
-    y = quantized_matmul(jnp.asarray(x), w, activations="int8", backend="xla")
+    y = product(x, w)
     scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
     codes = np.rint(x / scale).astype(np.int32)
     sums = codes @ values(w.format.element, unpacked(w)).astype(np.int32)
@@ -164,19 +170,21 @@ def test_mixed_blocks_after_a_permutation():
 
 def test_stacked_weights_map():
     """vmap over experts, each with its own codes, scales and zeros."""
-    W = jax.random.normal(jax.random.key(0), (3, 64, 8))
-    x = jax.random.normal(jax.random.key(1), (3, 5, 64))
-    w = jax.vmap(lambda W: quantize(W, "uint4", group_size=32))(W)
-    y, gradient = jax.vmap(jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(quantized_matmul(x, w)))))(x, w)
+    rng = np.random.default_rng(0)
+    W, x = (rng.standard_normal(s).astype(np.float32) for s in ((3, 64, 8), (3, 5, 64)))
+    w = jax.jit(jax.vmap(lambda W: quantize(W, "uint4", group_size=32)))(W)
+    run = jax.value_and_grad(lambda x, w: jnp.sum(jnp.sin(quantized_matmul(x, w))))
+    y, gradient = map(np.asarray, jax.jit(jax.vmap(run))(x, w))
     for i in range(3):
-        own = jax.tree.map(lambda a, i=i: a[i], w)
-        want = jax.value_and_grad(lambda x, w=own: jnp.sum(jnp.sin(quantized_matmul(x, w))))(x[i])
+        want = jax.jit(run)(x[i], jax.tree.map(lambda a, i=i: np.asarray(a)[i], w))
         assert_close((y[i], gradient[i]), want, "float32", times=2)
 
 
 def test_zero_and_nan_groups():
     """A group of zeros adds nothing; one of NaN spoils its own columns alone."""
-    W = jnp.ones((64, 4)).at[:32].set(0).at[40, 2].set(jnp.nan)
-    y = quantized_matmul(jnp.ones((2, 64)), quantize(W, "int8", group_size=32), backend="xla")
+    W = np.ones((64, 4), np.float32)
+    W[:32], W[40, 2] = 0, np.nan
+    product = jax.jit(lambda x, W: quantized_matmul(x, quantize(W, "int8", group_size=32), backend="xla"))
+    y = np.asarray(product(np.ones((2, 64), np.float32), W))
     np.testing.assert_allclose(y[:, [0, 1, 3]], 32, rtol=1e-6)
     assert np.isnan(y[:, 2]).all()
