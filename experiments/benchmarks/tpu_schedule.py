@@ -191,6 +191,7 @@ def quantized_matmul() -> list[Kernel]:
         *(("int4", 128, 8, None), ("int4", 128, 256, None), ("int4", 32, 8, None), ("int2", 128, 8, None)),
         *(("int3", 128, 8, None), ("int8", 128, 8, None), ("mxfp4", 32, 8, None), ("nvfp4", 16, 8, None)),
         *(("nf4", 64, 8, None), ("fp8_e4m3", 128, 8, None), ("int4", 128, 256, "int8")),
+        *(("bitmod4", 128, 8, None), ("bitmod3", 128, 8, None), ("olive4", 128, 8, None)),
     ):
         W = jax.ShapeDtypeStruct((K, N), jnp.float32)
         w = jax.eval_shape(partial(frugax.formats.quantize, format=format, group_size=group), W)

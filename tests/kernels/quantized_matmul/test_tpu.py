@@ -16,10 +16,9 @@ from frugax.kernels.quantized_matmul.inputs import check
 from frugax.kernels.quantized_matmul.pallas_tpu.tiles import even_first, exact, line, split
 from frugax.kernels.quantized_matmul.tiling import TPUTiling, for_tpu
 from tests.errors import assert_close
-from tests.kernels.harness import OPERATIONS, widened
+from tests.kernels.harness import OPERATIONS
 
-from .definition import dequantized
-from .definition import quantized_matmul as quantized_matmul_in_float64
+from .definition import activated, dequantized
 
 ROW = OPERATIONS["quantized_matmul"]
 
@@ -42,6 +41,7 @@ KERNELS = [
     case("int8", 384, K=768, dtype="bfloat16"),  # one group ends within a block of codes
     case("nvfp4", 16, K=384),  # blocks of 128 codes
     case("int4", 128, activations="int8", dtype="bfloat16", bias=True),  # int8 codes
+    case("bitmod4", 128, dtype="bfloat16"),  # looked up, in tables of each group
     case("uint8", 256, activations="int8"),
     case("bipolar6", 64, dtype="bfloat16"),
     case("int1", 256, dtype="bfloat16"),
@@ -55,11 +55,17 @@ KERNELS = [
     case("bfp6", 16, dtype="bfloat16"),
     case("mxfp4", 4, dtype="bfloat16"),
     case("int7", 512, dtype="bfloat16"),
+    case("nf4", 256, dtype="bfloat16"),
+    case("bitmod3", 256, dtype="bfloat16"),
+    case("bitmod4", 64, dtype="bfloat16"),
+    case("bitmod3", 96),
+    case("olive4", 32, dtype="bfloat16"),
+    case("olive8", 256),
 ]
 
 
 @pytest.mark.parametrize(
-    "given", [*KERNELS[:4], *(pytest.param(c, marks=pytest.mark.full) for c in KERNELS[4:])], ids=str
+    "given", [*KERNELS[:5], *(pytest.param(c, marks=pytest.mark.full) for c in KERNELS[5:])], ids=str
 )
 def test_grid_steps_add_up(given):
     """Several steps along tokens, columns and depth give the definition's product and gradient."""
@@ -71,13 +77,15 @@ def test_grid_steps_add_up(given):
     whole = TPUTiling(16, 128, given["K"])
     backward = partial(pallas_tpu.backward_tiled, spec=spec, tiling=whole, interpret=True)
     dx = jax.jit(backward)(call, jnp.asarray(dy))
+    dtype, w = str(call.x.dtype), arguments["w"]
+    W = dequantized(w) if w.format.elementwise else np.asarray(w.dequantize(jnp.float32), float)
     if spec.activations is None or spec.activations.name == "int8":
-        want = quantized_matmul_in_float64(**widened(arguments))
+        want = activated(np.asarray(call.x, float), arguments.get("activations")) @ W
+        want += np.asarray(arguments.get("bias", 0.0), float)
     else:
         want = reference.forward(call, spec)
-    dtype = str(call.x.dtype)
     assert_close(y, want, dtype)
-    assert_close(dx, dy.astype(float) @ dequantized(arguments["w"]).T, dtype)
+    assert_close(dx, dy.astype(float) @ W.T, dtype)
 
 
 ELEMENTS = [
@@ -177,6 +185,8 @@ COMPILED = [
     ({"format": "mxfp6_e3m2", "B": 3, "K": 256, "N": 200}, "bfloat16", None),
     ({"format": "int1", "B": 3, "K": 256, "N": 200}, "bfloat16", "int8"),
     ({"format": "bfp8", "B": 3, "K": 256, "N": 200}, "bfloat16", "int4"),
+    ({"format": "bitmod4", "B": 8, "K": 512, "N": 200, "group": 128}, "bfloat16", None),
+    ({"format": "olive4", "B": 8, "K": 512, "N": 200, "group": 128}, "bfloat16", None),
 ]
 
 

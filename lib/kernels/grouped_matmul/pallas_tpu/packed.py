@@ -84,7 +84,7 @@ class Packed:
             return group[v], 0, 0
 
         launch.add("codes", self.arrays["codes"], pl.BlockSpec((None, depth * bits // 8, wide), codes))
-        for name in ("scales", "zeros"):
+        for name in ("scales", "zeros", "choices"):
             if name in self.arrays:
                 launch.add(name, self.arrays[name], pl.BlockSpec((None, size.groups, wide), groups))
                 launch.hold(name.removesuffix("s"), (size.groups, wide))
@@ -98,16 +98,20 @@ class Packed:
 
 def _decode(
     p: Product, transposed: bool, *, n, w_ref, codes_ref, scales_ref, scale_ref, zeros_ref=None,
-    zero_ref=None, outer_ref=None, offset_ref=None,
+    zero_ref=None, outer_ref=None, offset_ref=None, choices_ref=None, choice_ref=None,
 ):  # fmt: skip
     """Fill `w` for step n along the columns of the product."""
     scale_ref[...] = p.scales(scales_ref, outer_ref, offset_ref)
     if zero_ref is not None:
         zero_ref[...] = zeros_ref[...].astype(jnp.int32).astype(F32)
+    if choices_ref is not None:
+        choice_ref[...] = p.specials(choices_ref)
     size = p.tiles.block
 
     def visit(i: Any) -> None:
-        (parts,) = p.tiles_of(codes_ref, i, n * p.blocks if transposed else 0, scale_ref, zero_ref)
+        (parts,) = p.tiles_of(
+            codes_ref, i, n * p.blocks if transposed else 0, scale_ref, zero_ref, choice_ref
+        )
         value = parts[0]
         for part in parts[1:]:
             value = value.astype(F32) + part.astype(F32)

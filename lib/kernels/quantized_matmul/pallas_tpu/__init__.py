@@ -16,8 +16,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ....formats import Format
-from ....formats.packing import BLOCK, pack
+from ....formats import Format, Mixture, Pairs
+from ....formats.element import Dependent
+from ....formats.packing import BLOCK, pack, unpack
 from ...common.arguments import pad_to, trim
 from ...common.chips import VMEM_LIMIT
 from ...common.tiling import round_up
@@ -27,7 +28,7 @@ from ..decode import block_of, unpack_rows
 from ..inputs import Inputs, Spec, largest_whole
 from ..tiling import TPUTiling, for_tpu
 from .kernels import Kind, Product, backward_kernel, forward_kernel, terms
-from .tiles import BF16, TILE, Tiles, even_first, exact, is_fp4_e2m1, line, split
+from .tiles import BF16, TILE, Tiles, element_of, even_first, exact, is_fp4_e2m1, line, split
 
 MANY = 128  # rows of x and its copies: if there are more, their product takes longer than decoding W
 LEAST_GROUP = 4  # rows that share a scale: those that the bytes of a word come from
@@ -40,7 +41,7 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
         return f"the TPU kernel reads float32 and bfloat16, not {call.x.dtype}"
     if spec.method != "dot":
         return f"the TPU kernel multiplies values, and has no method {spec.method!r}"
-    if not spec.format.elementwise:
+    if not (spec.format.elementwise or isinstance(spec.format, Mixture | Pairs)):
         return f"the TPU kernel decodes code by code, and a code of {spec.format.name} has no value alone"
     if len(getattr(spec.format.element, "values", ())) > 16:
         return f"the TPU kernel computes values, and {spec.format.name} looks them up in a long table"
@@ -82,7 +83,7 @@ def forward_tiled(call: Inputs, spec: Spec, tiling: TPUTiling, *, interpret: boo
     steps = (pl.cdiv(size.M, t.tokens), pl.cdiv(size.N, t.columns), size.K // t.depth)
     semantics = ("parallel", "parallel", "arbitrary")
     launch = Launch("quantized_matmul", steps, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT)
-    evens = p.kind in (Kind.COUNTED, Kind.FOURFOLD)
+    evens = p.kind in (Kind.COUNTED, Kind.FOURFOLD, Kind.LOOKED_UP)
     operand = x.astype(jnp.int8)[None] if p.kind is Kind.WHOLE else _in_parts(x, p.parts)
     operand = even_first(operand) if evens else operand
     if p.apart > 1:
@@ -179,7 +180,8 @@ def _parts_of(call: Inputs, spec: Spec) -> int:
 
 
 def _kind(call: Inputs, spec: Spec, size: Sizes) -> Kind:
-    element, bits = spec.format.element, spec.format.bits
+    element, bits = element_of(spec.format), spec.format.bits
+    mixture = isinstance(spec.format, Mixture)
     linear, small = line(element), size.group < TILE
     many = size.M * _parts_of(call, spec) * max(TILE // size.group, 1) > MANY
     if many and small:
@@ -187,17 +189,22 @@ def _kind(call: Inputs, spec: Spec, size: Sizes) -> Kind:
     whole = _one_scale(spec) and (largest_whole(spec.activations) or 128) < 128
     if whole and linear is not None and not small:
         return Kind.WHOLE
-    if is_fp4_e2m1(element) and not many:
+    if is_fp4_e2m1(element) and not many and not mixture:
         return Kind.FOURFOLD
-    # Of float32 x more digits are wanted than are left where the sum of x, many times over, is taken off.
-    counted = linear is not None and bits < 8 and call.x.dtype != F32 and not many
-    return Kind.COUNTED if counted else Kind.VALUES
+    # Of float32 x more digits are wanted than a bfloat16 number has, or than are left where the sum of x,
+    # many times over, is taken off.
+    if many or call.x.dtype == F32 or bits > 7:
+        return Kind.VALUES
+    if linear is not None:
+        return Kind.COUNTED
+    table = bits <= 4 and not isinstance(element, Dependent) and not (mixture and small)
+    return Kind.LOOKED_UP if table else Kind.VALUES
 
 
 def _product(
     size: Sizes, spec: Spec, t: TPUTiling, kind: Kind, parts: int, wide: bool, interpret: bool, steps=None
 ) -> Product:
-    inexact = kind is Kind.SCALED or not exact(spec.format.element)
+    inexact = kind is Kind.SCALED or not exact(element_of(spec.format))
     tiles = Tiles(spec.format, size.block, size.group, 3 if inexact and wide else 1, interpret)
     steps = steps or size.K // t.depth
     return Product(
@@ -242,10 +249,10 @@ def _read(
     rows = t.depth * spec.format.bits // 8
     launch.add("codes", arrays["codes"], pl.BlockSpec((rows, t.columns), lambda m, *place: at(*place)))
     strip = pl.BlockSpec((groups, t.columns), lambda m, n, *k: (0, n))
-    for name in ("scales", "zeros"):
+    for name in ("scales", "zeros", "choices"):
         if name in arrays:
             launch.add(name, arrays[name], strip)
-            if name == "scales" or p.kind is Kind.SCALED:
+            if name != "zeros" or p.kind is Kind.SCALED:
                 launch.hold(name.removesuffix("s"), (groups, t.columns))
     for name in ("outer", "offset"):
         if name in arrays:
@@ -261,8 +268,9 @@ def arranged(call: Inputs, spec: Spec, size: Sizes, groups: int) -> dict[str, Ar
         codes = pad_to(unpack_rows(codes, spec.format, block_of(spec, codes.shape[0])), (size.K, size.N))
         codes = pack(codes.T, bits).T
     found = {"codes": codes}
-    for name in ("scales", "zeros"):
-        x = getattr(call, name)
+    # Choices of four groups are in a byte: each gets one of its own here.
+    choices = None if call.choices is None else unpack(call.choices.T, 2, signed=False).T.astype(jnp.uint8)
+    for name, x in (("scales", call.scales), ("zeros", call.zeros), ("choices", choices)):
         if x is not None:
             if size.group < spec.group_size < spec.K:
                 x = jnp.repeat(x, spec.group_size // size.group, 0)

@@ -2,7 +2,7 @@
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
-from ....formats import CodedScales, Format
+from ....formats import CodedScales, Format, Mixture
 from ....formats.scales import Scaling
 from ...common.tpu import F32, iota
-from .tiles import BF16, TILE, Tiles, line, split
+from .tiles import BF16, TILE, Table, Tiles, element_of, line, split, tables_of
 
 AT_ONCE = 4  # blocks of a turn of the loop: v5e takes 10.5 thousand cycles where one by one takes 12.4
 
@@ -27,6 +27,7 @@ class Kind(enum.Enum):
     WHOLE = "int8 codes, and x in int8 too; scaled after"
     COUNTED = "codes counted from the lowest one, plus 2^bits; scaled after, even rows first"
     FOURFOLD = "four times values of fp4_e2m1; scaled after, even rows first"
+    LOOKED_UP = "values of a table of 16 at most; scaled after, even rows first"
 
 
 def terms(parts: int) -> list[tuple[int, int]]:
@@ -90,7 +91,30 @@ class Product:
             stored = CodedScales(stored, outer_ref[0, 0], offset, self.format.scheme.element)
         return self.format.scheme.scale(Scaling(stored))
 
-    def tiles_of(self, codes_ref, i: Any, first: Any, scale_ref, zero_ref) -> list[list[Array]]:
+    def specials(self, choices_ref) -> Array:
+        """The float32 values [G, columns] that groups' choices give the special code of a mixture."""
+        assert isinstance(self.format, Mixture)
+        first, *others = (element.special for element in self.format.elements)
+        choice = choices_ref[...].astype(jnp.int32)
+        found = jnp.full(choice.shape, first, F32)
+        for i, special in enumerate(others, 1):
+            found = jnp.where(choice == i, special, found)
+        return found
+
+    def tables(self) -> list[Table]:
+        """The tables that tiles are looked up in, if they are."""
+        return tables_of(element_of(self.format), self.wide) if self.kind is Kind.LOOKED_UP else []
+
+    def tiles_of(
+        self,
+        codes_ref,
+        i: Any,
+        first: Any,
+        scale_ref,
+        zero_ref,
+        choice_ref=None,
+        tables: Sequence[Table] = (),
+    ) -> list[list[Array]]:
         """The tiles of block i of this grid step, whose first block is `first`; one if they are joined.
 
         Each in as many parts as it takes.
@@ -99,19 +123,22 @@ class Product:
         plain = self.kind in (Kind.VALUES, Kind.SCALED)
         x = tiles.bytes(codes_ref, i) if plain else tiles.words(codes_ref, i)
 
-        def scaled(tile: int) -> list[Array]:
-            number = (first + i) * n + tile  # in all of W
-            zero = None if zero_ref is None else tiles.spread(zero_ref, number)
-            return tiles.decoded(x, tile, tiles.spread(scale_ref, number), zero)
+        def of_groups(ref, tile: int) -> Array | None:
+            return None if ref is None else tiles.spread(ref, (first + i) * n + tile)
+
+        def decoded(tile: int, scaled: bool) -> list[Array]:
+            scale, zero = ((of_groups(r, tile) if scaled else None) for r in (scale_ref, zero_ref))
+            return tiles.decoded(x, tile, scale, zero, of_groups(choice_ref, tile))
 
         if self.kind is Kind.FOURFOLD:
             bits = tiles.fp4_e2m1(x)
         make: dict[Kind, Callable[[int], list[Array]]] = {
-            Kind.VALUES: lambda tile: tiles.decoded(x, tile),
+            Kind.VALUES: lambda tile: decoded(tile, False),
             Kind.COUNTED: lambda tile: [tiles.counted(x, tile)],
             Kind.FOURFOLD: lambda tile: [tiles.fourfold(*bits, tile)],
+            Kind.LOOKED_UP: lambda tile: [tiles.looked_up(x, tile, tables, of_groups(choice_ref, tile))],
             Kind.WHOLE: lambda tile: [tiles.whole(x, tile)],
-            Kind.SCALED: scaled,
+            Kind.SCALED: lambda tile: decoded(tile, True),
         }
         made = [make[self.kind](t) for t in range(n)]
         if self.joined and n > 1:
@@ -155,10 +182,11 @@ class Product:
 
 def forward_kernel(
     p: Product, *, x_ref, codes_ref, scales_ref, y_ref, sum_ref, scale_ref, zeros_ref=None, zero_ref=None,
-    outer_ref=None, offset_ref=None, sums_ref=None, tokens_ref=None, bias_ref=None,
+    outer_ref=None, offset_ref=None, choices_ref=None, choice_ref=None, sums_ref=None, tokens_ref=None,
+    bias_ref=None,
 ):  # fmt: skip
-    """Grid (tokens, columns, depth). `scale` and `zero` hold what `scales` and `zeros` decode to."""
-    k, size = pl.program_id(2), p.tiles.block
+    """Grid (tokens, columns, depth). `scale`, `zero` and `choice` hold what is decoded for groups."""
+    k, size, tables = pl.program_id(2), p.tiles.block, p.tables()
     first = k * p.blocks
 
     @p.when(k, 0)
@@ -168,6 +196,8 @@ def forward_kernel(
         zero = None if zeros_ref is None else zeros_ref[...].astype(jnp.int32).astype(F32)
         if zero_ref is not None:
             zero_ref[...] = zero
+        if choices_ref is not None:
+            choice_ref[...] = p.specials(choices_ref)
         if sums_ref is None:
             sum_ref[...] = jnp.zeros_like(sum_ref)
             return
@@ -178,7 +208,7 @@ def forward_kernel(
 
     def visit(i):
         total: Any = 0.0
-        made = p.tiles_of(codes_ref, i, first, scale_ref, zero_ref)
+        made = p.tiles_of(codes_ref, i, first, scale_ref, zero_ref, choice_ref, tables)
         depth = size // len(made)
         for t, tile in enumerate(made):
             here = pl.ds(pl.multiple_of(i * size + t * depth, depth), depth)
@@ -206,7 +236,7 @@ def forward_kernel(
 
 def backward_kernel(
     p: Product, *, dy_ref, codes_ref, scales_ref, dx_ref, sum_ref, scale_ref, zeros_ref=None, zero_ref=None,
-    outer_ref=None, offset_ref=None,
+    outer_ref=None, offset_ref=None, choices_ref=None, choice_ref=None,
 ):  # fmt: skip
     """Grid (tokens, columns): all of dx [tokens, K] is summed up over the columns."""
     n, size = pl.program_id(1), p.tiles.block
@@ -215,13 +245,15 @@ def backward_kernel(
     scale_ref[...] = jnp.where(inside, scale, 0.0)
     if zero_ref is not None:
         zero_ref[...] = zeros_ref[...].astype(jnp.int32).astype(F32)
+    if choices_ref is not None:
+        choice_ref[...] = p.specials(choices_ref)
 
     @p.when(n, 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def visit(i):
-        (tile,) = p.tiles_of(codes_ref, i, 0, scale_ref, zero_ref)
+        (tile,) = p.tiles_of(codes_ref, i, 0, scale_ref, zero_ref, choice_ref)
         sum_ref[:, pl.ds(pl.multiple_of(i * size, TILE), size)] += p.multiply(dy_ref[...], tile, axis=1)[0]
 
     p.each_block(visit)

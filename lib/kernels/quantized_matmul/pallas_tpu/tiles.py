@@ -2,15 +2,17 @@
 
 Codes of any format are taken out of bytes, one in each 32 bits, and decoded; rows keep their order. That is
 long beside the product of a few tokens, for which some formats' codes become bfloat16 numbers without ever
-filling 32 bits. Bytes are read as words of four rows. Byte r of every word of a packing block then holds
-the codes 4 t + r for all t: a shift and a mask give a quarter of a tile's codes, in order. Two quarters in
-the halves of words are a bfloat16 array, which holds the even codes or the odd ones. So such a tile of 128
-rows has 64 even rows of W before 64 odd ones, and `even_first` puts the channels of x in that order.
+filling 32 bits, and others' are looked up. Bytes are read as words of four rows. Byte r of every word of a
+packing block then holds the codes 4 t + r for all t: a shift and a mask give a quarter of a tile's codes, in
+order. Two quarters in the halves of words are a bfloat16 array, which holds the even codes or the odd ones.
+So such a tile of 128 rows has 64 even rows of W before 64 odd ones, and `even_first` puts the channels of x
+in that order.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ....formats import Format, Minifloat
-from ....formats.element import Element
+from ....formats import Format, Minifloat, Mixture
+from ....formats.element import Dependent, Element
+from ....formats.olive import OutlierVictim
 from ....formats.packing import planes
 from ...common.chips import SUBLANES
 from ...common.tpu import F32, iota
@@ -61,9 +64,16 @@ class Line:
     start: float
 
 
+def element_of(format: Format) -> Element:
+    """The element format of codes; of a mixture that of all codes but one, whichever is chosen."""
+    return format.elements[0].base if isinstance(format, Mixture) else format.element
+
+
 @functools.cache
 def line(element: Element) -> Line | None:
     """The line that an element's values lie on; None if they don't."""
+    if isinstance(element, Dependent):
+        return None
     signed = element.lowest < 0
     codes = np.arange(2**element.bits, dtype=np.int32) - (signed << (element.bits - 1))
     with jax.ensure_compile_time_eval():
@@ -74,7 +84,9 @@ def line(element: Element) -> Line | None:
 
 @functools.cache
 def exact(element: Element) -> bool:
-    """Say whether every value is a bfloat16 number."""
+    """Say whether every value is a bfloat16 number, as those of outlier-victim pairs are."""
+    if isinstance(element, Dependent):
+        return True
     codes = np.arange(element.lowest, element.highest + 1, dtype=np.int32)
     with jax.ensure_compile_time_eval():
         values = np.asarray(element.decode(jnp.asarray(codes)), np.float32)
@@ -86,6 +98,54 @@ def is_fp4_e2m1(element: Element) -> bool:
     """Say whether these are the 4-bit floating-point numbers of MXFP4 and NVFP4."""
     bits = {"exponent": 2, "mantissa": 1, "bias": 1, "signed": True, "reserved": 0}
     return isinstance(element, Minifloat) and all(getattr(element, name) == n for name, n in bits.items())
+
+
+@functools.cache
+def bfloat16_bits(element: Element) -> tuple[int, ...]:
+    """The bits of the bfloat16 number nearest to each code's value."""
+    codes = np.arange(2**element.bits, dtype=np.int32)
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(element.decode(jnp.asarray(codes)).astype(BF16))
+    return tuple(values.view(np.uint16).tolist())
+
+
+class Table(NamedTuple):
+    """Bits of bfloat16 numbers [8, columns] by the lowest three bits of a code: in the lower half of int32s.
+
+    A register's rows are chosen from by an index for each place, which takes as long as an addition. So each
+    column may have values of its own.
+    """
+
+    lower: Array
+    upper: Array  # the same in the upper half
+
+    def with_row(self, row: int, values: Array) -> "Table":
+        """The table with other values [1, columns] in one row: float32 that are bfloat16 numbers."""
+        bits = lax.bitcast_convert_type(values, jnp.int32)
+        here = iota(self.lower.shape, 0) == row
+        upper = jnp.where(here, bits, self.upper)
+        return Table(jnp.where(here, lax.shift_right_logical(bits, np.int32(16)), self.lower), upper)
+
+    def at(self, index: Array, upper: bool) -> Array:
+        """The entries of an index [rows, columns]."""
+        entries = self.upper if upper else self.lower
+        found = [
+            jnp.take_along_axis(entries, index[r : r + SUBLANES], axis=0, mode="promise_in_bounds")
+            for r in range(0, index.shape[0], SUBLANES)
+        ]
+        return jnp.concatenate(found, 0)
+
+
+def tables_of(element: Element, columns: int) -> list[Table]:
+    """Tables of an element's values, each with eight codes."""
+    bits = bfloat16_bits(element)
+    row, found = iota((SUBLANES, columns), 0), []
+    for first in range(0, len(bits), SUBLANES):
+        entries = jnp.full(row.shape, bits[first], jnp.int32)
+        for i, value in enumerate(bits[first + 1 : first + SUBLANES], 1):
+            entries = jnp.where(row == i, value, entries)
+        found.append(Table(entries, entries << 16))
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,6 +176,11 @@ class Tiles:
     def signed(self) -> bool:
         """Codes are two's complement."""
         return self.format.element.lowest < 0
+
+    @property
+    def special(self) -> int | None:
+        """The code whose value each group chooses; None if there is none."""
+        return 1 << (self.bits - 1) if isinstance(self.format, Mixture) else None
 
     # Inside a kernel:
 
@@ -159,16 +224,26 @@ class Tiles:
         return total
 
     def decoded(
-        self, x: Array, tile: int, scale: Array | None = None, zero: Array | None = None
+        self,
+        x: Array,
+        tile: int,
+        scale: Array | None = None,
+        zero: Array | None = None,
+        choice: Array | None = None,
     ) -> list[Array]:
-        """A tile of values from bytes, (value - zero) * scale if those are given, in `parts` arrays."""
+        """A tile of values from bytes, (value - zero) * scale if those are given, in `parts` arrays.
+
+        `choice` is the value of the `special` code in each place.
+        """
         x = x.astype(jnp.int32)
         if self.bits == 8:
             codes = x[TILE * tile : TILE * (tile + 1)]
         else:
             codes = self.fields(x, tile, rows=TILE)
             codes = (codes << (32 - self.bits)) >> (32 - self.bits) if self.signed else codes
-        value = self.format.element.decode(codes)
+        element = element_of(self.format)
+        value = _pairs(codes, element) if isinstance(element, OutlierVictim) else element.decode(codes)
+        value = value if choice is None else jnp.where(codes == self.special, choice, value)
         value = value if zero is None else value - zero
         return [part.astype(BF16) for part in split(value if scale is None else value * scale, self.parts)]
 
@@ -205,6 +280,27 @@ class Tiles:
         halves = [take(low, start=start, up=6) | take(high, start=start, up=12) for start in (0, 8)]
         return jnp.concatenate([pltpu.bitcast(half, BF16) for half in halves], 0)
 
+    def looked_up(
+        self, words: Array, tile: int, tables: Sequence[Table], choice: Array | None = None
+    ) -> Array:
+        """A tile of the values in one or two tables, of formats of 4 bits at most.
+
+        `choice` [1, columns] is the value of the `special` code in all of the tile.
+        """
+        if choice is not None and self.special is not None:
+            number, row = divmod(self.special, SUBLANES)
+            tables = [t.with_row(row, choice) if i == number else t for i, t in enumerate(tables)]
+
+        def values(start: int, upper: bool) -> Array:
+            codes = self.fields(words, tile, rows=WORDS, start=start)
+            if len(tables) == 1:
+                return tables[0].at(codes, upper)
+            low, high = (table.at(codes & (SUBLANES - 1), upper) for table in tables)
+            return jnp.where(codes >= SUBLANES, high, low)
+
+        halves = [values(start, False) | values(start + 16, True) for start in (0, 8)]
+        return jnp.concatenate([pltpu.bitcast(half, BF16) for half in halves], 0)
+
     def whole(self, words: Array, tile: int) -> Array:
         """A tile of int8 codes with rows in order; unsigned ones of 8 bits less 128."""
         codes = self.fields(words, tile, rows=WORDS, lanes=4)
@@ -229,6 +325,15 @@ class Tiles:
         return jnp.concatenate(
             [jnp.where(upper, a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)], 0
         )
+
+
+def _pairs(codes: Array, element: OutlierVictim) -> Array:
+    """The values of outlier-victim pairs [128, columns]: a code is an outlier's if its neighbour says so."""
+    victim = (codes == element.lowest).astype(jnp.int32)
+    first = (iota(codes.shape, 0) & 1) == 0
+    beside = jnp.where(first, pltpu.roll(victim, TILE - 1, 0), pltpu.roll(victim, 1, 0))
+    value = jnp.where(beside == 1, element.decode_outlier(codes), element.integer.decode(codes))
+    return jnp.where(victim == 1, 0.0, value)
 
 
 def _int32(bits: int) -> np.int32:
