@@ -1,5 +1,6 @@
 """Routers, choices and losses against loops in NumPy, their gradients, and what must hold for any of them."""
 
+import functools
 import itertools
 
 import jax
@@ -28,6 +29,11 @@ ROUTERS = {
     "hash_route": lambda x, mask=None: moe.hash_route(jnp.arange(T), jnp.arange(T) % E, E, mask=mask),
 }
 every = pytest.mark.parametrize("name", ROUTERS)
+
+
+def compiled(function, x, **how):
+    """Return function(x, **how) by one program: without, each of its steps would be one."""
+    return jax.jit(functools.partial(function, **how))(x)
 
 
 def softmax(x):
@@ -84,11 +90,11 @@ def test_what_holds_for_every_router(name):
 def test_softmax():
     p = softmax(LOGITS)
     chosen = best(p, K)
-    routing = moe.softmax_top_k(jnp.asarray(LOGITS), K)
+    routing = compiled(moe.softmax_top_k, LOGITS, k=K)
     np.testing.assert_array_equal(routing.indices, chosen)
     picked = np.take_along_axis(p, chosen, 1)
     np.testing.assert_allclose(routing.weights, picked / picked.sum(1, keepdims=True), rtol=1e-5)
-    plain = moe.softmax_top_k(jnp.asarray(LOGITS), K, normalize=False, scale=2.5)
+    plain = compiled(moe.softmax_top_k, LOGITS, k=K, normalize=False, scale=2.5)
     np.testing.assert_allclose(plain.weights, 2.5 * picked, rtol=1e-5)
     share = np.array([(chosen == e).sum() / (T * K) for e in range(E)])
     np.testing.assert_allclose(routing.losses["load_balance"], E * (share * p.mean(0)).sum(), rtol=1e-5)
@@ -100,19 +106,17 @@ def test_sigmoid_with_a_bias_and_groups():
     """The bias chooses and has no part in weights; a group is worth its two best."""
     bias = np.linspace(0.5, -0.5, E).astype(np.float32)
     s = sigmoid(LOGITS)
-    routing = moe.sigmoid_top_k(
-        jnp.asarray(LOGITS), K, bias=jnp.asarray(bias), groups=2, top_groups=1, scale=2.0
-    )
+    how = {"groups": 2, "top_groups": 1, "scale": 2.0}
+    routing = compiled(moe.sigmoid_top_k, LOGITS, k=K, bias=jnp.asarray(bias), **how)
+    indices, weights = np.asarray(routing.indices), np.asarray(routing.weights)
     for t in range(T):
         by = s[t] + bias
         group = max((0, 1), key=lambda g: np.sort(by[3 * g : 3 * g + 3])[-2:].sum())
         chosen = 3 * group + best(by[3 * group : 3 * group + 3], K)
-        np.testing.assert_array_equal(routing.indices[t], chosen)
-        np.testing.assert_allclose(routing.weights[t], 2 * s[t, chosen] / s[t, chosen].sum(), rtol=1e-5)
-    grad = jax.grad(lambda b: moe.sigmoid_top_k(jnp.asarray(LOGITS), K, bias=b).weights.sum())(
-        jnp.asarray(bias)
-    )
-    assert (grad == 0).all()
+        np.testing.assert_array_equal(indices[t], chosen)
+        np.testing.assert_allclose(weights[t], 2 * s[t, chosen] / s[t, chosen].sum(), rtol=1e-5)
+    grad = compiled(jax.grad(lambda b: moe.sigmoid_top_k(jnp.asarray(LOGITS), K, bias=b).weights.sum()), bias)
+    assert (np.asarray(grad) == 0).all()
 
 
 def test_the_bias_evens_out_loads():
@@ -124,13 +128,14 @@ def test_the_bias_evens_out_loads():
         return moe.updated_bias(bias, load, 1e-2), load
 
     _, loads = jax.jit(lambda: jax.lax.scan(step, jnp.zeros(E), None, length=300))()
+    loads = np.asarray(loads)
     assert np.abs(loads[0] * E - 1).max() > 0.5
     assert np.abs(loads[-20:].mean(0) * E - 1).max() < 0.1
 
 
 def test_groups_of_softmax_keep_the_best_group():
     scores = softmax(LOGITS)
-    kept = np.isfinite(within_groups(jnp.asarray(scores), 3, 1, 1))
+    kept = np.isfinite(jax.jit(within_groups, static_argnums=(1, 2, 3))(scores, 3, 1, 1))
     np.testing.assert_array_equal(
         np.argmax(kept.reshape(T, 3, 2).all(-1), -1), scores.reshape(T, 3, 2).max(-1).argmax(-1)
     )
@@ -139,14 +144,14 @@ def test_groups_of_softmax_keep_the_best_group():
 
 def test_noise():
     """Without a key no noise; with one, the load is the probability to be chosen again, by many draws."""
-    quiet = moe.noisy_top_k(jnp.asarray(LOGITS), K)
+    quiet = compiled(moe.noisy_top_k, LOGITS, k=K)
     np.testing.assert_array_equal(quiet.indices, best(LOGITS, K))
     picked = np.take_along_axis(LOGITS, best(LOGITS, K), 1)
     np.testing.assert_allclose(quiet.weights, softmax(picked), rtol=1e-5)
     size = np.log1p(np.exp(0.5 * LOGITS)) + 1e-2
     noise = np.asarray(jax.random.normal(KEY, LOGITS.shape))
     noisy = LOGITS + size * noise
-    routing = moe.noisy_top_k(jnp.asarray(LOGITS), K, noise_logits=jnp.asarray(0.5 * LOGITS), key=KEY)
+    routing = compiled(moe.noisy_top_k, LOGITS, k=K, noise_logits=jnp.asarray(0.5 * LOGITS), key=KEY)
     np.testing.assert_array_equal(routing.indices, best(noisy, K))
     load = np.zeros(E)
     fresh = RNG.standard_normal((20000, E))
@@ -158,29 +163,34 @@ def test_noise():
 
 def test_expert_choice():
     scores = softmax(LOGITS)
-    routing = moe.expert_choice(jnp.asarray(LOGITS), capacity=4)
+    routing = compiled(moe.expert_choice, LOGITS, capacity=4)
     assert routing.by == "expert"
     np.testing.assert_array_equal(routing.indices, best(scores.T, 4))
     np.testing.assert_allclose(routing.weights, np.take_along_axis(scores.T, best(scores.T, 4), 1), rtol=1e-5)
-    assert moe.expert_choice(jnp.asarray(LOGITS), capacity=1.25).indices.shape == (
-        E,
-        int(np.ceil(1.25 * T / E)),
-    )
+    shapes = jax.eval_shape(functools.partial(moe.expert_choice, capacity=1.25), LOGITS)
+    assert shapes.indices.shape == (E, int(np.ceil(1.25 * T / E)))
 
 
 def test_sinkhorn_evens_out_rows_and_columns():
-    plan = np.asarray(moe.sinkhorn(jnp.asarray(3 * LOGITS), tolerance=1e-7, iterations=2000), np.float64)
+    plan = np.asarray(compiled(moe.sinkhorn, 3 * LOGITS, tolerance=1e-7, iterations=2000), np.float64)
     np.testing.assert_allclose(plan.sum(0), 1 / E, rtol=1e-3)
     np.testing.assert_allclose(plan.sum(1), 1 / T, rtol=1e-3)
     ratio = np.log(plan) - 3 * LOGITS  # a row's and a column's number, added
     left = ratio - ratio.mean(0) - ratio.mean(1, keepdims=True) + ratio.mean()
     assert np.abs(left).max() < 1e-4
-    routing = moe.sinkhorn_top_k(jnp.asarray(LOGITS))
+    routing = compiled(moe.sinkhorn_top_k, LOGITS)
     np.testing.assert_allclose(
-        routing.weights[:, 0],
+        np.asarray(routing.weights)[:, 0],
         np.take_along_axis(sigmoid(LOGITS), np.asarray(routing.indices), 1)[:, 0],
         rtol=1e-5,
     )
+
+
+@jax.jit
+def auctions(scores):
+    """Experts by the auction itself, and by its router in training and after."""
+    routings = (moe.base(scores, train=train).indices[:, 0] for train in (True, False))
+    return moe.auction(scores), *routings
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -190,35 +200,33 @@ def test_the_auction_is_the_best_even_assignment(seed):
 
     scores = np.random.default_rng(seed).standard_normal((24, 4)).astype(np.float32)
     scores[:, 0] += 2  # wanted by all
-    experts = np.asarray(jax.jit(moe.auction)(jnp.asarray(scores)))
+    experts, trained, tested = map(np.asarray, auctions(scores))
     assert (np.bincount(experts, minlength=4) == 6).all()
     wide = np.repeat(scores, 6, axis=1)
     exact = wide[linear_sum_assignment(wide, maximize=True)].sum()
     assert scores[np.arange(24), experts].sum() > exact - 24 * 1e-4 * np.ptp(scores) - 1e-4
-    routing = moe.base(jnp.asarray(scores))
-    np.testing.assert_array_equal(routing.indices[:, 0], experts)
-    np.testing.assert_array_equal(moe.base(jnp.asarray(scores), train=False).indices[:, 0], scores.argmax(1))
+    np.testing.assert_array_equal(trained, experts)
+    np.testing.assert_array_equal(tested, scores.argmax(1))
 
 
+@pytest.mark.nan
 def test_the_auction_ends_where_all_are_alike_or_not_numbers():
-    for scores in (
-        jnp.zeros((8, 4)),
-        jnp.zeros((8, 1)),
-        jnp.full((8, 4), jnp.nan),
-        jnp.full((8, 2), -jnp.inf),
-    ):
-        counts = np.bincount(np.asarray(moe.auction(scores)), minlength=scores.shape[1])
+    auction = jax.jit(moe.auction)
+    for experts, value in ((4, 0), (4, np.nan), (4, -np.inf), (1, 0)):
+        scores = np.full((8, experts), value, np.float32)
+        counts = np.bincount(np.asarray(auction(scores)), minlength=experts)
         assert (counts == 8 // scores.shape[1]).all()
 
 
 def test_relu():
     active = np.maximum(LOGITS, 0)
     gain = np.linspace(0.5, 2, E).astype(np.float32)
-    routing = moe.relu_route(jnp.asarray(LOGITS), gain=jnp.asarray(gain))
+    routing = compiled(moe.relu_route, LOGITS, gain=jnp.asarray(gain))
     want = active / np.sqrt((active**2).mean(1, keepdims=True) + 1e-6) * gain
     np.testing.assert_allclose(routing.weights, want, rtol=1e-5)
     np.testing.assert_array_equal(np.asarray(routing.weights) != 0, LOGITS > 0)
-    assert np.isfinite(moe.relu_route(-jnp.ones((2, 3))).weights).all()  # no expert at all
+    no_expert = compiled(moe.relu_route, -np.ones((2, 3), np.float32))
+    assert np.isfinite(no_expert.weights).all()
 
 
 def test_locality_and_chunks():
@@ -233,13 +241,14 @@ def test_locality_and_chunks():
                 sigmoid(5.0 * LOGITS[t].astype(np.float64)),
             )
             losses.append(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
-    got = moe.activation_locality(jnp.asarray(LOGITS), jnp.asarray(follows), steepness=5.0)
+    got = compiled(moe.activation_locality, LOGITS, follows=jnp.asarray(follows), steepness=5.0)
     np.testing.assert_allclose(got, np.mean(losses), rtol=1e-4)
     active = np.maximum(LOGITS, 0)
     p = active / (active.sum(1, keepdims=True) + 1e-5)
     union = [1 - np.prod(1 - p[i : i + 4], 0) for i in range(0, T, 4)]
-    np.testing.assert_allclose(moe.chunk_sparsity(jnp.asarray(active), chunk=4), np.mean(union), atol=1e-4)
-    assert np.isfinite(moe.activation_locality(jnp.full((3, 2), 1e4), jnp.ones(3, bool)))
+    np.testing.assert_allclose(compiled(moe.chunk_sparsity, active, chunk=4), np.mean(union), atol=1e-4)
+    far = np.full((3, 2), 1e4, np.float32)
+    assert np.isfinite(compiled(moe.activation_locality, far, follows=jnp.ones(3, bool)))
 
 
 @pytest.mark.parametrize(
@@ -260,13 +269,14 @@ def test_gradients_of_weights_and_losses(name):
         )
 
     step = 2e-3
-    total = jax.jit(total)
-    slope = (total(LOGITS + step * direction) - total(LOGITS - step * direction)) / (2 * step)
-    grad = jax.grad(total)(jnp.asarray(LOGITS))
-    np.testing.assert_allclose(jnp.vdot(grad, direction), slope, rtol=1e-2, atol=2e-3)
-    assert float(jnp.abs(grad).max()) > 1e-3
+    total = jax.jit(jax.value_and_grad(total))
+    above, below = (float(total(LOGITS + side * step * direction)[0]) for side in (1, -1))
+    grad = np.asarray(total(LOGITS)[1])
+    np.testing.assert_allclose(np.vdot(grad, direction), (above - below) / (2 * step), rtol=1e-2, atol=2e-3)
+    assert np.abs(grad).max() > 1e-3
 
 
+@pytest.mark.nan
 @every
 def test_a_token_that_is_not_a_number_is_seen(name):
     """Its weights are not numbers either: nothing is routed as if it were right."""
@@ -274,14 +284,14 @@ def test_a_token_that_is_not_a_number_is_seen(name):
         return
     bad = LOGITS.copy()
     bad[3] = np.nan
-    assert np.isnan(ROUTERS[name](jnp.asarray(bad)).weights).any()
+    assert np.isnan(compiled(ROUTERS[name], bad).weights).any()
 
 
 def test_by_name():
-    routing = moe.route(jnp.asarray(LOGITS), "softmax_top_k", k=3)
+    routing = compiled(moe.route, LOGITS, router="softmax_top_k", k=3)
     np.testing.assert_array_equal(routing.indices, best(LOGITS, 3))
-    mine = moe.route(jnp.asarray(LOGITS), lambda logits, k: moe.softmax_top_k(-logits, k), k=1)
-    np.testing.assert_array_equal(mine.indices[:, 0], LOGITS.argmin(1))
+    mine = compiled(moe.route, LOGITS, router=lambda logits, k: moe.softmax_top_k(-logits, k), k=1)
+    np.testing.assert_array_equal(np.asarray(mine.indices)[:, 0], LOGITS.argmin(1))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +302,7 @@ def test_by_name():
         (lambda x: moe.softmax_top_k(x, 1, groups=4), "groups: got 4; expected a divisor of 6"),
         (lambda x: moe.softmax_top_k(x, 1, groups=3, top_groups=4), "top_groups: got 4"),
         (lambda x: moe.softmax_top_k(x[0], 1), "logits: got float32"),
-        (lambda x: moe.softmax_top_k(x.astype(int), 1), "logits: got int32"),
+        (lambda x: moe.softmax_top_k(x.astype(jnp.int32), 1), "logits: got int32"),
         (lambda x: moe.sigmoid_top_k(x, 1, bias=jnp.zeros(3)), r"bias: got \[3\]; expected \[6\]"),
         (lambda x: moe.noisy_top_k(x, 1, key=KEY), "noise_logits: got None"),
         (lambda x: moe.expert_choice(x, capacity=0), "capacity: got 0"),
