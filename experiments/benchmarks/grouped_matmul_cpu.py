@@ -87,14 +87,7 @@ def mixture(params: dict, x: Array, k: int, routed: str) -> Array:
     if routed == "dispatch":
         rows, plan = frugax.moe.dispatch(x, routing)
         return frugax.moe.combine(frugax.moe.apply_experts(rows, experts, plan.group_sizes), plan)
-    tokens, chosen, weights = routing.assignments()
-    order = jnp.argsort(chosen, stable=True)
-    sizes = jnp.zeros(routing.experts, jnp.int32).at[chosen].add(1)
-    gate, up = jnp.split(
-        frugax.kernels.grouped_matmul(x, experts["gate_in"], sizes, gather=tokens[order]), 2, axis=1
-    )
-    back = {"scatter": tokens[order], "weights": weights[order], "out_rows": len(x)}
-    return frugax.kernels.grouped_matmul(jax.nn.silu(gate) * up, experts["out"], sizes, **back)
+    return frugax.moe.routed_experts(x, routing, experts)
 
 
 def dense(params: dict, x: Array) -> Array:

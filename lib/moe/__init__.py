@@ -4,7 +4,7 @@ from .cluster_tree import ClusterTree, cluster_tree, route_document
 from .collected import load_summary, total_loss
 from .dispatch import DispatchPlan, combine, dispatch
 from .expert_major import expert_by_expert
-from .experts import apply_experts, dense_experts, sparse_reglu
+from .experts import apply_experts, dense_experts, routed_experts, sparse_reglu
 from .losses import activation_locality, chunk_sparsity, load_balance, squared_variation, z_loss
 from .memory import (
     distinct_nodes,
@@ -72,6 +72,7 @@ __all__ = [
     "relu_route",
     "route",
     "route_document",
+    "routed_experts",
     "sigmoid_top_k",
     "sinkhorn",
     "sinkhorn_top_k",

@@ -168,8 +168,9 @@ def combine(y: Float[Array, "... d"], plan: DispatchPlan) -> Float[Array, "t d"]
     return _sum(mine, weights, tokens, plan.tokens).astype(y.dtype)
 
 
-def _sorted(x: Array, routing: Routing) -> tuple[Array, DispatchPlan]:
-    tokens, experts, weights = routing.assignments()
+def by_expert(routing: Routing) -> tuple[Int[Array, "n"], Int[Array, "n"], Int[Array, "e"]]:
+    """Sort assignments by expert, those of weight 0 last: the order, its inverse, assignments of experts."""
+    _, experts, weights = routing.assignments()
     sent = weights != 0
     order = jnp.argsort(jnp.where(sent, experts, routing.experts), stable=True)
     inverse = (
@@ -178,6 +179,13 @@ def _sorted(x: Array, routing: Routing) -> tuple[Array, DispatchPlan]:
         .set(jnp.arange(order.shape[0], dtype=order.dtype), unique_indices=True)
     )
     sizes = jnp.zeros(routing.experts, jnp.int32).at[experts].add(sent.astype(jnp.int32))
+    return order, inverse, sizes
+
+
+def _sorted(x: Array, routing: Routing) -> tuple[Array, DispatchPlan]:
+    tokens, _, weights = routing.assignments()
+    sent = weights != 0
+    order, inverse, sizes = by_expert(routing)
     if routing.by == "token":
         k = routing.indices.shape[1]
         each = jnp.broadcast_to(x[:, None], (x.shape[0], k, x.shape[1])).reshape(-1, x.shape[1])

@@ -1,5 +1,6 @@
 """Experts stacked on a leading axis, applied to tokens in the order of experts, in slots, or all of them."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -12,6 +13,8 @@ from ..formats import QuantizedTensor, fake_quantize
 from ..kernels import grouped_matmul, quantized_matmul
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.operation import Backend
+from .dispatch import by_expert
+from .routing import Routing
 
 Kernel = Array | QuantizedTensor | CompressedTernary
 Kernels = Mapping[str, Kernel]
@@ -76,6 +79,62 @@ def apply_experts(
         return y.astype(x.dtype)
 
     return times(_activated(times(x, first), first, activation), "out")
+
+
+def routed_experts(
+    x: Float[Array, "t d"],
+    routing: Routing,
+    kernels: Mapping[str, Array | QuantizedTensor],
+    *,
+    activation: Activation = jax.nn.silu,
+    ternary: bool = False,
+    backend: Backend | None = None,
+) -> Float[Array, "t n"]:
+    """Apply to each token the experts that it was routed to, and add them up by weight; none is dropped.
+
+    The same as `dispatch`, `apply_experts` and `combine`, but no sorted copy of the tokens is made where
+    products can read their rows one by one, and add them up.
+
+    Args:
+      x: tokens.
+      routing: from a router.
+      kernels: of all experts, arrays or packed, as in `apply_experts`.
+      activation, ternary, backend: as there.
+
+    Returns:
+      [T, N] in x's dtype. Weights meet the hidden units, in float32.
+
+    Raises:
+      ValueError: the kernels are not those of such experts, or x has not their width or the routed tokens.
+
+    Source: Tan et al. 2024, ScatterMoE (arXiv 2403.08245).
+
+    Example:
+        >>> import frugax, jax, jax.numpy as jnp
+        >>> x, kernels = jnp.array([[1.0], [2.0]]), {"in": jnp.ones((2, 1, 1)), "out": jnp.ones((2, 1, 1))}
+        >>> routing = frugax.moe.softmax_top_k(jnp.array([[9.0, 0.0], [0.0, 9.0]]), 1)
+        >>> frugax.moe.routed_experts(x, routing, kernels, activation=jax.nn.relu).tolist()
+        [[1.0], [2.0]]
+    """
+    first, wide = _check(x, kernels), accumulator(x.dtype)
+    T = x.shape[0]
+    if routing.by == "token" and routing.indices.shape[0] != T:
+        raise ValueError(
+            f"x: got {list(x.shape)}; expected the {routing.indices.shape[0]} tokens that were routed"
+        )
+    order, inverse, sizes = by_expert(routing)
+    tokens, _, weights = routing.assignments()
+    token = tokens[order]
+    rows_of = inverse.reshape(routing.indices.shape) if routing.by == "token" else None
+    product = functools.partial(grouped_matmul, group_sizes=sizes, rows_of=rows_of, backend=backend)
+
+    def operands(x, name):
+        w = _operand(kernels[name], x.dtype, ternary)
+        return fake_quantize(x, "int8", axis=-1) if ternary else x, w
+
+    h = _activated(product(*operands(x, first), gather=token), first, activation)
+    h = (h.astype(wide) * weights[order].astype(wide)[:, None]).astype(x.dtype)
+    return product(*operands(h, "out"), scatter=token, out_rows=T)
 
 
 def dense_experts(

@@ -72,5 +72,25 @@ def check(make) -> None:
     assert bool(summary["dropped_share"] > 0) == (make is layer)
 
 
+def check_packed() -> None:
+    """Packed experts, each device with the codes and scales of its own, beside one device with all."""
+    one, split = (frugax.layers.MoE(**MOE, expert_axis=axes) for axes in (None, ("expert", "tensor")))
+    x = jax.random.normal(jax.random.key(0), (4, 6, 32))
+    params = jax.jit(one.init)(jax.random.key(1), x)["params"]
+    quantize = jax.jit(lambda w: frugax.formats.quantize(w, "int4", axis=1, group_size=32))
+    params |= {"experts": {name: {"kernel": quantize(w["kernel"])} for name, w in params["experts"].items()}}
+    want = jax.jit(one.apply)({"params": params}, x)
+    mesh = frugax.parallel.make_mesh(data=2, expert=2, tensor=2)
+    experts = jax.device_put(params["experts"], NamedSharding(mesh, P(("expert", "tensor"))))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(split.apply).lower({"params": params | {"experts": experts}}, x).compile()
+        got = compiled({"params": params | {"experts": experts}}, x)
+    kinds = {c.kind for c in collectives(compiled.as_text(), mesh) if c.payload_bytes > x.nbytes}
+    assert "all-gather" not in kinds, "experts travel"
+    assert_close(got, want, "float32", times=2)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "layer":
+        check_packed()
     check({"layer": layer, "decoder": decoder, "over_time": over_time}[sys.argv[1]])

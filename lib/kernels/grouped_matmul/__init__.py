@@ -19,6 +19,7 @@ def grouped_matmul(
     scatter: Int[Array, "m"] | None = None,
     weights: Float[Array, "m"] | None = None,
     out_rows: int | None = None,
+    rows_of: Int[Array, "t c"] | None = None,
     backend: Backend | None = None,
 ) -> Float[Array, "out n"]:
     """Multiply rows, sorted by group, each by the matrix of its group: y_i = x_i W_e(i).
@@ -34,6 +35,8 @@ def grouped_matmul(
       scatter: row i is added to the result's row scatter[i].
       weights: with `scatter`, what row i is multiplied with before.
       out_rows: rows of the result with `scatter`.
+      rows_of: the inverse of `gather` or of `scatter`, or of both: the rows i of each token, M and more where
+        it has fewer than others. With it no kernel has to add to rows that others add to at the same time.
       backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
         "pallas_gpu". A Pallas backend named on CPU runs interpreted.
 
@@ -58,6 +61,6 @@ def grouped_matmul(
         [[1.0, 2.0], [30.0, 40.0], [50.0, 60.0]]
     """
     rhs = rhs if isinstance(rhs, QuantizedTensor) else as_shaped(rhs)
-    placed = as_shaped(gather), as_shaped(scatter), as_shaped(weights)
-    call, spec = check(as_shaped(lhs), rhs, as_shaped(group_sizes), *placed, out_rows)
+    placed = as_shaped(gather), as_shaped(scatter), as_shaped(weights), out_rows, as_shaped(rows_of)
+    call, spec = check(as_shaped(lhs), rhs, as_shaped(group_sizes), *placed)
     return OPERATION(call, backend, spec=spec)

@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     gather: Array | None  # int32 [M]: row i reads lhs[gather[i]]
     scatter: Array | None  # int32 [M]: row i is added to the result's row scatter[i]
     weights: Array | None  # float [M], times each row before it is added
+    rows_of: Array | None  # int32 [T, c]: the rows that are token t's; M where there are fewer
 
 
 class Spec(NamedTuple):
@@ -54,6 +55,7 @@ def check(
     scatter: Array | None,
     weights: Array | None,
     out_rows: int | None,
+    rows_of: Array | None = None,
 ) -> tuple[Inputs, Spec]:
     """Raise ValueError naming the argument that can't be right, or return the checked call."""
     if isinstance(rhs, QuantizedTensor):
@@ -87,6 +89,7 @@ def check(
         arrays["rhs"] = rhs
     arrays |= {"lhs": lhs, "group_sizes": group_sizes}
     arrays |= {"gather": gather, "scatter": scatter, "weights": weights}
+    arrays["rows_of"] = _check_rows_of(rows_of, arrays, out_rows, M)
     return Inputs(**arrays), Spec(format, size, K, out_rows)
 
 
@@ -151,6 +154,30 @@ def _check_scatter(M: int, scatter: Array | None, weights: Array | None, out_row
             reject("weights", weights, "None without scatter")
         if weights.shape != (M,) or not jnp.issubdtype(weights.dtype, jnp.floating):
             reject("weights", weights, f"floats [{M}]")
+
+
+def _check_rows_of(rows_of: Array | None, call: dict[str, Any], out_rows: int | None, M: Any) -> Array | None:
+    if rows_of is None:
+        return None
+    maps = [(call["gather"], call["lhs"].shape[0]), (call["scatter"], out_rows)]
+    maps = [(index, tokens) for index, tokens in maps if index is not None]
+    if not maps:
+        reject("rows_of", rows_of, "None without gather and scatter")
+    (_, T), *more = maps
+    if any(tokens != T for _, tokens in more):
+        reject("rows_of", rows_of, f"as many rows of lhs as out_rows, got {[T, out_rows]}")
+    if rows_of.ndim != 2 or rows_of.shape[0] != T or not jnp.issubdtype(rows_of.dtype, jnp.integer):
+        reject("rows_of", rows_of, f"integers [{T}, most rows of a token]")
+    for index, _ in maps:  # the rows are those that the map sends to the token, each once
+        real = jnp.arange(M, dtype=jnp.int32) < jnp.sum(call["group_sizes"], dtype=jnp.int32)
+        token = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], rows_of.shape)
+        found = jnp.full(M, -1, jnp.int32).at[rows_of].set(token, mode="drop")
+        right = jnp.all((found == index) | ~real | (index == T))
+        if isinstance(right, jax.core.Tracer):
+            checkify.debug_check(right, "rows_of: a row of a token is left out; expected each")
+        elif not right:
+            raise ValueError("rows_of: a row of a token is left out; expected each")
+    return jnp.where(rows_of >= 0, rows_of, M).astype(jnp.int32)
 
 
 def _within(sizes: Array, M: int) -> Array:

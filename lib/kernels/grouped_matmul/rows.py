@@ -49,8 +49,12 @@ def backward(call: Inputs, spec: Spec, dout: Array, products: Products) -> Input
     if call.rhs is not None:
         grads["rhs"] = products.experts(x, dy).astype(call.rhs.dtype)
     if call.gather is not None:
-        dx = add(dx, call.gather, call.lhs.shape[0])
-    grads["lhs"] = dx.astype(call.lhs.dtype)
+        dx = add(dx, call.gather, call.lhs.shape[0], call.rows_of)
+    return gradients(call, lhs=dx.astype(call.lhs.dtype), **grads)
+
+
+def gradients(call: Inputs, **grads: Array | None) -> Inputs:
+    """The gradients of a call: those given, and zeros of all other floats."""
     zeros = (
         jnp.zeros_like(a) if a is not None and jnp.issubdtype(a.dtype, jnp.floating) else None for a in call
     )
@@ -69,7 +73,7 @@ def scattered(call: Inputs, spec: Spec, y: Array) -> Array:
     if call.weights is not None:
         dtype = accumulator(y.dtype)
         y = jnp.where(real(call)[:, None], y.astype(dtype) * call.weights.astype(dtype)[:, None], 0)
-    return add(y, call.scatter, spec.out_rows)
+    return add(y, call.scatter, spec.out_rows, call.rows_of)
 
 
 def real(call: Inputs) -> Array:
@@ -83,7 +87,12 @@ def read(x: Array, index: Array) -> Array:
     return x.at[index].get(mode="fill", fill_value=0)
 
 
-def add(y: Array, index: Array, count: int) -> Array:
-    """Rows y added up by `index`, in float32 at least; those with an index past the last are left out."""
+def add(y: Array, index: Array, count: int, rows_of: Array | None) -> Array:
+    """Rows y added up by `index`, in float32 at least; those with an index past the last are left out.
+
+    Where the rows of each result are known they are read, which is faster than to add what others may add to.
+    """
     y = y.astype(accumulator(y.dtype))
+    if rows_of is not None:
+        return jnp.sum(read(y, rows_of), 1)
     return jnp.zeros((count, y.shape[1]), y.dtype).at[index].add(y, mode="drop")

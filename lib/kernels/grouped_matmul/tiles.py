@@ -2,7 +2,8 @@
 
 Work is that of a dense product of as many rows, but for a group's last tile, which is as small as its rows
 allow. Neither a copy of the rows for each expert is made, nor a copy of the experts: memory is that of the
-result. `jax.lax.ragged_dot` makes E masked copies of the rows, and on CPU multiplies them all.
+result. A tile's rows may be read from anywhere and added to anywhere, so that no sorted copy of them exists.
+`jax.lax.ragged_dot` makes E masked copies of the rows, and on CPU multiplies them all.
 """
 
 from collections.abc import Callable
@@ -11,67 +12,112 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..common.arguments import accumulator, known, operand_dtype, pad_to, trim
+from ..common.arguments import accumulator, known, operand_dtype, trim
 from ..common.sharding import vary_like
+from ..common.tiling import round_up
 
-# Rows of a tile, the last number, and those that a group's last tile may have. By measurement: of more rows
-# the last tiles multiply more for nothing, of fewer a product is slower. A sum over rows adds a matrix for
-# each tile.
-OF_ROWS = (32, 64, 128, 192, 256)
-OF_SUMS = (32, 64, 128, 256, 384, 512)
+STEP = 32  # rows by which tiles differ
+# Most rows of a tile, by measurement: of more rows the last tiles multiply more for nothing, of fewer a
+# product is slower. A sum over rows adds a matrix for each tile.
+OF_ROWS, OF_SUMS = 384, 512
 
 
-def by_rows(x: Array, matrix: Callable[[Array], Array], sizes: Array, N: int) -> Array:
-    """Multiply row i by `matrix(e)` of its own group e: [M, N]; rows past all groups give zeros.
+def heights(M: int, groups: int, most: int) -> tuple[int, ...]:
+    """Rows of a tile, the last number, and those that a group's last tile may have.
+
+    Most tiles are a group's only one where groups are small: steps are narrow around a group's share of the M
+    rows, which few groups are far from.
+    """
+    share = M / groups if known(M) else most
+    tile = min(most, round_up(int(1.5 * share) + 1, STEP))
+    near = (0.25, 0.5, 0.75, 0.875, 1, 1.125, 1.25) if share < tile else (0.125, 0.25, 0.375, 0.5, 0.75)
+    some = (min(tile, round_up(int(part * min(share, tile)) + 1, STEP)) for part in near)
+    return tuple(sorted({*some, tile}))
+
+
+def by_rows(
+    x: Array,
+    matrix: Callable[[Array], Array],
+    sizes: Array,
+    N: int,
+    *,
+    read: Array | None = None,
+    add: Array | None = None,
+    out_rows: Any = None,
+) -> Array:
+    """Multiply row i by `matrix(e)` of its own group e; rows past all groups give zeros.
 
     Args:
-      x: [M, K].
+      x: [M, K], or [T, K] with `read`.
       matrix: e -> [K, N], for groups that have rows.
       sizes: int32 [E].
       N: columns of the result.
+      read: row i is x[read[i]], int32 [M]; zeros where that is past the last.
+      add: row i is added to the result's row add[i], int32 [M], if there is one.
+      out_rows: rows of the result with `add`.
+
+    Returns:
+      [M, N], or [out_rows, N] with `add`.
     """
-    count, tile = x.shape[0], OF_ROWS[-1]
-    x = _at_least(tile, x)
-    M = x.shape[0]
+    count = x.shape[0] if read is None else read.shape[0]
+    options = heights(count, sizes.shape[0], OF_ROWS)
+    x, read, add = _at_least(options[-1], x, read, add, out_rows)
+    M = x.shape[0] if read is None else read.shape[0]
+    rows = M if add is None else out_rows
 
     def group(e: Array, y: Array) -> Array:
         w = matrix(e)
 
-        def whole(at: Array, y: Array) -> Array:
-            return lax.dynamic_update_slice_in_dim(y, _product(_rows(x, at, tile), w), at, 0)
+        def whole(at: Array, count: int, y: Array) -> Array:
+            part = _product(_rows(x, read, at, count), w)
+            if add is None:
+                return lax.dynamic_update_slice_in_dim(y, part, at, 0)
+            return y.at[_part(add, at, count)].add(part, mode="drop")
 
         def last(at: Array, count: int, mine: Array, y: Array) -> Array:
-            part = jnp.where(mine[:, None], _product(_rows(x, at, count), w), _rows(y, at, count))
-            return lax.dynamic_update_slice_in_dim(y, part, at, 0)
+            part = _product(_rows(x, read, at, count), w)
+            if add is None:
+                part = jnp.where(mine[:, None], part, _part(y, at, count))
+                return lax.dynamic_update_slice_in_dim(y, part, at, 0)
+            return y.at[jnp.where(mine, _part(add, at, count), rows)].add(part, mode="drop")
 
-        return _each_tile(OF_ROWS, sizes, e, M, y, whole, last)
+        return _each_tile(options, sizes, e, M, y, whole, last)
 
-    return trim(_each_group(sizes, jnp.zeros((M, N), accumulator(x.dtype)), group, (x, sizes)), (count, N))
+    y = _each_group(sizes, jnp.zeros((rows, N), accumulator(x.dtype)), group, (x, sizes, read, add))
+    return trim(y, (count, N)) if add is None else y
 
 
-def by_groups(x: Array, y: Array, sizes: Array) -> Array:
-    """Sum the products x_i y_i^T over the rows of each group: [E, K, N]; zeros of empty groups."""
-    tile = OF_SUMS[-1]
-    x, y = _at_least(tile, x), _at_least(tile, y)
-    M, dtype = x.shape[0], accumulator(x.dtype)
+def by_groups(
+    x: Array, y: Array, sizes: Array, *, read_x: Array | None = None, read_y: Array | None = None
+) -> Array:
+    """Sum the products x_i y_i^T over the rows of each group: [E, K, N]; zeros of empty groups.
+
+    Row i is x[read_x[i]] and y[read_y[i]] where these are given.
+    """
+    M = x.shape[0] if read_x is None else read_x.shape[0]
+    options = heights(M, sizes.shape[0], OF_SUMS)
+    x, read_x, _ = _at_least(options[-1], x, read_x)
+    y, read_y, _ = _at_least(options[-1], y, read_y)
+    M, dtype = x.shape[0] if read_x is None else read_x.shape[0], accumulator(x.dtype)
     shape = sizes.shape[0], x.shape[1], y.shape[1]
 
     def group(e: Array, sums: Array) -> Array:
-        def whole(at: Array, sums: Array) -> Array:
-            more = _product(_rows(x, at, tile).T, _rows(y, at, tile))
+        def whole(at: Array, count: int, sums: Array) -> Array:
+            more = _product(_rows(x, read_x, at, count).T, _rows(y, read_y, at, count))
             return put(sums, lax.dynamic_index_in_dim(sums, e, keepdims=False) + more)
 
         def last(at: Array, count: int, mine: Array, sums: Array) -> Array:
             # Both: what isn't finite in another group's row stays there.
-            left, right = (jnp.where(mine[:, None], _rows(a, at, count), 0) for a in (x, y))
+            left, right = _rows(x, read_x, at, count), _rows(y, read_y, at, count)
+            left, right = (jnp.where(mine[:, None], a, 0) for a in (left, right))
             return put(sums, _product(left.T, right))  # the first of the group's: nothing to add to
 
         def put(sums: Array, total: Array) -> Array:
             return lax.dynamic_update_index_in_dim(sums, total, e, 0)
 
-        return _each_tile(OF_SUMS, sizes, e, M, sums, whole, last)
+        return _each_tile(options, sizes, e, M, sums, whole, last)
 
-    return _each_group(sizes, jnp.zeros(shape, dtype), group, (x, y, sizes))
+    return _each_group(sizes, jnp.zeros(shape, dtype), group, (x, y, sizes, read_x, read_y))
 
 
 def _each_group(sizes: Array, start: Array, group: Callable[[Array, Array], Array], like: Any) -> Array:
@@ -90,7 +136,7 @@ def _each_tile(
     e: Array,
     M: int,
     state: Array,
-    whole: Callable[[Array, Array], Array],
+    whole: Callable[[Array, int, Array], Array],
     last: Callable[[Array, int, Array, Array], Array],
 ) -> Array:
     """Visit the rows of group e: the last tile, which may have other groups' rows too, then those before it.
@@ -101,7 +147,7 @@ def _each_tile(
       e: the group.
       M: rows of all groups.
       state: what the visits change.
-      whole: (first row, state) -> state, for a tile of this group's rows alone.
+      whole: (first row, rows, state) -> state, for a tile of this group's rows alone.
       last: (first row, rows, which of them are this group's, state) -> state.
     """
     tile = heights[-1]
@@ -119,7 +165,7 @@ def _each_tile(
         state = _when((left > fewer) & (left <= count), visit, state)
         fewer = count
     if not known(M) or tile <= M:
-        state = lax.fori_loop(0, tiles, lambda i, state: whole(start + i * tile, state), state)
+        state = lax.fori_loop(0, tiles, lambda i, state: whole(start + i * tile, tile, state), state)
     return state
 
 
@@ -132,12 +178,28 @@ def _when(condition: Array, change: Callable[[Array | int, Array], Array], state
     return lax.fori_loop(0, condition.astype(jnp.int32), change, state)
 
 
-def _at_least(tile: int, x: Array) -> Array:
-    """x with a tile of zeros behind it where nobody knows how many rows it has, as in exported programs."""
-    return x if known(x.shape[0]) else pad_to(x, (x.shape[0] + tile, *x.shape[1:]))
+def _at_least(
+    tile: int, x: Array, read: Array | None, add: Array | None = None, out_rows: Any = None
+) -> tuple[Array, Array | None, Array | None]:
+    """Put a tile of rows that are none behind rows of unknown number, as in exported programs."""
+    rows = x if read is None else read
+    if known(rows.shape[0]):
+        return x, read, add
+
+    def behind(a: Array, value: Any) -> Array:
+        return jnp.concatenate([a, jnp.broadcast_to(jnp.asarray(value, a.dtype), (tile, *a.shape[1:]))])
+
+    add = None if add is None else behind(add, out_rows)
+    return (behind(x, 0), None, add) if read is None else (x, behind(read, x.shape[0]), add)
 
 
-def _rows(x: Array, at: Array, count: int) -> Array:
+def _rows(x: Array, read: Array | None, at: Array, count: int) -> Array:
+    if read is None:
+        return _part(x, at, count)
+    return x.at[_part(read, at, count)].get(mode="fill", fill_value=0)
+
+
+def _part(x: Array, at: Array, count: int) -> Array:
     return lax.dynamic_slice_in_dim(x, at, count, 0)
 
 

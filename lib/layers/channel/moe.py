@@ -65,8 +65,8 @@ class MoE(nn.Module):
       expert_axis: axes of `jax.set_mesh`'s mesh that experts are split over: tokens travel to them and back
         (`frugax.parallel.experts_over_mesh`), by "sort", or by "gather", which drops what it drops on one
         device; where devices share the time axis, a capacity is for tokens in the order of devices. Packed
-        experts are not split. Without a mesh all experts are here. None: the compiler does what the experts'
-        sharding asks for.
+        experts are split as arrays are. Without a mesh all experts are here. None: the compiler does what
+        the experts' sharding asks for.
       dtype, param_dtype, out_scale, backend: as in `Mixer`. The router's parameters are float32.
 
     Args of the call:
@@ -214,6 +214,10 @@ class MoE(nn.Module):
 
             return moe.expert_by_expert(one, kernels, x, routing), jnp.zeros(())
 
+        sorts = method == "sort" and isinstance(routing, moe.Routing) and not calibrating
+        if sorts and not any(isinstance(kernel, CompressedTernary) for kernel in kernels.values()):
+            routed = remat(functools.partial(moe.routed_experts, **how, backend=self.backend))
+            return routed(x, routing, kernels), jnp.zeros(())
         apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
         sends: dict[str, Any] = {}
         if isinstance(routing, moe.Routing):
@@ -229,8 +233,6 @@ class MoE(nn.Module):
 
     def _over_mesh(self, x: Array, routing: Any, kernels: Any, apply: Any) -> tuple[Array, Array]:
         """The same where devices share the experts."""
-        if not all(isinstance(kernel, Array) for kernel in kernels.values()):
-            raise ValueError("params: got packed experts with an expert_axis; expected arrays")
         y, load = experts_over_mesh(
             x,
             routing,

@@ -98,6 +98,7 @@ QUANTIZED = jax.eval_shape(
     partial(frugax.formats.quantize, format="int4", axis=2), jax.ShapeDtypeStruct((3, 4, 64), jnp.float32)
 )
 I32 = partial(np.zeros, dtype=np.int32)
+READ = {"scatter": None, "out_rows": None, "weights": None}  # rows that are gathered alone
 WRONG = [
     ({"rhs": np.zeros((4, 5), np.float32)}, r"rhs: got float32\[4, 5\]; expected floats \[E, K, N\]"),
     ({"rhs": QUANTIZED}, r"rhs: got int4\[3, 4, 64\] in groups along axis -1; expected .* along axis -2"),
@@ -113,12 +114,19 @@ WRONG = [
     ({"scatter": None}, "out_rows: got 3 and scatter none"),
     ({"out_rows": 0}, "out_rows: got 0; expected a number of rows >= 1"),
     ({"scatter": None, "out_rows": None}, r"weights: got float32\[7\]; expected None without scatter"),
+    ({"rows_of": I32((6, 2))}, r"rows_of: got .*; expected as many rows of lhs as out_rows, got \[6, 3\]"),
+    (READ | {"rows_of": I32((5, 2))}, r"rows_of: got int32\[5, 2\]; expected integers \[6, most rows"),
+    (
+        READ | {"rows_of": I32((6, 2)), "gather": None},
+        "rows_of: .*; expected None without gather and scatter",
+    ),
     ({"weights": I32(7)}, r"weights: got int32\[7\]; expected floats \[7\]"),
 ]
 VALUES = [  # an error outside of jit, where values are seen
     ({"group_sizes": np.array([4, 0, 4], np.int32)}, r"group_sizes: got \[4, 0, 4\]; .* 7 rows at most"),
     ({"group_sizes": np.array([4, -1, 1], np.int32)}, "group_sizes: got .*; expected sizes >= 0"),
     ({"gather": I32(7) + 6}, "gather: got 6 to 6; expected 0 to 6 - 1"),
+    ({"rows_of": I32((6, 2))} | READ, "rows_of: a row of a token is left out; expected each"),
     ({"scatter": I32(7) - 1}, "scatter: got -1 to -1; expected 0 to 3 - 1"),
 ]
 HALF = {"lhs": np.zeros((6, 4), np.float16), "rhs": np.zeros((3, 4, 5), np.float16)}
