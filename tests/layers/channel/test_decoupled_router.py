@@ -13,16 +13,16 @@ from tests.errors import assert_close
 
 B, T, V, E, D = 2, 11, 13, 4, 16
 ROUTER = frugax.layers.DecoupledRouter(vocab_size=V, experts=E, layers=3, width=D)
-TOKENS = jax.random.randint(jax.random.key(0), (B, T), 0, V)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(V, size=(B, T)), jnp.int32)
 
 
 @functools.cache
 def compiled():
     """(variables, apply) with norms and biases that all matter."""
     variables = jax.jit(ROUTER.init)(jax.random.key(1), TOKENS)
-    keys = iter(jax.random.split(jax.random.key(2), 99))
-    variables = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), variables)
-    return variables, jax.jit(ROUTER.apply)
+    rng = np.random.default_rng(2)
+    noisy = lambda x: jnp.asarray(x + 0.1 * rng.standard_normal(x.shape), x.dtype)  # noqa: E731
+    return jax.tree.map(noisy, jax.tree.map(np.asarray, variables)), jax.jit(ROUTER.apply)
 
 
 def definition(params, tokens) -> np.ndarray:
@@ -57,27 +57,33 @@ def definition(params, tokens) -> np.ndarray:
 
 def test_logits_are_the_definition_whole_and_in_parts():
     variables, apply = compiled()
-    want = np.stack([definition(variables["params"], row) for row in TOKENS])
+    tokens = np.asarray(TOKENS)
+    want = np.stack([definition(variables["params"], row) for row in tokens])
     logits, _ = apply(variables, TOKENS)
     assert logits.shape == (B, T, 3, E)
     assert_close(logits, want, "float32")
     parts, state = [], None
-    for piece in (TOKENS[:, :6], TOKENS[:, 6:]):
+    for piece in (tokens[:, :6], tokens[:, 6:]):
         part, state = apply(variables, piece, state=state)
         parts.append(part)
-    assert_close(jnp.concatenate(parts, 1), want, "float32")
+    assert_close(np.concatenate(parts, 1), want, "float32")
     # Two documents in a row are as if apart.
-    ids = jnp.broadcast_to(jnp.arange(T) >= 6, (B, T)).astype(jnp.int32)
+    ids = np.broadcast_to(np.arange(T) >= 6, (B, T)).astype(np.int32)
     packed, _ = apply(variables, TOKENS, segment_ids=ids)
-    apart = np.stack([definition(variables["params"], row[6:]) for row in TOKENS])
-    assert_close(packed[:, 6:], apart, "float32")
+    apart = np.stack([definition(variables["params"], row[6:]) for row in tokens])
+    assert_close(np.asarray(packed)[:, 6:], apart, "float32")
 
 
 def mixture():
     """A layer of experts without a router, its variables and tokens."""
     layer = frugax.layers.MoE(experts=E, expand=1, dispatch="dense")
-    x, ready = jax.random.normal(jax.random.key(3), (B, T, 8)), moe.softmax_top_k(jnp.zeros((B * T, E)), 1)
-    return layer, jax.jit(layer.init)(jax.random.key(4), x, routing=ready), x
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((B, T, 8)), jnp.float32)
+
+    @jax.jit
+    def init(key, x):
+        return layer.init(key, x, routing=moe.softmax_top_k(jnp.zeros((B * T, E)), 1))
+
+    return layer, init(jax.random.key(4), x), x
 
 
 def test_choices_serve_layers_of_experts():
@@ -87,15 +93,15 @@ def test_choices_serve_layers_of_experts():
     assert set(of_layer["params"]) == {"experts"}
     kernels = jax.tree.map(lambda a: np.asarray(a, np.float64), of_layer["params"]["experts"])
     flat = np.asarray(x, np.float64).reshape(B * T, -1)
-    logits = apply(variables, TOKENS)[0].reshape(B * T, 3, E)
+    logits = np.asarray(apply(variables, TOKENS)[0]).reshape(B * T, 3, E)
     run = jax.jit(lambda logits: layer.apply(of_layer, x, routing=moe.softmax_top_k(logits, 1)))
     for i in (0, 2):
-        chosen = np.asarray(logits[:, i]).argmax(-1)
+        chosen = logits[:, i].argmax(-1)
         assert len(np.unique(chosen)) > 1
         into, out = (kernels[name]["kernel"][chosen] for name in ("gate_in", "out"))
         gate, value = np.split(np.einsum("td,tdh->th", flat, into), 2, -1)
         want = np.einsum("th,thd->td", gate / (1 + np.exp(-gate)) * value, out)
-        assert_close(run(logits[:, i]).reshape(B * T, -1), want, "float32")
+        assert_close(np.asarray(run(logits[:, i])).reshape(B * T, -1), want, "float32")
 
 
 @pytest.mark.full

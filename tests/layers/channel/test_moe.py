@@ -54,10 +54,12 @@ def call(layer, variables, x, mutable=(), **more):
     )
 
 
+@functools.cache
 def make(name="softmax_top_k", **more):
     """(layer, variables) with weights far from zeros and ones."""
     layer = MoE(experts=E, k=2, router=name, **{"router_args": pairs(ROUTERS[name]), "expand": 1} | more)
-    variables = layer.init(jax.random.key(1), X, token_ids=IDS, **({"task": 0} if layer.tasks else {}))
+    task = {"task": 0} if layer.tasks else {}
+    variables = jax.jit(lambda key: layer.init(key, X, token_ids=IDS, **task))(jax.random.key(1))
     rng = np.random.default_rng(2)
     params = jax.tree.map(
         lambda p: jnp.asarray(0.6 * rng.standard_normal(p.shape), p.dtype), variables["params"]

@@ -29,23 +29,29 @@ def make(blocks, **more):
 
 def layer_by_layer(model, params, block):
     """(logits, experts of each layer) by calls of the parts, with gates where the papers have them."""
-    x = params["embedding"][TOKENS]
+    params = jax.tree.map(np.asarray, params)
+    x = params["embedding"][np.asarray(TOKENS)]
     used, before = [], None
-    norm = frugax.layers.RMSNorm()
+    norm, mixer = frugax.layers.RMSNorm(), frugax.layers.GatedConvolution(width=2)
+
+    @jax.jit
+    def mixed(p, x):
+        x = x + mixer.apply({"params": p["mixer"]}, norm.apply({"params": p["mixer_norm"]}, x))[0]
+        return x, norm.apply({"params": p["channel_norm"]}, x)
+
+    experts = jax.jit(lambda p, h, scores: MoE(**ARGUMENTS).apply({"params": p}, h, logits=scores))
     for layer in range(REPEATS):
         p = jax.tree.map(lambda a, layer=layer: a[layer], params["layers"]["block_0"])
-        entering = x
-        mixer = frugax.layers.GatedConvolution(width=2)
-        x = x + mixer.apply({"params": p["mixer"]}, norm.apply({"params": p["mixer_norm"]}, x))[0]
-        h = norm.apply({"params": p["channel_norm"]}, x)
+        entering, (x, h) = x, map(np.asarray, mixed(p, x))
         if block.router_reads == "previous":
             scores = (h if before is None else before) @ params["pre_gates"][layer]
         else:
             scores = entering @ p["channel"]["router"]["kernel"]
         before = h
-        used.append(np.argsort(-np.asarray(scores).reshape(-1, E), -1)[:, :2])
-        x = x + MoE(**ARGUMENTS).apply({"params": p["channel"]}, h, logits=scores)
-    return norm.apply({"params": params["norm"]}, x) @ params["embedding"].T, used
+        used.append(np.argsort(-scores.reshape(-1, E), -1)[:, :2])
+        x = x + np.asarray(experts(p["channel"], h, scores))
+    x = np.asarray(jax.jit(norm.apply)({"params": params["norm"]}, x))
+    return x @ params["embedding"].T, used
 
 
 @pytest.mark.parametrize("reads", ["previous", pytest.param("block", marks=pytest.mark.full)])

@@ -26,7 +26,7 @@ def call(name, **by_layer):
         return whole(name)[:3]
     with jax.enable_x64(True):
         module, variables, x = make(name)
-        y, _ = module.apply(variables, x, **jax.tree.map(jnp.asarray, by_layer))
+        y, _ = jax.jit(module.apply)(variables, x, **by_layer)
         return jax.tree.map(np.asarray, (variables["params"], x, y))
 
 
@@ -122,10 +122,10 @@ def test_taylor_map_is_the_polynomial():
     rng = np.random.default_rng(0)
     x, z = rng.standard_normal((2, 100, 16))
     with jax.enable_x64(True):
-        fx, fz = frugax.layers.taylor(jnp.asarray(x)), frugax.layers.taylor(jnp.asarray(z))
-        assert fx.shape == (100, 1 + 16 + 16 * 17 // 2)
-        dots = np.sum(x * z, axis=-1)
-        assert_close(jnp.sum(fx * fz, axis=-1), 1 + dots + dots**2 / 2, jnp.float64)
+        fx, fz = map(np.asarray, map(jax.jit(frugax.layers.taylor), (x, z)))
+    assert fx.shape == (100, 1 + 16 + 16 * 17 // 2)
+    dots = np.sum(x * z, axis=-1)
+    assert_close(np.sum(fx * fz, axis=-1), 1 + dots + dots**2 / 2, "float64")
 
 
 @pytest.mark.parametrize(
@@ -307,9 +307,9 @@ def test_sliding_window_attention(name, window):
 def test_a_window_of_one_token_is_the_values():
     with jax.enable_x64(True):
         module, variables, x = make("SlidingWindowAttention")
-        p = variables["params"]
-        y, _ = module.clone(window=1).apply(variables, x)
-        assert_close(y, x @ p["qkv"]["kernel"][:, 2 * D :] @ p["out"]["kernel"], jnp.float64)
+        y, _ = jax.jit(module.clone(window=1).apply)(variables, x)
+        p, x = jax.tree.map(np.asarray, (variables["params"], x))
+        assert_close(y, x @ p["qkv"]["kernel"][:, 2 * D :] @ p["out"]["kernel"], "float64")
 
 
 @together("Based")
@@ -319,8 +319,7 @@ def test_based_is_its_two_halves():
         half = frugax.layers.LinearAttention(
             heads=2, feature_map="taylor", key_size=3, param_dtype=jnp.float64
         )
-        params = jax.tree.map(jnp.asarray, p["linear"])
-        linear, _ = half.apply({"params": params}, jnp.asarray(x))
+        linear, _ = jax.jit(half.apply)({"params": p["linear"]}, x)
     check(y, np.asarray(linear) + windowed(p["window"], x, 2, 4))
 
 
@@ -348,11 +347,13 @@ def test_rotary_sees_only_differences():
         q, k = jnp.asarray(rng.standard_normal((2, 1, 3, 2, 6)))
         places = jnp.array([[0, 5, 700]])
 
+        @jax.jit
         def dots(shift):
             return jnp.sum(
                 frugax.layers.rotary(q, places + shift) * frugax.layers.rotary(k, places + 3), axis=-1
             )
 
+        @jax.jit
         def moved(shift):
             a = frugax.layers.rotary(q, places + shift + 41)
             return jnp.sum(a * frugax.layers.rotary(k, places + 44), axis=-1)
@@ -365,18 +366,21 @@ def test_rotary_at_millions_of_tokens_sees_only_differences():
     """float32: in the plain product position * frequency the angle is off by radians there."""
     q, k = np.random.default_rng(0).standard_normal((2, 1, 1, 2, 64)).astype(np.float32)
     want = np.sum(rotate_at(q.astype(np.float64), [5]) * k, axis=-1)
-    theta = jnp.asarray(10000.0 ** (-np.arange(64) / 64), jnp.float32)
-    both = []
+    theta = (10000.0 ** (-np.arange(64) / 64)).astype(np.float32)
+
+    @jax.jit
+    def both(x, at, theta):
+        learned = angles(at[..., None, None], theta[None, None, None], jnp.float32)
+        return frugax.layers.rotary(x, at), learned
+
     for p in (10**6, 10**7, 2**31 - 1):
-        places = jnp.array([[p]]), jnp.array([[p - 5]])
-        turned = [frugax.layers.rotary(jnp.asarray(x), at) for x, at in zip((q, k), places, strict=True)]
-        assert_close(jnp.sum(turned[0] * turned[1], axis=-1), want, "float32")
-        learned = [angles(at[..., None, None], theta[None, None, None], jnp.float32) for at in places]
-        both.append(jnp.cos(learned[0] - learned[1]))
-    assert_close(both, [np.cos(5 * np.asarray(theta, np.float64))[None, None, None]] * 3, "float32")
-    assert jax.grad(lambda f: angles(jnp.array([[7]]), f, jnp.float32).sum())(theta[None]).tolist() == [
-        [7.0] * 64
-    ]
+        found = (both(x, np.array([[at]], np.int32), theta) for x, at in ((q, p), (k, p - 5)))
+        turned, learned = zip(*(map(np.asarray, pair) for pair in found), strict=True)
+        assert_close(np.sum(turned[0] * turned[1], axis=-1), want, "float32")
+        exact = np.cos(5 * theta.astype(np.float64))[None, None, None]
+        assert_close(np.cos(learned[0] - learned[1]), exact, "float32")
+    slopes = jax.jit(jax.grad(lambda f: angles(jnp.array([[7]]), f, jnp.float32).sum()))(theta[None])
+    assert slopes.tolist() == [[7.0] * 64]
 
 
 def rotate_at(x, places):
@@ -418,11 +422,16 @@ def test_floored_gates_stay_finite_and_exact():
     from frugax.layers.modules.over_depth import floored_gate
 
     z = np.array([-1e4, -50.0, -3.0, 0.0, 3.0, 50.0, 1e4], np.float32)
+
+    @jax.jit
+    def both(z, floor):
+        slopes = jax.grad(lambda z: floored_gate(z, floor)[0].sum())(z)
+        return *floored_gate(z, floor), slopes
+
     for floor in (0.0, 0.3):
-        log_f, inward = floored_gate(jnp.asarray(z), jnp.float32(floor))
+        log_f, inward, slopes = both(z, np.float32(floor))
         wide = np.maximum(z.astype(np.float64), -60)
         assert_close(inward, (1 - floor) * sigmoid(-wide), jnp.float32)
         assert_close(log_f, np.log(floor + (1 - floor) * sigmoid(wide)), jnp.float32)
         assert np.all(np.asarray(log_f) <= 0)
-        slopes = jax.grad(lambda z, floor=floor: floored_gate(z, jnp.float32(floor))[0].sum())(jnp.asarray(z))
         assert np.isfinite(np.asarray(slopes)).all()
