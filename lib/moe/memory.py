@@ -146,8 +146,9 @@ def take_nodes(tree: Bank, nodes: tuple[Array, ...]) -> Bank:
     """
 
     def take(x: Array, which: Array) -> Array:
-        rows = _rows(x, which)
-        return jnp.where((which == _NONE).reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(rows), rows)
+        is_none = which == _NONE
+        rows = _rows(x, jnp.where(is_none, 0, which))
+        return jnp.where(is_none.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(rows), rows)
 
     return tuple(
         jax.tree.map(lambda x, which=which: take(x, which), level)

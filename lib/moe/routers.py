@@ -103,7 +103,7 @@ def sigmoid_top_k(
     scores = jax.nn.sigmoid(logits.astype(jnp.float32))
     if bias is not None and bias.shape != logits.shape[1:]:
         raise ValueError(f"bias: got {list(bias.shape)}; expected [{logits.shape[1]}], one for each expert")
-    choose_by = scores if bias is None else scores + jax.lax.stop_gradient(bias)
+    choose_by = scores if bias is None else scores + jax.lax.stop_gradient(bias)[None]
     if groups is not None:
         choose_by = within_groups(choose_by, groups, top_groups, 2)
     indices = top_k(choose_by, k)
@@ -332,7 +332,8 @@ def relu_route(
     check_logits(logits)
     T, E = logits.shape
     active = jax.nn.relu(logits.astype(jnp.float32))
-    weights = active * jax.lax.rsqrt(jnp.mean(active**2, -1, keepdims=True) + epsilon) * gain
+    weights = active * jax.lax.rsqrt(jnp.mean(active**2, -1, keepdims=True) + epsilon)
+    weights = weights * (gain if jnp.ndim(gain) == 0 else jnp.asarray(gain)[None])
     shares = active / (jnp.sum(active, -1, keepdims=True) + 1e-5)
     indices = jnp.broadcast_to(jnp.arange(E), (T, E))
     return routing(indices, weights, shares, {}, mask=mask)

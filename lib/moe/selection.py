@@ -71,7 +71,7 @@ def sinkhorn(
 
     start = jnp.ones(T), jnp.ones(E), jnp.asarray(jnp.inf), 0
     rows, columns, _, _ = lax.while_loop(unfinished, step, start)
-    return rows[:, None] * cost * columns
+    return rows[:, None] * cost * columns[None]
 
 
 def auction(scores: Float[Array, "t e"], *, epsilon: float = 1e-4) -> Int[Array, "t"]:
@@ -113,12 +113,12 @@ def auction(scores: Float[Array, "t e"], *, epsilon: float = 1e-4) -> Int[Array,
             carry  # [E, places] tokens and prices; [T] place of each token, E * places: none
         )
         cheapest = jnp.argmin(price, 1)
-        value = scores - jnp.take_along_axis(price, cheapest[:, None], 1)[:, 0]
+        value = scores - jnp.take_along_axis(price, cheapest[:, None], 1).T
         best, second = jnp.moveaxis(lax.top_k(value, 2)[0], -1, 0) if E > 1 else (value[:, 0], value[:, 0])
         want = jnp.argmax(value, 1)
         offer = jnp.where(owned >= T, best - second + step, -jnp.inf)
         # Of each expert's cheapest place: the highest bid of those without one.
-        offers = jnp.where(want[:, None] == jnp.arange(E), offer[:, None], -jnp.inf)
+        offers = jnp.where(want[:, None] == jnp.arange(E)[None], offer[:, None], -jnp.inf)
         winner, raised = jnp.argmax(offers, 0), jnp.max(offers, 0)
         sold = raised > -jnp.inf
         place = jnp.arange(E) * places + cheapest

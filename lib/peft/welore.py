@@ -186,4 +186,6 @@ def _split(view: View | None, leaf: Array) -> Array:
 def _factors(w: Array, rank: int) -> LowRank:
     u, s, vt = jnp.linalg.svd(w.astype(jnp.float32), full_matrices=False)
     root = jnp.sqrt(s[:rank])  # factors of equal norm, so that one learning rate suits both
-    return LowRank((u[:, :rank] * root).astype(w.dtype), (root[:, None] * vt[:rank]).astype(w.dtype), 1.0)
+    return LowRank(
+        (u[:, :rank] * root[None]).astype(w.dtype), (root[:, None] * vt[:rank]).astype(w.dtype), 1.0
+    )

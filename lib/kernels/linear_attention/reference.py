@@ -48,7 +48,7 @@ def forward(inputs: Inputs, scale: float, feature_map: str | None = None) -> tup
             S_BHKV = a_BHK[..., None] * S_BHKV + kv_BHKV
             read_BHKV = S_BHKV
         else:
-            read_BHKV = S_BHKV + inputs.bonus.astype(dtype)[..., None] * kv_BHKV
+            read_BHKV = S_BHKV + inputs.bonus.astype(dtype)[None, ..., None] * kv_BHKV
             S_BHKV = a_BHK[..., None] * S_BHKV + kv_BHKV
         return S_BHKV, scale * jnp.einsum("bhk,bhkv->bhv", q_BHK, read_BHKV, precision="highest")
 

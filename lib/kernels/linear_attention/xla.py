@@ -19,6 +19,7 @@ from .inputs import Inputs, feature_count, repeat_heads
 
 CHUNK = 64
 TOGETHER = 128  # chunks, counted over rows and heads, in a group; half of it with a decay a channel
+WITH_FEATURES = 16  # the same where a group's features take the memory
 LONGEST = 32  # chunks of one row in a group: the loop over their states is written out
 
 
@@ -32,7 +33,8 @@ def forward(inputs: Inputs, scale: float, feature_map: str | None = None) -> tup
     inputs = inputs._replace(**{n: getattr(inputs, n).astype(operand) for n in "qkv"})
     per_channel = inputs.log_decay is not None and inputs.log_decay.ndim == 4
     C = min(CHUNK, 1 << (T - 1).bit_length()) if known(T) else CHUNK  # a power of two, not above T
-    N = min(LONGEST, max(1, TOGETHER // (H * (B if known(B) else 1) * (2 if per_channel else 1))))
+    together = TOGETHER // 2 if per_channel else TOGETHER if feature_map is None else WITH_FEATURES
+    N = min(LONGEST, max(1, together // (H * (B if known(B) else 1))))
     L = -(-T // (C * N))  # groups
     if known(T):
         N = -(-T // (C * L))  # chunks in each
@@ -101,7 +103,7 @@ def _group(scale, feature_map, bonus_HK, S_BHKV, x):
             decay, before, after, total = _decayed(one, one, g, diagonal, exclusive)
             A = repeat_heads(A, H, 2) * decay
         if exclusive:
-            A = A + jnp.eye(C, dtype=dtype) * u_BNHC[..., None]
+            A = A + jnp.eye(C, dtype=dtype)[None, None, None] * u_BNHC[..., None]
     A = repeat_heads(A, H, 2)
 
     q, k = (repeat_heads(y, H, 2).astype(dtype) for y in (q_BNGCK, k_BNGCK))

@@ -17,7 +17,7 @@ def forward(call: Inputs) -> tuple[Array, Array]:
     def step(state_BSHD, token):
         x_BHGD, start_B = token
         state_BSHD = jnp.where(start_B[:, None, None, None], 0, state_BSHD)
-        r_BHGD = jnp.einsum("bhi,hgio->bhgo", state_BSHD[:, 0], recurrent, precision="highest") + bias
+        r_BHGD = jnp.einsum("bhi,hgio->bhgo", state_BSHD[:, 0], recurrent, precision="highest") + bias[None]
         pre = cell.combine(list(jnp.moveaxis(x_BHGD, 2, 0)), list(jnp.moveaxis(r_BHGD, 2, 0)))
         state = cell.step(pre, [state_BSHD[:, s] for s in cell.reads])
         return jnp.stack(state, axis=1), state[0]

@@ -20,7 +20,7 @@ def forward(call: Inputs, softplus: bool) -> tuple[Array, Array]:
         x_BD, dt_BD, B_BN, C_BN, start_B = token
         h_BDN = jnp.where(start_B[:, None, None] == 1, 0, h_BDN)
         source_BDN = (dt_BD * x_BD.astype(dtype))[..., None] * B_BN[:, None, :]
-        h_BDN = jnp.exp(dt_BD[..., None] * call.A) * h_BDN + source_BDN
+        h_BDN = jnp.exp(dt_BD[..., None] * call.A[None]) * h_BDN + source_BDN
         return h_BDN, jnp.sum(h_BDN * C_BN[:, None, :], -1)
 
     tokens = (call.x, step_size(call, softplus), call.B, call.C, starts)

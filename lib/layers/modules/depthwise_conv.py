@@ -41,7 +41,8 @@ class DepthwiseConv(nn.Module):
         y = jnp.zeros((), wide)
         for a in range(3):
             for b in range(3):
-                y = y + padded[:, a : a + H, b : b + W].astype(wide) * kernel[a, b, 0].astype(wide)
+                y = y + padded[:, a : a + H, b : b + W].astype(wide) * kernel[a, b].astype(wide)[None, None]
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros_init(), (C,), self.param_dtype).astype(wide)
+            bias = self.param("bias", nn.initializers.zeros_init(), (C,), self.param_dtype)
+            y = y + bias.astype(wide)[None, None, None]
         return y.astype(dtype)

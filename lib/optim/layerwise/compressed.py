@@ -128,6 +128,7 @@ def layer_norm(
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}; expected a share in (0, 1]")
+    scale, bias = (a.reshape((1,) * (x.ndim - 1) + a.shape) for a in (scale, bias))
     return _normalized(x, max(int(share * x.shape[-1]), 1), eps) * scale + bias
 
 

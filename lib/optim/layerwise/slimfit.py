@@ -39,8 +39,8 @@ def slimfit(
     trains once before any trains twice. Entries W = 0 are left out of the mean; without another the distance
     stays infinite. Leaves that `layers` doesn't find always train.
 
-    With `together`, `layerwise_step` keeps no activations for the weights of frozen blocks, and with
-    `keep="int8"` or "int4" it compresses those that are kept for the hidden state's gradient;
+    With `together`, `layerwise_step` keeps no activations for the weights of frozen blocks. For the hidden
+    state's gradient it keeps products alone with `keep="dots"`, or all in few bits with "int8" or "int4";
     `frugax.optim.layerwise.compressed` has the paper's own functions for both.
 
     State: inner's, one for each layer, and 4 bytes for each layer of a stacked leaf (of a block).
@@ -86,7 +86,7 @@ def slimfit(
         if together:
             depth(params, layers)
         groups, rest = split(params)
-        distance = [jnp.full(len(group[0]), jnp.inf) for group in groups]
+        distance = [jnp.full(len(group[0]), jnp.inf, jnp.float32) for group in groups]
         return SlimFitState(distance, [jax.vmap(inner.init)(group) for group in groups], inner.init(rest))
 
     def update(updates: Any, state: SlimFitState, params: Any = None) -> tuple[Any, SlimFitState]:
@@ -142,7 +142,7 @@ def _some(inner: Any, g: Any, w: Any, state: SlimFitState, active: Array) -> tup
 def _ranked(distance: Array) -> Array:
     """Each layer's place, those that moved most first."""
     order = jnp.argsort(-distance, stable=True)
-    return jnp.zeros(distance.size, jnp.int32).at[order].set(jnp.arange(distance.size))
+    return jnp.zeros(distance.size, jnp.int32).at[order].set(jnp.arange(distance.size, dtype=jnp.int32))
 
 
 def _choose(active: Array, new: Array, old: Array) -> Array:
@@ -151,7 +151,7 @@ def _choose(active: Array, new: Array, old: Array) -> Array:
 
 def _distance(updates: Any, weights: Any) -> Array:
     """The mean of |dW / W| over the entries of each layer that aren't zero; inf where all are."""
-    total = count = jnp.zeros(())
+    total = count = jnp.zeros((), jnp.float32)
     for u, w in zip(updates, weights, strict=True):
         u, w = (x.astype(jnp.float32).reshape(len(x), -1) for x in (u, w))
         total = total + jnp.sum(jnp.where(w == 0, 0.0, jnp.abs(u / jnp.where(w == 0, 1.0, w))), axis=1)

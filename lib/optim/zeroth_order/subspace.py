@@ -75,7 +75,7 @@ def history_subspace(window: int, variance: float) -> optax.GradientTransformati
         return projected, SubspaceState(count, history, removed)
 
     def _noise(values: Float[Array, "w d"]) -> Float[Array, "w d"]:
-        _, sizes, directions = jnp.linalg.svd(values - values.mean(0), full_matrices=False)
+        _, sizes, directions = jnp.linalg.svd(values - values.mean(0, keepdims=True), full_matrices=False)
         share = jnp.cumsum(sizes**2) / jnp.maximum(jnp.sum(sizes**2), jnp.finfo(jnp.float32).tiny)
         trusted = jnp.concatenate([jnp.zeros(1), share[:-1]]) < variance  # up to the one that reaches it
         moved = sizes > sizes[0] * max(values.shape) * jnp.finfo(jnp.float32).eps  # the rest is rounding

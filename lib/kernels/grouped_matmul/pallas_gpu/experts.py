@@ -24,7 +24,7 @@ from .tiling import DEPTH, ROWS, STORED, Tiling, of_experts
 def edges(x: Array, start: Array, end: Array) -> Array:
     """The first and the last chunk of each group, its own rows alone: [E * 2 * DEPTH, K]."""
     chunks = jnp.stack([lax.div(start, DEPTH), lax.div(jnp.maximum(end - 1, 0), DEPTH)], 1)
-    row = chunks[:, :, None] * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)
+    row = chunks[:, :, None] * DEPTH + jnp.arange(DEPTH, dtype=jnp.int32)[None, None]
     mine = (row >= start[:, None, None]) & (row < end[:, None, None])
     row = jnp.where(mine, row, x.shape[0]).reshape(-1)
     return x.at[row].get(mode="fill", fill_value=0)

@@ -65,7 +65,7 @@ def visits(group_sizes: Array, rows: int, heights: tuple[int, ...], *, every_gro
 
     most = (rows + 2 * STRIPE * len(sizes)) // tile + len(sizes)
     number = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.minimum(jnp.sum(number[:, None] >= until, 1, dtype=jnp.int32), len(sizes) - 1)
+    group = jnp.minimum(jnp.sum(number[:, None] >= until[None], 1, dtype=jnp.int32), len(sizes) - 1)
     place = number - (until - tiles)[group]
     at = start[group] + jnp.where(place > 0, part[group] + (place - 1) * tile, 0)
     at = jnp.minimum(at, rows - STRIPE)  # visits past the total may be anywhere
