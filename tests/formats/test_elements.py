@@ -64,6 +64,7 @@ ODD = [Minifloat.of(1, 1), Minifloat.of(3, 0), Minifloat.of(2, 5, bias=4), Minif
 NAMED = [BY_NAME[name].element for name in IN_ML_DTYPES]
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("f", NAMED + ODD, ids=lambda f: f.name)
 def test_minifloats_are_their_definition(f):
     top = 2 ** (f.exponent + f.mantissa) - f.reserved
@@ -79,6 +80,7 @@ def test_minifloats_are_their_definition(f):
     np.testing.assert_array_equal(again[number], np.where(zero & f.signed, 0, codes)[number])
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("name", IN_ML_DTYPES)
 def test_minifloats_are_ml_dtypes(name):
     """Every code's value, NaN and infinity included; and rounding, within the range."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 
 from frugax.formats import quantize, ternary_minmax
 from frugax.layers.modules.packed import take_rows
@@ -51,6 +52,7 @@ def test_codes_of_a_group_step_by_step():
     assert ternary_minmax.decode(up, scaling).tolist() == [[0.0, -2.0, 3.0, 3.0]]
 
 
+@pytest.mark.nan
 def test_rows_of_an_embedding():
     w = jnp.asarray(groups()[:, 0])
 

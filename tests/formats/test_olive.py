@@ -32,7 +32,7 @@ def test_pairs_are_their_definition(bits):
     """Every pair of codes has its value; of all pairs, that of the least squared error is stored."""
     format = format_named(f"olive{bits}")
     codes, values = every_pair(bits)
-    scaling = Scaling(jnp.ones(1))
+    scaling = Scaling(jnp.ones((1, 1)))
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 2)) * 10 ** rng.uniform(0, 1.5, (300, 2)) * 2 ** (bits - 4)
     x[0], x[1], x[2] = (0, 0), (1e6, 3), (40, 41)

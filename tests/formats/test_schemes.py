@@ -53,6 +53,7 @@ def test_asymmetric_has_a_code_of_zero():
     assert (np.abs(back - x) <= scale[..., None] * 0.51).all()
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("rounding", ["floor", "nearest", "up"])
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxint8"])
 def test_powers_of_two(name, rounding):
@@ -174,6 +175,7 @@ def draw() -> np.ndarray:
     return w
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in SMALL else pytest.mark.full) for n in WEIGHTS]
 )

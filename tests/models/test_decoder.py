@@ -167,7 +167,7 @@ def test_the_scan_over_depth_is_a_loop_over_layers():
 
 
 def nn_rms(x, weight):
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weight
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * weight[None, None]
 
 
 def test_floors_start_at_zero_and_rise_with_depth():

@@ -16,7 +16,7 @@ def loss_of(layers, out, bias):
     x = jax.random.normal(jax.random.key(0), (8, WIDTH))
     for w in layers:
         x = x + jnp.tanh(x @ w)
-    return jnp.mean((x @ out + bias - 1) ** 2)
+    return jnp.mean((x @ out + bias[None] - 1) ** 2)
 
 
 def arrays():

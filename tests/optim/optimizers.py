@@ -167,7 +167,7 @@ def logits(tree, tokens):
     x = tree["embedding"][tokens]
     for w in tree["layers"]["kernel"]:
         x = x + jnp.tanh(x @ w) @ w.T
-    return x @ tree["out"]["kernel"] + tree["bias"]
+    return x @ tree["out"]["kernel"] + tree["bias"][None]
 
 
 def language(length=2048):

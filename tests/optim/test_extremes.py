@@ -76,7 +76,7 @@ def test_lion_of_complex_numbers():
     wanted = {
         "l1": z / jnp.abs(z),
         "l2": z / jnp.sqrt(jnp.sum(jnp.abs(z) ** 2)),
-        "group": z / jnp.sqrt(jnp.sum(jnp.abs(z) ** 2, axis=0)),
+        "group": z / jnp.sqrt(jnp.sum(jnp.abs(z) ** 2, axis=0, keepdims=True)),
         optim.kappas.huber(3.0): z / jnp.maximum(jnp.abs(z), 3.0),
         optim.kappas.lp(3.0): z * jnp.abs(z) / jnp.sum(jnp.abs(z) ** 3) ** (2 / 3),
     }

@@ -168,7 +168,7 @@ class Recurrent(nn.Module):
 
 
 def test_bad_input(unchecked_types):
-    dense, x = nn.Dense(3), jnp.ones((2, D))
+    dense, x = nn.Dense(3), jnp.ones((2, D), jnp.float32)
     variables = dense.init(jax.random.key(0), x)
     with pytest.warns(UserWarning, match="2 inputs for the 8 channels of kernel"):
         found = calibrate(dense, variables, [x])

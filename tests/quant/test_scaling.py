@@ -119,7 +119,8 @@ def test_ranges_are_those_of_a_search(stats, format):
 def test_scales_are_folded_into_a_norm_and_a_glu(rule):
     """x / s comes of the norm's weight, or of the values of the matrix before, and s W makes up for it."""
     norm, glu = frugax.layers.RMSNorm(), frugax.layers.GLU(expand=2)
-    x = jax.random.normal(jax.random.key(0), (2, 7, K)) * jnp.exp(jax.random.normal(jax.random.key(3), (K,)))
+    sizes = jnp.exp(jax.random.normal(jax.random.key(3), (K,), jnp.float32))
+    x = jax.random.normal(jax.random.key(0), (2, 7, K), jnp.float32) * sizes[None, None]
     params = {
         "norm": norm.init(jax.random.key(1), x)["params"],
         "glu": glu.init(jax.random.key(2), x)["params"],
@@ -155,7 +156,7 @@ def test_smoothquant_makes_ranges_alike():
     s = smoothquant_scale(PAIR, of(X), alpha=0.5)
     largest_w = np.abs(np.concatenate(PAIR, 1)).max(1)
     np.testing.assert_allclose(s, np.sqrt(np.abs(X).max(0) / largest_w), rtol=1e-5)
-    np.testing.assert_allclose(np.abs(X / s).max(0), np.asarray(s) * largest_w, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(X / np.asarray(s)).max(0), np.asarray(s) * largest_w, rtol=1e-5)
     assert smoothquant_scale(w, of(DEAD))[2] == 1
 
 

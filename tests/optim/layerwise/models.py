@@ -26,19 +26,22 @@ def transformer(depth=8, width=32, time=16, batch=2, slim=False):
         "head": normal(5, width, 19),
     }
     tokens = jax.random.randint(keys[6], (batch, time), 0, 19)
-    future = jnp.triu(jnp.full((time, time), -1e9), 1)
+    future = jnp.triu(jnp.full((time, time), -1e9), 1)[None]
     turn = jnp.cos(jnp.arange(time * width).reshape(time, width) / 100.0)  # a constant of the scan
 
     def exact_norm(x, scale, bias):
         x = x - x.mean(-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-12) * scale + bias
+        return (
+            x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-12) * scale[None, None]
+            + bias[None, None]
+        )
 
     def block(carry, w):
         h, count = carry  # an integer in the carry, too
         norm = compressed.layer_norm if slim else exact_norm
         gelu = compressed.gelu if slim else lambda x: jax.nn.gelu(x, approximate=False)
         q, k, v = jnp.split(norm(h, w["scale"], w["bias"]) @ w["qkv"], 3, axis=-1)
-        q, k = q * turn, jnp.swapaxes(k * turn, 1, 2)
+        q, k = q * turn[None], jnp.swapaxes(k * turn[None], 1, 2)
         if slim:
             mixed = compressed.softmax_matmul(compressed.matmul(q, k) * width**-0.5 + future, v)
         else:
@@ -58,9 +61,10 @@ def transformer(depth=8, width=32, time=16, batch=2, slim=False):
 
 def perceptron(depth=4, width=64):
     """A stack of residual layers with a head, and a loss that scans over them."""
-    w = jax.random.normal(jax.random.key(0), (depth, width, width)) * width**-0.5
-    params = {"layers": {"w": w, "b": jnp.zeros((depth, width))}, "head": jnp.ones(width)}
-    x = jax.random.normal(jax.random.key(1), (8, width))
+    w = jax.random.normal(jax.random.key(0), (depth, width, width), jnp.float32) * width**-0.5
+    params = {"layers": {"w": w, "b": jnp.zeros((depth, width), jnp.float32)}}
+    params["head"] = jnp.ones(width, jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (8, width), jnp.float32)
 
     def loss(params):
         def layer(h, w):

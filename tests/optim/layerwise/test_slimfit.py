@@ -98,7 +98,9 @@ EXACT = {
     ),
     "layer_norm": (
         lambda x: compressed.layer_norm(x, jnp.arange(1.0, 41.0), jnp.ones(40), share=0.9),
-        lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * jnp.arange(1.0, 41.0) + 1,
+        lambda x: (
+            (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * jnp.arange(1.0, 41.0)[None] + 1
+        ),
     ),
 }  # and how far a step of the format moves their gradient
 PRECISION = {"gelu": 0.2, "matmul": 0.03, "softmax_matmul": 0.05, "layer_norm": 0.02}
@@ -122,7 +124,7 @@ def test_compressed_functions_are_exact_forwards_and_near_backwards(name):
 def test_a_pruned_norm_keeps_the_largest_numbers_and_exact_gradients_of_its_scale():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 20)), jnp.float32)
     g = np.random.default_rng(1).standard_normal((3, 20))
-    scale, bias = jnp.linspace(0.5, 2, 20), jnp.ones(20)
+    scale, bias = jnp.linspace(0.5, 2, 20, dtype=jnp.float32), jnp.ones(20, jnp.float32)
     _, pull = jax.vjp(lambda *a: compressed.layer_norm(*a, share=0.1), x, scale, bias)
     of_x, of_scale, of_bias = pull(jnp.asarray(g, jnp.float32))
     wide = np.asarray(x, np.float64)
@@ -137,7 +139,7 @@ def test_a_pruned_norm_keeps_the_largest_numbers_and_exact_gradients_of_its_scal
 
 def test_what_compressed_functions_keep():
     """Bytes for the backward pass, of float32 arrays of n numbers: n / 2, 2 n, 2 n, a tenth with places."""
-    x = jnp.ones((32, 64))
+    x = jnp.ones((32, 64), jnp.float32)
     kept = {
         "gelu": lambda: compressed._gelu_forward(x)[1],
         "matmul": lambda: compressed._matmul_forward(x, x.T)[1],

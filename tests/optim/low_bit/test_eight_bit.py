@@ -201,6 +201,7 @@ def test_wrappers(name):
     assert np.asarray(second["MultiSteps"]).any()
 
 
+@pytest.mark.nan
 @dear("adafactor_8bit", "adamw_8bit")
 def test_nan_gradients_leave_the_state_alone(name):
     tx = optax.apply_if_finite(optimizer(name), 3)

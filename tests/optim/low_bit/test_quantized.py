@@ -37,7 +37,7 @@ def test_every_chain_and_format():
         group_size=64,
         min_size=100,
     )
-    tree = {"w": jax.random.normal(jax.random.key(0), (16, 256)), "b": jnp.ones(8)}
+    tree = {"w": jax.random.normal(jax.random.key(0), (16, 256), jnp.float32), "b": jnp.ones(8, jnp.float32)}
     state = tx.init(tree)
     assert state[1].trace["w"].codes.shape == (16, 128)
     assert state[1].trace["b"].dtype == jnp.float32

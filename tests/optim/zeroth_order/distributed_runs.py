@@ -21,7 +21,7 @@ def setup():
     x = jnp.asarray(rng.standard_normal((32, 16)), jnp.float32)
 
     def loss(p, x):
-        return jnp.mean((jnp.tanh(x @ p["w"] + p["b"]) - 0.5) ** 2)
+        return jnp.mean((jnp.tanh(x @ p["w"] + p["b"][None]) - 0.5) ** 2)
 
     return params, x, loss
 
@@ -151,7 +151,7 @@ def sliced(every):
     functions, parts, batch = blocks_of_a_network()
     parts[0] = parts[0][:, :-1]  # 8 x 63 numbers and a bias of 63: no multiples of 8
     parts[1] = {"kernel": parts[1]["kernel"][:-1], "bias": parts[1]["bias"]}
-    functions = [functions[0], lambda w, h: jnp.tanh(h @ w["kernel"] + w["bias"]), *functions[2:]]
+    functions = [functions[0], lambda w, h: jnp.tanh(h @ w["kernel"] + w["bias"][None]), *functions[2:]]
     functions, parts = [*functions[:3], functions[-1]], [*parts[:3], parts[-1]]
     keys, put, sent = jax.random.split(jax.random.key(0), 2), jax.device_put, []
 

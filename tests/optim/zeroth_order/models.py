@@ -11,7 +11,7 @@ def blocks_of_a_network():
     """Functions whose composition is a loss, the parameters of each, and a batch."""
 
     def block(w, h):
-        return jnp.tanh(h @ w["kernel"] + w["bias"]) + h
+        return jnp.tanh(h @ w["kernel"] + w["bias"][None]) + h
 
     functions = [lambda w, x: x @ w, *[block] * BLOCKS, lambda w, h: jnp.mean((h @ w - 1) ** 2)]
     rng = np.random.default_rng(0)
@@ -33,6 +33,6 @@ def network(layers=4, width=64, dtype=jnp.float32):
 
     def loss(params):
         h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w) + h, None), x, params["w"])
-        return jnp.mean((h + params["b"] - 1) ** 2).astype(jnp.float32)
+        return jnp.mean((h + params["b"][None] - 1) ** 2).astype(jnp.float32)
 
     return params, loss

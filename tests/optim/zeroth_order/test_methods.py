@@ -108,7 +108,7 @@ def test_weights_moved_where_they_are_read_are_the_moved_weights(way):
             return jax.jit(jnp.tanh)(h @ w), jnp.sum(w)
 
         def outer(h, layer):
-            return jax.lax.scan(inner, h * layer[1], layer[0])
+            return jax.lax.scan(inner, h * layer[1][None], layer[0])
 
         h, sums = jax.lax.scan(outer, p["tied"], (p["deep"], p["scale"]), reverse=True)
         return jnp.mean((h @ p["tied"].T) ** 2) + jnp.mean(sums), {"untouched": p["scale"]}

@@ -19,7 +19,7 @@ def test_a_step_is_the_definition():
     rng = np.random.default_rng(0)
     w, goal = rng.standard_normal(50).astype(np.float32), rng.standard_normal(50)
     key = jax.random.key(3)
-    z = np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (50,)), np.float64)
+    z = np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (50,), jnp.float32), np.float64)
 
     def loss(w, of=np):
         return of.sum((w - goal) ** 2) if of is np else of.sum((w - goal.astype(np.float32)) ** 2)

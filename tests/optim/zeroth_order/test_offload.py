@@ -41,7 +41,7 @@ def test_one_trip_a_block_and_few_blocks_at_once(monkeypatch):
     monkeypatch.undo()
     after, key = zo.zo2_flush(blocks, pending), jax.random.fold_in(jax.random.key(0), 6)
     np.testing.assert_allclose(pending.scalar, -0.1 * info.slope, rtol=1e-6)
-    z = jax.random.normal(jax.random.fold_in(key, 0), parts[6].shape)
+    z = jax.random.normal(jax.random.fold_in(key, 0), parts[6].shape, jnp.float32)
     assert_close(after[6] - parts[6], np.float64(pending.scalar) * np.asarray(z), "float32", times=10)
     assert_close(after[6], np.asarray(parts[6] + pending.scalar * z), "float32")
 
@@ -49,7 +49,7 @@ def test_one_trip_a_block_and_few_blocks_at_once(monkeypatch):
 @pytest.mark.parametrize("kept", [pytest.param("bfloat16", marks=pytest.mark.full), "int8"])
 def test_blocks_travel_in_few_bits_and_no_step_is_too_small(kept, monkeypatch):
     """Worked on in float32: the slope is that of the wide weights, and on average steps arrive whole."""
-    functions = [lambda w, x: x @ w, lambda w, h: jnp.sum(h * w)]
+    functions = [lambda w, x: x @ w, lambda w, h: jnp.sum(h * w[None])]
     rng = np.random.default_rng(0)
     wide = [1 + rng.random((64, 8)).astype(np.float32), np.ones(8, np.float32)]
 
@@ -69,8 +69,8 @@ def test_blocks_travel_in_few_bits_and_no_step_is_too_small(kept, monkeypatch):
     assert sum(x.nbytes for x in sent) < (0.51 if kept == "bfloat16" else 0.4) * sum(x.nbytes for x in wide)
 
     def loss(side):
-        z = [np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), 0), x.shape))
-             for i, x in enumerate(wide)]  # fmt: skip
+        of_leaf = [jax.random.fold_in(jax.random.fold_in(key, i), 0) for i in range(2)]
+        z = [np.asarray(jax.random.normal(k, x.shape, x.dtype)) for k, x in zip(of_leaf, wide, strict=True)]
         w, v = (x + side * 1e-2 * n for x, n in zip(before, z, strict=True))
         return np.sum(np.asarray(batch, np.float64) @ w * v), z[0]
 
@@ -83,6 +83,7 @@ def test_blocks_travel_in_few_bits_and_no_step_is_too_small(kept, monkeypatch):
         noise = pending._replace(key=jax.random.key(i))
         new = zo.zo2_flush([blocks[0]], noise, dtype=jnp.float32)[0]
         assert jax.tree.structure(new) == jax.tree.structure(blocks[0])
-        z = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(noise.key, 0), 0), (64, 8)))
+        own = jax.random.fold_in(jax.random.fold_in(noise.key, 0), 0)
+        z = np.asarray(jax.random.normal(own, (64, 8), jnp.float32))
         moved.append(np.sum((read(new) - before[0]) * z) / np.sum(z * z))
     assert abs(np.mean(moved) - 5e-4) < 3e-4

@@ -20,8 +20,8 @@ def loss(p):
 
 
 def directions():
-    found = {n: jax.random.normal(jax.random.fold_in(KEY, i), (4,)) for i, n in enumerate(sorted(PARAMS))}
-    return {name: np.asarray(z, np.float64) for name, z in found.items()}
+    keys = {name: jax.random.fold_in(KEY, i) for i, name in enumerate(sorted(PARAMS))}
+    return {n: np.asarray(jax.random.normal(k, (4,), jnp.float32), np.float64) for n, k in keys.items()}
 
 
 def exact_slope(params, names):
