@@ -8,6 +8,7 @@ with the undisturbed one, step by step, and the next one begins, until --kills h
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 from tqdm import tqdm
@@ -37,11 +39,37 @@ FIELDS = {
 LOSSES = ("loss", "grad_norm", "update_norm")
 
 
-def train(args: argparse.Namespace, folder: Path, **options) -> None:
-    """Start the run, or go on with it."""
+def train(args: argparse.Namespace, folder: Path, started=lambda ids: None) -> None:
+    """Start the run, or go on with it; RuntimeError with its last lines if it takes longer than --limit."""
     fields = FIELDS | {"steps": args.steps}
     given = [f"--config={args.config}", *flags_of(fields), f"--run={folder}"]
-    run_job(given, args.processes, say=lambda line: None, **options)
+    lines: deque[str] = deque(maxlen=20)
+    late = threading.Event()
+
+    def begin(ids):
+        def end():
+            late.set()
+            for number in ids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+
+        timer.function = end
+        timer.start()
+        started(ids)
+
+    timer = threading.Timer(args.limit, lambda: None)
+    timer.daemon = True
+    try:
+        run_job(given, args.processes, say=lines.append, started=begin)
+    except Died as error:
+        if late.is_set():
+            told = "\n".join(lines)
+            raise RuntimeError(
+                f"a run took longer than {args.limit} s, and was ended. It said:\n{told}"
+            ) from error
+        raise
+    finally:
+        timer.cancel()
 
 
 def losses(folder: Path) -> dict[int, list[float]]:
@@ -90,6 +118,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400, help="of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--seconds", type=float, default=1e9, help="send no more kills after so long")
+    parser.add_argument(
+        "--limit", type=float, default=900, help="seconds of one run before it counts as hung"
+    )
     parser.add_argument("--json", default="kill_and_resume.json", help="the result (default: %(default)s)")
     args = parser.parse_args(argv)
     random.seed(args.seed)
