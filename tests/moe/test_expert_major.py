@@ -1,5 +1,7 @@
 """Experts one by one: the token-major sum bit for bit, each loaded once, weights of two at hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +26,13 @@ def expert(params, rows):
     return jax.nn.relu(rows @ params["in"]) @ params["out"]
 
 
+@functools.cache
+def statistics():
+    return jax.jit(lambda x: moe.softmax_top_k(x, 3))(np.zeros((T, E), np.float32)).statistics
+
+
 def routing(choices=CHOICES, weights=WEIGHTS):
-    some = moe.softmax_top_k(jnp.zeros((T, E)), 3)
-    return moe.Routing(jnp.asarray(choices, jnp.int32), jnp.asarray(weights), {}, some.statistics, E)
+    return moe.Routing(jnp.asarray(choices, jnp.int32), jnp.asarray(weights), {}, statistics(), E)
 
 
 def token_by_token(choices=CHOICES) -> np.ndarray:
@@ -38,7 +44,7 @@ def token_by_token(choices=CHOICES) -> np.ndarray:
     return y
 
 
-@pytest.mark.parametrize("tile", [1, 4, 128])
+@pytest.mark.parametrize("tile", [pytest.param(1, marks=pytest.mark.full), 4, 128])
 def test_it_is_the_token_major_sum_and_loads_each_expert_once(tile):
     loads = []
 
@@ -85,10 +91,9 @@ def test_packed_experts_stay_packed():
     """int8 of whole numbers below 128 with a scale of 1 is exact."""
     w = np.clip(PARAMS["in"], -3, 3)
     w[:, 0] = 127  # each group's scale is then 1
-    packed = formats.quantize(jnp.asarray(w), "int8", axis=-2)
-    out = moe.expert_by_expert(
-        lambda w, rows: rows @ w.dequantize(jnp.float32), packed, jnp.asarray(X), routing()
-    )
+    packed = jax.jit(lambda w: formats.quantize(w, "int8", axis=-2))(w)
+    multiply = lambda w, rows: rows @ w.dequantize(jnp.float32)  # noqa: E731
+    out = jax.jit(lambda *args: moe.expert_by_expert(multiply, *args))(packed, X, routing())
     want = sum(WEIGHTS[:, i, None] * np.einsum("td,tdh->th", X, w[CHOICES[:, i]]) for i in range(3))
     np.testing.assert_allclose(out, want, rtol=1e-5)
 

@@ -1,5 +1,7 @@
 """Dense layers cut into experts by neurons: unions are the dense layer, experts are parts of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ DOMAINS = jnp.asarray(
 )
 
 
+@functools.cache
 def dense(kind):
     return jax.jit(LAYERS[kind].init)(jax.random.key(0), DOMAINS)["params"]
 
@@ -43,16 +46,22 @@ def mixture(kind, split, x, chosen):
         activation=LAYERS[kind].activation, dispatch="dense",
     )  # fmt: skip
     n, k = chosen.shape
-    logits = jnp.zeros((n, width[0])).at[jnp.arange(n)[:, None], chosen].set(9.0)
-    routing = moe.softmax_top_k(logits, k, scale=float(k))  # of equal logits: weights of 1
-    return jax.jit(layer.apply)({"params": split}, x, routing=routing)
+    logits = np.zeros((n, width[0]), np.float32)
+    logits[np.arange(n)[:, None], chosen] = 9
+
+    @jax.jit
+    def run(split, logits, x):
+        routing = moe.softmax_top_k(logits, k, scale=float(k))  # of equal logits: weights of 1
+        return layer.apply({"params": split}, x, routing=routing)
+
+    return run(split, logits, x)
 
 
 @pytest.mark.parametrize("kind", ["GLU", pytest.param("MLP", marks=pytest.mark.full)])
 def test_the_union_of_all_neurons_is_the_dense_layer(kind):
     """All experts of disjoint subsets of odd sizes, and two that overlap in what is shared."""
     params, x = dense(kind), DOMAINS
-    want = LAYERS[kind].apply({"params": params}, x)
+    want = jax.jit(LAYERS[kind].apply)({"params": params}, x)
     owner = RNG.permutation(np.repeat([0, 1, 2], [7, 13, 20]))
     three = moe.split_neurons(params, owner == np.arange(3)[:, None])
     rank = RNG.permutation(H).astype(np.float32)  # what one domain uses most the other uses least
@@ -61,7 +70,7 @@ def test_the_union_of_all_neurons_is_the_dense_layer(kind):
     assert three["experts"]["out"]["kernel"].shape == (3, 24, D)
     assert two["shared"]["out"]["kernel"].shape == (24, D)
     for split, experts in ((three, 3), (two, 2)):
-        every = jnp.broadcast_to(jnp.arange(experts), (2 * T, experts))
+        every = np.broadcast_to(np.arange(experts), (2 * T, experts))
         assert_close(mixture(kind, split, x, every), want, "float32")
 
 
@@ -72,7 +81,8 @@ def test_an_expert_with_the_shared_one_is_its_subset(kind):
     activations = hidden(kind, params, x)
     out = np.asarray(params["out"]["kernel"], np.float64)
     statistics = [
-        frugax.quant.calibrate(LAYERS[kind], {"params": params}, [batch[None]], only="out") for batch in x
+        frugax.quant.calibrate(LAYERS[kind], {"params": params}, [jnp.asarray(batch[None])], only="out")
+        for batch in np.asarray(x)
     ]
     activity = np.stack([found["out/kernel"].mean_abs for found in statistics])
     np.testing.assert_allclose(activity, np.abs(activations).mean(1), rtol=1e-4)
@@ -81,7 +91,7 @@ def test_an_expert_with_the_shared_one_is_its_subset(kind):
     assert 0 < subsets.all(0).sum() < H // 2  # some are shared
     for strong, row in zip(activity, subsets, strict=True):
         assert strong[row].min() >= strong[~row].max()
-    domain = jnp.repeat(jnp.arange(2), T)[:, None]
+    domain = np.repeat(np.arange(2), T)[:, None]
     y = mixture(kind, split, x, domain)
     assert_close(y, (activations * subsets[:, None]) @ out, "float32")
 
@@ -98,7 +108,7 @@ def test_overlap_tells_domains():
     params = dense("GLU")
     activations = np.abs(hidden("GLU", params, DOMAINS))
     _, subsets = moe.split_by_activation(params, activations.mean(1), 0.5)
-    got = moe.activation_overlap(jnp.asarray(activations, jnp.float32), subsets)
+    got = jax.jit(lambda a: moe.activation_overlap(a, subsets))(activations.astype(np.float32))
     want = np.zeros((2, T, 2))
     for at in np.ndindex(2, T):
         order = np.argsort(-activations[at])
