@@ -32,7 +32,7 @@ def quantized_matmul(
         group of W's rows, and scaled after. `MixedActivations`: COMET's blocks of channels in two formats.
       method: None or "dot": products of values. For the portable form also "planes" (sums of products of bit
         planes, for activations and W in bipolar formats), "lut" and "lut_int8" (T-MAC's sums of four
-        activations, looked up by four bits of W; in "lut_int8" the sums are stored in 8 bits).
+        activations, looked up by four bits of W; in "lut_int8" the sums are rounded to 8 bits).
       backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
         "pallas_gpu". A Pallas backend named on CPU runs interpreted.
 

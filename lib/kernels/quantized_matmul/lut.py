@@ -46,10 +46,11 @@ def product(call: Inputs, spec: Spec) -> Array:
     )
 
     def of_token(token: Array) -> Any:
+        token, own = lax.optimization_barrier((token, codes))  # no bits are taken apart before the loop
         # The constant is added with the top plane.
         shifts = (shift if p is every[-1] else None for p in every)
         return sum(
-            _plane_product(token, codes, p, size, signs, scales, shift, spec.method == "lut_int8")
+            _plane_product(token, own, p, size, signs, scales, shift, spec.method == "lut_int8")
             for p, shift in zip(every, shifts, strict=True)
         )
 
