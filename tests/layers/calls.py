@@ -39,9 +39,11 @@ class Calls:
       x: some tokens before a call, then those of the call [B, ..., D], or [B, ...] of ids.
       ids: the documents of the call's tokens [B, T]; the first of each row goes on with that before the call.
       nothing_read: the state of zeros.
+
+    Without `gradients` their place is None, and none are compiled.
     """
 
-    def __init__(self, call, variables, x, ids, reset=zero_rows):
+    def __init__(self, call, variables, x, ids, reset=zero_rows, gradients=True):
         self.variables, self.x, self.ids = variables, x, ids
         self.y, shape = jax.eval_shape(call, variables, x[:, -ids.shape[1] :])
         self.nothing_read = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
@@ -51,7 +53,7 @@ class Calls:
             return y[:, 0], state
 
         def with_gradients(call):
-            return jax.jit(functools.partial(_with_gradients, call))
+            return jax.jit(functools.partial(_with_gradients if gradients else _without_gradients, call))
 
         self._step = with_gradients(step)
         self._whole = with_gradients(lambda v, x, _, __: call(v, x))
@@ -111,6 +113,11 @@ class Calls:
         rng = np.random.default_rng(2)
         shapes = (self.y, floats(self.nothing_read))
         return jax.tree.map(lambda a: rng.standard_normal(a.shape).astype(a.dtype), shapes)
+
+
+def _without_gradients(call, variables, x, state, rest, _):
+    """(y, state) of call(variables, x, state, rest), and None."""
+    return call(variables, x, state, rest), None
 
 
 def _with_gradients(call, variables, x, state, rest, cotangents):

@@ -58,7 +58,7 @@ def test_a_task_chooses_its_experts(case):
     outs = [run({"params": params}, X, task) for task in range(3)]
     for task, y in enumerate(outs):
         assert_close(y, wanted(params, task), jnp.float32)
-    assert all(float(jnp.abs(outs[a] - outs[b]).max()) > 1e-3 for a, b in ((0, 1), (1, 2)))
+    assert all(np.abs(np.subtract(outs[a], outs[b])).max() > 1e-3 for a, b in ((0, 1), (1, 2)))
     one_by_one = model.clone(moe_args=dict(model.moe_args) | {"dispatch": "expert_major"})
     assert_close(jax.jit(one_by_one.apply)({"params": params}, X, 2), outs[2], jnp.float32)
 
@@ -66,13 +66,12 @@ def test_a_task_chooses_its_experts(case):
 def test_training_moves_the_router_of_its_task_alone(case):
     model, params = case
 
-    @jax.jit
     def loss(params):
         how = {"mutable": ["moe"], "rngs": {"router": jax.random.key(1)}}
         y, sown = model.apply({"params": params}, X, 1, **how)
         return jnp.mean(y[..., 0]) + moe.total_loss(sown)
 
-    grads = jax.grad(loss)(params)["pairs"]["experts"]["router"]
+    grads = jax.jit(jax.grad(loss))(params)["pairs"]["experts"]["router"]
     for name in ("kernel", "noise"):
         moved = np.abs(np.asarray(grads[name][0])).max((-2, -1)) > 0
         assert moved.tolist() == ([False, True, False] if model.gate == "router" else True)

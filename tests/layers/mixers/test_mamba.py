@@ -99,7 +99,7 @@ def test_mamba2():
 def test_steps_start_between_a_thousandth_and_a_tenth(name):
     heads = {"Mamba": {}, "Mamba2": {"heads": 256}}[name]
     module = getattr(frugax.layers, name)(state_size=4, **heads)
-    p = module.init(jax.random.key(0), jnp.zeros((1, 2, 128)))["params"]
+    p = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, 128)))["params"]
     dt = softplus(np.asarray(p["dt_bias"], np.float64))
     assert dt.shape == (256,)
     assert (dt > 0.00099).all()

@@ -121,9 +121,10 @@ def test_sums_beyond_the_range_of_float16(name):
     """Sums over 200 tokens of large products: a norm or a quotient brings them back into float16's range."""
     module, variables, x = make(name, dtype=jnp.float32, time=200)
     x = (50 + 30 * x).astype(jnp.float16)
-    y, _ = module.apply(variables, x)
+    apply = jax.jit(module.apply)
+    y, _ = apply(variables, x)
     assert y.dtype == jnp.float16
-    assert_close(y, module.apply(variables, x.astype(jnp.float32))[0], jnp.float16, times=12)
+    assert_close(y, apply(variables, x.astype(jnp.float32))[0], jnp.float16, times=12)
 
 
 @pytest.mark.full
