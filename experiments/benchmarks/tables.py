@@ -456,6 +456,28 @@ def moe_routers() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def recall() -> str:
+    """Tabulate the share of values recalled over the bytes of a state."""
+    result = read("recall")
+    names = {
+        "window": "window of exact attention",
+        "taylor": "linear attention, Taylor features",
+        "based": "both (Based)",
+        "gla": "gated linear attention",
+        "mamba2": "Mamba-2",
+    }
+    rows = [
+        [names[r["kind"]], r["size"], f"{r['state_bytes']:,}", f"{100 * r['recalled']:.1f} %"]
+        for r in result["rows"]
+    ]
+    rates = " and ".join(map(str, result["learning_rates"]))
+    about = (
+        f"{result['pairs']} pairs a row; {result['width']} wide; {result['steps']} steps at the rates {rates}"
+    )
+    head = ["mixer", "size", "bytes of a state", "recalled"]
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def parallel_block() -> str:
     """Tabulate parallel blocks beside serial ones."""
     result = read("parallel_block")
@@ -563,6 +585,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "mamba_lyapunov": mamba_lyapunov,
         "low_bit_training": low_bit_training,
         "parallel_block": parallel_block,
+        "recall": recall,
     },
     "docs/results/experts.md": {
         "moe_routers": moe_routers,

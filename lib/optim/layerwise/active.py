@@ -29,6 +29,7 @@ from ..common.where_read import (
 )
 
 LAYERS = r"(^|/)layers/"
+DOTS = "dots"  # the name of a way to keep activations
 
 
 def active_value_and_grad(
@@ -49,8 +50,10 @@ def active_value_and_grad(
       params: a tree; layers are the slices of axis 0 of the leaves that `layers` finds.
       active: indices of the layers, ascending and without repetition; may be traced.
       layers: regex of the paths of stacked leaves.
-      keep: number format, such as "int8" or "int4", that the activations kept of all layers are stored in, a
-        scale for each row along their last axis; None: as they are, and the gradient is exact.
+      keep: what is kept of all layers' activations. None: all that the hidden state's gradient needs, as they
+        are. "dots": results of matrix products alone; what lies between them is computed again. Both are
+        exact. Or a number format such as "int8" or "int4", in which they are stored with a scale for each row
+        along their last axis.
 
     Returns:
       The loss and a tree like params, with leaves [n, ...] in the place of stacked ones.
@@ -183,7 +186,7 @@ def _with_backward_pass(body: Any, length: int, reverse: bool, keep: str | None)
             [x.value for x in part] for part in (constants, hidden, others, weights)
         )
         slots, place = [x.value for x in slots], place.value
-        plan = _plan(body, constants, _first(weights), hidden, _first(others), wants)
+        plan = _plan(body, constants, _first(weights), hidden, _first(others), wants, keep)
         static.update(plan=plan, wants=wants)
         seen = [jnp.stack([h] * len(slots[0])) for h in hidden]
 
@@ -256,7 +259,9 @@ def _with_backward_pass(body: Any, length: int, reverse: bool, keep: str | None)
     return run
 
 
-def _plan(body: Any, constants: Any, weights: Any, hidden: Any, others: Any, wants: Any) -> _Plan:
+def _plan(
+    body: Any, constants: Any, weights: Any, hidden: Any, others: Any, wants: Any, keep: str | None
+) -> _Plan:
     """Trace a layer with its pullback by hidden state, and by the constants and others that want it."""
     shapes = [len(part) for part in (constants, weights, hidden, others)]
     tree = []
@@ -276,6 +281,9 @@ def _plan(body: Any, constants: Any, weights: Any, hidden: Any, others: Any, wan
         chosen = [x for x, want in zip(constants, wants[0], strict=True) if want]
         chosen_others = [x for x, want in zip(others, wants[1], strict=True) if want]
         moving = [x for x in hidden if _is_float(x)]
+        if keep == DOTS:
+            policy = jax.checkpoint_policies.dots_saveable
+            floats = jax.checkpoint(floats, prevent_cse=False, policy=policy)
         _, pullback, outputs = jax.vjp(floats, chosen, moving, chosen_others, has_aux=True)
         residuals, structure = jax.tree.flatten(pullback)
         tree.append((structure, len(outputs)))
@@ -307,7 +315,7 @@ def _depends(jaxpr: Any, of_inputs: Sequence[bool]) -> list[bool]:
 
 
 def _store(x: Array, keep: str | None) -> Any:
-    if keep is None or not _is_float(x) or x.ndim == 0 or x.size == 0:
+    if keep in (None, DOTS) or not _is_float(x) or x.ndim == 0 or x.size == 0:
         return x
     return (quantize(x, keep, axis=-1), jnp.zeros((), x.dtype))
 

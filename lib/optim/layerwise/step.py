@@ -63,7 +63,8 @@ def layerwise_step(
       loss_fn: params -> scalar, which scans over the stacked layers.
       params: donate them and `state` to the surrounding `jit`: they are updated in place.
       state: of the optimizer, made with all of the params.
-      keep: format of the activations that are kept of all layers, such as "int8"; None: exact.
+      keep: how activations are kept: None or "dots", exact, or a number format such as "int8"; see
+        `active_value_and_grad`.
 
     Returns:
       New params, new state, and the loss before the step.

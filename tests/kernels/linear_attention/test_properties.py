@@ -112,7 +112,7 @@ def test_residuals_and_temporaries_grow_with_T_alone(decay):
 @pytest.mark.full
 def test_features_made_inside_are_never_all_in_memory():
     """Temporaries of a gradient: a small part of what the features of q and k alone would take."""
-    T, H, K = 4096, 4, 16
+    T, H, K = 16384, 4, 16
     q, v = (jax.ShapeDtypeStruct((1, T, H, width), jnp.float32) for width in (K, 8))
     features = 2 * T * H * 153 * 4
 

@@ -12,7 +12,7 @@ from tests.optim.layerwise.models import perceptron, temporaries, transformer
 
 
 def chosen(tree, active):
-    return tree | {"layers": jax.tree.map(lambda x: x[jnp.asarray(active)], tree["layers"])}
+    return tree | {"layers": jax.tree.map(lambda x: np.asarray(x)[active], tree["layers"])}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,16 @@ def test_frozen_layers_keep_no_activations_and_no_gradient():
 
 
 @pytest.mark.full
-def test_activations_in_few_bits_take_less_memory():
-    """Any model, without functions of its own: less than all, and less with fewer bits."""
-    exact, eight, four = (memory_of_one_block(keep=keep) for keep in (None, "int8", "int4"))
+def test_activations_kept_in_other_ways_take_less_memory(small):
+    """Any model, without functions of its own: products alone, exactly, or fewer bits."""
+    exact, dots, eight, four = (memory_of_one_block(keep=keep) for keep in (None, "dots", "int8", "int4"))
+    assert dots < 0.6
     assert four < eight < 0.5 < exact < 0.9
+    params, loss, value, gradient = small
+    active = jnp.array([0, 2])
+    got_value, got = jax.jit(lambda p: optim.active_value_and_grad(loss, p, active, keep="dots"))(params)
+    assert_close(got_value, value, "float32")
+    assert_close(got, chosen(gradient, active), "float32")
 
 
 @pytest.mark.parametrize("make", [optim.lisa, pytest.param(optim.badam, marks=pytest.mark.full)])
