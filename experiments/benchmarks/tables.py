@@ -456,6 +456,18 @@ def moe_routers() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 
+def length_cpu() -> str:
+    """Tabulate the time of a token of lightning attention over length."""
+    result = read("length_cpu")
+    rows = [
+        [f"{r['tokens']:,}", f"{r['forward_ns'] / 1e3:.2f}", f"{r['forward_and_gradient_ns'] / 1e3:.2f}"]
+        for r in result["rows"]
+    ]
+    head = ["tokens", "forward, CPU us a token", "forward and gradient"]
+    about = f"{result['heads']} heads of {result['width']}, medians of {result['turns']} turns"
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def recall() -> str:
     """Tabulate the share of values recalled over the bytes of a state."""
     result = read("recall")
@@ -572,6 +584,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/how-to/memory.md": {"policies": policies, "memory": memory},
     "docs/results/cpu.md": {
         "linear_attention_cpu": linear_attention_cpu,
+        "length_cpu": length_cpu,
         "recurrences_cpu": recurrences_cpu,
         "rnn_cpu": rnn_cpu,
         "quantized_matmul_cpu": quantized_matmul_cpu,
