@@ -304,6 +304,19 @@ def minilm() -> str:
     return f"{about}. {plain_caption(result)}\n\n{table(['', *(m.replace('_', ' ') for m in methods)], rows)}"
 
 
+def minifloat_digits() -> str:
+    """Tabulate a vision transformer in minifloats and integers, by method."""
+    result, rows = read("minifloat_digits"), []
+    for format, bases in result["rows"].items():
+        for base, found in bases.items():
+            cells = [f"{100 * accuracy:.1f} / {100 * error:.1f}" for accuracy, error in found.values()]
+            rows.append([f"`{format}`", base, *cells])
+    seeds = result["settings"]["seeds"]
+    about = f"{100 * result['accuracy']:.1f} % in float32; {result['held_out']} images, {seeds} models' mean"
+    head = ["", "weights by", *next(iter(next(iter(result["rows"].values())).values()))]
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def low_bit() -> str:
     """Tabulate a trained decoder in every format, by every method."""
     result = read("low_bit")
@@ -620,6 +633,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "minifloats": minifloats,
         "bipolar": bipolar,
         "minilm": minilm,
+        "minifloat_digits": minifloat_digits,
         "low_bit": low_bit,
         "qmoe": qmoe,
     },
