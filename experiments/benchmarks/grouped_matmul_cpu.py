@@ -111,7 +111,7 @@ def measure_step(tokens: int, width: int, hidden: int, experts: int, k: int, rep
     def step(f: Callable) -> Callable:
         return jax.value_and_grad(lambda params, x: jnp.sum(jnp.sin(f(params, x))), (0, 1))
 
-    ways = {name: partial(mixture, k=k, routed=name) for name in ("dispatch", "gather and scatter")}
+    ways = {name: partial(mixture, k=k, routed=name) for name in ("dispatch", "routed_experts")}
     named = {"dense layer": (dense, wide)} | {name: (f, sparse) for name, f in ways.items()}
     want = jax.jit(step(partial(mixture, k=k, routed="definition")))(sparse, x)
     calls, temporaries = {}, {}
@@ -160,7 +160,9 @@ def timed(calls: dict, floor: str, temporaries: dict, repeats: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=11, help="timed runs of each")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed runs of each product; four times as many of a step"
+    )
     parser.add_argument("--small", action="store_true", help="sizes that take a second: a rehearsal")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
     args = parser.parse_args()
@@ -172,7 +174,7 @@ def main() -> None:
         results[what] = measure_products(M, K, N, E, skewed, args.repeats)
     for E, k, H in ((8, 2, K), (32, 4, K // 2)):
         what = f"a step of {M // 2} tokens, {k} of {E} gated experts of {K} x {H}"
-        results[what] = measure_step(M // 2, K, H, E, k, args.repeats)
+        results[what] = measure_step(M // 2, K, H, E, k, 4 * args.repeats)
     save(args.out, about() | {"repeats": args.repeats, "results": results})
 
 
