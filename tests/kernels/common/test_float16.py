@@ -12,7 +12,13 @@ from tests.kernels.harness import OPERATIONS, expected, over, value_and_gradient
 F16 = jnp.float16
 
 
-@pytest.mark.parametrize("operation", over(lambda row: row.check is None))
+def differentiable() -> list:
+    """Return the operations: by default those that are made of no others."""
+    names = over(lambda row: row.check is None)
+    return [pytest.param(n, marks=pytest.mark.full) if OPERATIONS[n].composed else n for n in names]
+
+
+@pytest.mark.parametrize("operation", differentiable())
 def test_values_and_gradients(operation):
     row = OPERATIONS[operation]
     case = row.small | {"dtype": "float16"}

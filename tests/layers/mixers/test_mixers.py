@@ -39,7 +39,7 @@ def test_whole_is_token_by_token(name):
         assert_close(got_grads[:2], grads[:2], "float64", name="gradients")
 
 
-@together()
+@together(full=VARIANTS)
 def test_packed_rows_that_go_on_are_token_by_token(name):
     """A state and several documents: (3 +) 2, 1 and 4 tokens in row 0, (3 +) 5 and 2 in row 1."""
     with jax.enable_x64(True):
@@ -50,7 +50,7 @@ def test_packed_rows_that_go_on_are_token_by_token(name):
 
 
 @pytest.mark.nan
-@together()
+@together(full=VARIANTS)
 def test_outputs_do_not_see_what_comes_later(name):
     """The same bits, whatever stands at token 4 and after: other values, or NaN."""
     with jax.enable_x64(True):
@@ -65,7 +65,7 @@ def test_outputs_do_not_see_what_comes_later(name):
 
 
 @pytest.mark.nan
-@together()
+@together(full=VARIANTS)
 def test_documents_do_not_see_each_other(name):
     """Another value or a NaN in one: the others' outputs, gradients and the last state are the same bits."""
     with jax.enable_x64(True):
