@@ -1,5 +1,6 @@
 """Mamba-3's recurrence: Mamba-2's, whose input is a mean of this token's and the one's before."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -86,56 +87,77 @@ def trapezoidal_ssd(
         ((1, 100, 4, 16), (1, 4, 8, 16))
     """
     x, dt, A, B, C, mix, D, segment_ids = map(as_shaped, (x, dt, A, B, C, mix, D, segment_ids))
-    memory = None if initial_state is None else initial_state.memory
-    check(x, dt, None, B, C, D, None, None, memory)
-    _check_rows(dt, A, mix)
-    checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; expected <= 0")
-    checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; expected >= 0")
-    wide, H = accumulator(x.dtype), x.shape[2]
+    check_call(x, dt, A, B, C, mix, D, initial_state)
     read = rows(x.shape[:2], segment_ids, lengths, segment_states, reverse)
     if read is not None:
         x, dt, A, B, C, mix = map(read.read, (x, dt, A, B, C, mix))
         segment_ids = read.ids
-    dt, A, mix = dt.astype(wide), rates(A, wide), mix.astype(wide)
-
-    a_BTH, own_BTH = jnp.exp(dt * A), mix * dt
-    packed = documents(segment_ids, *x.shape[:2])
-    weight_BTH = a_BTH * (_a_token_late(own_BTH, None, packed) + (1 - mix) * dt)
     memory, B_first, x_first = (None, None, None) if initial_state is None else initial_state
-    operand = operand_dtype(x.dtype)
-    B_late, x_late = _a_token_late(B, B_first, packed), _a_token_late(x, x_first, packed)
-    qkvg = (
-        C.astype(operand),
-        B_late.astype(operand),
-        (weight_BTH[..., None] * x_late.astype(wide)).astype(operand),
-        dt * A,
-    )
+    per_token = own_inputs(x, dt, B, mix)
+    firsts = {"own": None, "B": B_first, "x": x_first}  # the memory before holds its token's own input
+    qkvg = separated(per_token, dt, A, C, mix, firsts, documents(segment_ids, *x.shape[:2]))
     how = {"initial_state": memory, "segment_ids": segment_ids, "lengths": lengths}
     y, entered = linear_attention(*qkvg, scale=1.0, **how, backend=backend)
-    B_wide, x_wide = B.astype(wide), x.astype(wide)
-    skip_BTH = own_BTH * repeat_heads(jnp.sum(C.astype(wide) * B_wide, axis=-1), H)
-    if D is not None:
-        skip_BTH = skip_BTH + D.astype(wide)[None, None]
-    y = (y.astype(wide) + skip_BTH[..., None] * x_wide).astype(x.dtype)
-    per_token = {"own": own_BTH, "B": B, "x": x}
-    firsts = {"own": None, "B": B_first, "x": x_first}
+    y = joined(y, per_token, C, D)
 
     def at(places: Array) -> dict[str, Array]:
         return {n: outputs_at(z, firsts[n], places) for n, z in per_token.items()}
 
     def states(places: Array) -> TrapezoidalState:
         call = inputs.check(*qkvg, None, memory, segment_ids)
-        return _after(states_at(call, places), **at(places))
+        return after(states_at(call, places), **at(places))
 
     if lengths is None:
         last = {n: z[:, -1] for n, z in per_token.items()}
     else:
         last = {n: z[:, 0] for n, z in at(jnp.asarray(lengths)[:, None] - 1).items()}
-    state = _after(entered, **last)
+    state = after(entered, **last)
     return (y, state) if read is None else (read.write(y), read.states(state, states))
 
 
-def _after(entered: Array, own: Array, B: Array, x: Array) -> TrapezoidalState:
+def own_inputs(x: Array, dt: Array, B: Array, mix: Array) -> dict[str, Array]:
+    """The tokens' own inputs to the state, own B x^T, by its parts."""
+    wide = accumulator(x.dtype)
+    return {"own": mix.astype(wide) * dt.astype(wide), "B": B, "x": x}
+
+
+def separated(
+    tokens: dict[str, Array],
+    dt: Array,
+    A: Array,
+    C: Array,
+    mix: Array,
+    before: Mapping[str, Array | None],
+    packed: Documents | None,
+) -> tuple[Array, Array, Array, Array]:
+    """The q, k, v and log-decays of the linear attention that takes all but a token's own input.
+
+    Args:
+      tokens: from `own_inputs`.
+      dt, A, C, mix: as given.
+      before: the same parts of the token before the first [B, ...]; None: zeros.
+      packed: the documents.
+    """
+    own_BTH, x = tokens["own"], tokens["x"]
+    wide, operand = own_BTH.dtype, operand_dtype(x.dtype)
+    dt, A, mix = dt.astype(wide), rates(A, wide), mix.astype(wide)
+    own_late, B_late, x_late = (_a_token_late(tokens[n], before[n], packed) for n in ("own", "B", "x"))
+    weight_BTH = jnp.exp(dt * A) * (own_late + (1 - mix) * dt)
+    values = (weight_BTH[..., None] * x_late.astype(wide)).astype(operand)
+    return C.astype(operand), B_late.astype(operand), values, dt * A
+
+
+def joined(y: Array, tokens: dict[str, Array], C: Array, D: Array | None) -> Array:
+    """The output [B, T, H, P] with the share of a token's own input and of D x, in x's dtype."""
+    own_BTH, x = tokens["own"], tokens["x"]
+    wide, H = own_BTH.dtype, x.shape[2]
+    skip_BTH = own_BTH * repeat_heads(jnp.sum(C.astype(wide) * tokens["B"].astype(wide), axis=-1), H)
+    if D is not None:
+        skip_BTH = skip_BTH + D.astype(wide)[None, None]
+    return (y.astype(wide) + skip_BTH[..., None] * x.astype(wide)).astype(x.dtype)
+
+
+def after(entered: Array, own: Array, B: Array, x: Array) -> TrapezoidalState:
     """The state after a token: `entered` [..., H, N, P] lacks what the token itself adds."""
     wide = entered.dtype
     B_HN = repeat_heads(B.astype(wide), x.shape[-2], B.ndim - 2)
@@ -149,8 +171,11 @@ def _a_token_late(x: Array, first: Array | None, packed: Documents | None) -> Ar
     return late if packed is None else jnp.where(jnp.expand_dims(packed.starts, range(2, x.ndim)), 0, late)
 
 
-def _check_rows(dt, A, mix) -> None:
-    """Raise ValueError unless A and mix have a number for each token and head, as dt does."""
+def check_call(x, dt, A, B, C, mix, D, initial_state: TrapezoidalState | None) -> None:
+    """Raise ValueError naming the argument that can't be right."""
+    check(x, dt, None, B, C, D, None, None, None if initial_state is None else initial_state.memory)
     for name, y in (("A", A), ("mix", mix)):
         if y.shape != dt.shape or not jnp.issubdtype(y.dtype, jnp.floating):
             reject(name, y, f"floating {list(dt.shape)}")
+    checkify.debug_check(jnp.all(A <= 0), "A: a value is positive; expected <= 0")
+    checkify.debug_check(jnp.all(dt >= 0), "dt: a value is negative; expected >= 0")

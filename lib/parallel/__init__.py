@@ -12,7 +12,7 @@ from .placement import expert_parallel_with_copies, plan_placement, route_to_cop
 from .rules import RULES, shardings, state_shardings, table
 from .schedules import Timeline, pipeline_schedule, pipeline_timeline
 from .sequence import causal_conv1d, linear_attention, linear_recurrence
-from .state_spaces import lmu, selective_scan, ssd
+from .state_spaces import lmu, selective_scan, ssd, trapezoidal_ssd
 
 __all__ = [
     "AXES",
@@ -54,5 +54,6 @@ __all__ = [
     "ssd",
     "state_shardings",
     "table",
+    "trapezoidal_ssd",
     "ulysses_attention",
 ]

@@ -19,7 +19,9 @@ from jax import Array
 from jax.sharding import AxisType
 
 from .. import kernels
+from ..kernels.common.rows import rows as rows_of
 from ..kernels.common.splits import divides, sizes_of, specs_of
+from ..kernels.trapezoidal_ssd import TrapezoidalState
 from . import sequence, state_spaces
 from .mesh import BATCH_AXES
 
@@ -28,7 +30,6 @@ TENSOR = "tensor"
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_WHOLE_ROWS = ("lengths", "segment_states", "reverse")  # arguments of kernels that time in shards can't have
 
 
 def time_shards() -> int:
@@ -61,15 +62,16 @@ def check_whole_rows(**given: Any) -> None:
 
 
 def over_time(
-    fn: Callable[..., Any], arguments: Mapping[str, str], results: Any, *, heads: str = "h"
+    fn: Callable[..., Any], arguments: Mapping[str, Any], results: Any, *, heads: str = "h"
 ) -> Callable[..., Any]:
     """Run a function of shards of time over the mesh in context.
 
     Args:
       fn: of arrays by name, inside a `shard_map` with the manual axis "sequence". What it returns without
         time is the same on every shard of time.
-      arguments: the axes of each array by name, such as "b t h k": rows "b" go over the axes of the batch,
-        time "t" over "sequence", `heads` over "tensor", as far as those divide; others are whole.
+      arguments: the axes of each array by name, such as "b t h k", or of a tree of arrays: rows "b" go over
+        the axes of the batch, time "t" over "sequence", `heads` over "tensor", as far as those divide; others
+        are whole.
       results: the axes of each result, a tree of strings.
       heads: the axis that "tensor" splits.
 
@@ -80,21 +82,24 @@ def over_time(
       ValueError: (from that) the devices don't divide the tokens.
     """
 
-    def call(**arrays: Array) -> Any:
+    def call(**arrays: Any) -> Any:
         mesh = jax.sharding.get_abstract_mesh()
         free = _automatic(mesh)
-        rows = {name: tuple(arguments[name].split()) for name in arrays}
-        shapes = {name: x.shape for name, x in arrays.items()}
-        sizes = sizes_of(rows.values(), shapes.values(), ("b", heads, "t"))
-        for name, row in rows.items():
-            tokens = arrays[name].shape[row.index("t")] if "t" in row else 0
+        leaves, structure = jax.tree.flatten(arrays)
+        rows = [tuple(axes.split()) for axes in jax.tree.leaves({name: arguments[name] for name in arrays})]
+        shapes = [x.shape for x in leaves]
+        sizes = sizes_of(rows, shapes, ("b", heads, "t"))
+        named = jax.tree_util.tree_leaves_with_path(arrays)
+        for (path, x), row in zip(named, rows, strict=True):
+            tokens = x.shape[row.index("t")] if "t" in row else 0
             if tokens % mesh.shape[SEQUENCE]:
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise ValueError(_too_few(name, tokens, mesh.shape[SEQUENCE]))
         batch = _that_divide(max(sizes["b"]), mesh)
         tensor = (TENSOR,) if TENSOR in free and divides((TENSOR,), sizes[heads], mesh.shape) else ()
         split = {"b": batch, heads: tensor, "t": (SEQUENCE,)}
         names, tree = jax.tree.flatten(results)
-        in_specs = dict(zip(rows, specs_of(rows.values(), shapes.values(), split, mesh.shape), strict=True))
+        in_specs = jax.tree.unflatten(structure, specs_of(rows, shapes, split, mesh.shape))
         whole = {axis: max(size, default=1) for axis, size in sizes.items()}
         out_rows = [tuple(name.split()) for name in names]
         out_shapes = [tuple(whole.get(axis, 1) for axis in row) for row in out_rows]
@@ -161,7 +166,7 @@ def _too_few(name: str, tokens: int, shards: int) -> str:
 
 
 def _split(
-    whole: Callable[_P, _R], shard: Callable[..., Any], arguments: dict[str, str], results: Any, heads: str
+    whole: Callable[_P, _R], shard: Callable[..., Any], arguments: dict[str, Any], results: Any, heads: str
 ) -> Callable[_P, _R]:
     """The kernel's own call, or `shard` on each shard of time."""
     signature = inspect.signature(whole)
@@ -171,18 +176,40 @@ def _split(
         if time_shards() == 1:
             return whole(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
-        check_whole_rows(**{name: given.pop(name, None) for name in _WHOLE_ROWS})
+        check_whole_rows(reverse=given.pop("reverse", None))
+        of_rows = [given.pop(name, None) for name in ("lengths", "segment_states")]
         arrays = {name: given.pop(name) for name in arguments if given.get(name) is not None}
         axes = {name: _alternative(arguments[name], x) for name, x in arrays.items()}
         if None in axes.values():
             return whole(*args, **kwargs)  # which says what is wrong
         run = functools.partial(shard, axis_name=SEQUENCE, **given)
-        return over_time(run, axes, results, heads=heads)(**arrays)  # type: ignore[arg-type]
+        of_tokens = [name for name, a in axes.items() if isinstance(a, str) and a.split()[1:2] == ["t"]]
+        read = rows_of(arrays[of_tokens[0]].shape[:2], arrays.get("segment_ids"), *of_rows)
+        if read is None:
+            return over_time(run, axes, results, heads=heads)(**arrays)  # type: ignore[no-any-return]
+        arrays |= {name: read.read(arrays[name]) for name in of_tokens if name != "segment_ids"}
+        if read.ids is not None:
+            arrays["segment_ids"] = read.ids
+        of_y, of_state = results
+        of_states = jax.tree.map(lambda of_one: of_one.replace("b", "b places", 1), of_state)
+        apart = over_time(run, axes | {"places": "b places"}, (of_y, of_states), heads=heads)
+        found = []
+
+        def states_at(places: Array) -> Any:
+            y, states = apart(**arrays, places=places)
+            found.append(y)
+            return states
+
+        state = read.states_by_place(None, states_at)
+        return read.write(found[0]), state  # type: ignore[return-value]
 
     return call
 
 
-def _alternative(axes: str, x: Any) -> str | None:
+def _alternative(axes: Any, x: Any) -> Any:
+    """The axes that an array has, of those in its row of a table; a tree's are as they are."""
+    if not isinstance(axes, str):
+        return axes
     found = (one for one in axes.split("|") if len(one.split()) == getattr(x, "ndim", 0))
     return next(found, None)
 
@@ -260,6 +287,23 @@ ssd = _split(
         "segment_ids": "b t",
     },
     ("b t h p", "b h n p"),
+    "h",
+)
+trapezoidal_ssd = _split(
+    kernels.trapezoidal_ssd,
+    state_spaces.trapezoidal_ssd,
+    {
+        "x": "b t h p",
+        "dt": "b t h",
+        "A": "b t h",
+        "B": "b t h n",
+        "C": "b t h n",
+        "mix": "b t h",
+        "D": "h",
+        "initial_state": TrapezoidalState("b h n p", "b h n", "b h p"),
+        "segment_ids": "b t",
+    },
+    ("b t h p", TrapezoidalState("b h n p", "b h n", "b h p")),
     "h",
 )
 lmu = _split(

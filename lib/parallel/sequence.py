@@ -4,6 +4,8 @@ Over a stretch of time a linear recurrence is an affine map of the state before 
 So shards exchange their maps, of a state's size, and no tokens; each applies those of the shards before it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -14,10 +16,12 @@ from ..kernels.causal_conv1d import inputs as conv
 from ..kernels.common.arguments import accumulator
 from ..kernels.common.documents import documents
 from ..kernels.common.operation import Backend
+from ..kernels.common.rows import outputs_at
 from ..kernels.common.sharding import vary_like
 from ..kernels.linear_attention import inputs as attention
 from ..kernels.linear_attention.features import widened
-from .shards import entering_state, of_last_shard
+from ..kernels.linear_attention.states import states_at as attention_states_at
+from .shards import entering_state, state_after
 
 
 def linear_attention(
@@ -32,8 +36,9 @@ def linear_attention(
     scale: float | None = None,
     initial_state: Float[Array, "b h f v"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    places: Int[Array, "b m"] | None = None,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h f v"]]:
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b *places h f v"]]:
     """`frugax.kernels.linear_attention` with time split over the mesh axis `axis_name`.
 
     Each shard makes the state its tokens leave (one matmul of K x V a token), the shards pass these states
@@ -45,9 +50,11 @@ def linear_attention(
         those that have it.
       axis_name: a manual mesh axis of the `shard_map` around the call; shards are in the order of time.
       initial_state: the state before the first shard's first token, the same on every shard.
+      places: tokens of the whole row [B, M]; the states after them are returned, -1 being the initial state.
 
     Returns:
-      This shard's out [B, T, H, V], and the state after the last shard's last token, the same on every shard.
+      This shard's out [B, T, H, V], and the state after the last shard's last token, or [B, M, ...]
+      those after `places`, the same on every shard.
 
     Raises:
       ValueError: as `frugax.kernels.linear_attention`.
@@ -68,7 +75,8 @@ def linear_attention(
     """
     arrays = (q, k, v, log_decay, bonus, initial_state, segment_ids)
     call = attention.check(*arrays, feature_map=feature_map)
-    S_BHKV, total_BHK1 = state_left(widened(call, feature_map))
+    wide = widened(call, feature_map)
+    S_BHKV, total_BHK1 = state_left(wide)
     entering = entering_state(total_BHK1, S_BHKV, initial_state, segment_ids, axis_name, logs=True)
     out, final_state = kernels.linear_attention(
         q,
@@ -82,7 +90,8 @@ def linear_attention(
         segment_ids=segment_ids,
         backend=backend,
     )
-    return out, of_last_shard(final_state, axis_name)
+    at = functools.partial(attention_states_at, wide._replace(initial_state=entering))
+    return out, state_after(final_state, at, places, q.shape[1], axis_name)
 
 
 def linear_recurrence(
@@ -92,8 +101,9 @@ def linear_recurrence(
     axis_name: str,
     initial_state: Float[Array, "b d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    places: Int[Array, "b m"] | None = None,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
+) -> tuple[Float[Array, "b t d"], Float[Array, "b *places d"]]:
     """`frugax.kernels.linear_recurrence` with time split over the mesh axis `axis_name`.
 
     Here a state is as small as a token, so the recurrence runs from zero, and what enters the shard is added
@@ -103,9 +113,11 @@ def linear_recurrence(
       a, b, segment_ids, backend: as there; one shard of time.
       axis_name: a manual mesh axis of the `shard_map` around the call; shards are in the order of time.
       initial_state: the state before the first shard's first token, the same on every shard.
+      places: tokens of the whole row [B, M]; the states after them are returned, -1 being the initial state.
 
     Returns:
-      This shard's h [B, T, D], and the state after the last shard's last token, the same on every shard.
+      This shard's h [B, T, D], and the state after the last shard's last token, or [B, M, ...]
+      those after `places`, the same on every shard.
 
     Raises:
       ValueError: as `frugax.kernels.linear_recurrence`.
@@ -123,7 +135,8 @@ def linear_recurrence(
         >>> float(state[0, 0])
         64.0
     """
-    call = dict(segment_ids=segment_ids, backend=backend)
+    call, dtype = dict(segment_ids=segment_ids, backend=backend), b.dtype
+    b = b if places is None else b.astype(accumulator(dtype))  # a state is wide, wherever it is
     h_BTD, left_BD = kernels.linear_recurrence(a, b, **call)
     product_BTD, total_BD = kernels.linear_recurrence(
         a, jnp.zeros_like(b), initial_state=vary_like(jnp.ones_like(left_BD), (a, b)), **call
@@ -134,7 +147,8 @@ def linear_recurrence(
     if packed is not None:  # the product is 0 there, but the state may be NaN
         reached_BTD = jnp.where(packed.index[..., None] == 0, reached_BTD, 0)
     h_BTD = (h_BTD + product_BTD * reached_BTD).astype(b.dtype)
-    return h_BTD, of_last_shard(left_BD + total_BD * reached_BTD[:, -1], axis_name)
+    last_BD, at = left_BD + total_BD * reached_BTD[:, -1], functools.partial(outputs_at, h_BTD, entering_BD)
+    return h_BTD.astype(dtype), state_after(last_BD, at, places, b.shape[1], axis_name)
 
 
 def causal_conv1d(
@@ -146,17 +160,20 @@ def causal_conv1d(
     activation: str | None = None,
     initial_state: Float[Array, "b w-1 d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    places: Int[Array, "b m"] | None = None,
     backend: Backend | None = None,
-) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
+) -> tuple[Float[Array, "b t d"], Float[Array, "b *places w-1 d"]]:
     """`frugax.kernels.causal_conv1d` with time split over the mesh axis `axis_name`: W-1 tokens move on.
 
     Args:
       x, weight, bias, activation, segment_ids, backend: as there; one shard of time of those that have it.
       axis_name: a manual mesh axis of the `shard_map` around the call; shards are in the order of time.
       initial_state: the W-1 inputs before the first shard's first token, the same on every shard.
+      places: tokens of the whole row [B, M]; the states after them are returned, -1 being the initial state.
 
     Returns:
-      This shard's y [B, T, D], and the last shard's last W-1 inputs, the same on every shard.
+      This shard's y [B, T, D], and the last shard's last W-1 inputs, or [B, M, W-1, D] those up
+      to `places`, the same on every shard.
 
     Raises:
       ValueError: as `frugax.kernels.causal_conv1d`, and for a shard of fewer than W-1 tokens.
@@ -187,16 +204,18 @@ def causal_conv1d(
         entering = jnp.where((left_id == segment_ids[:, 0])[:, None, None], entering, 0)
     first = jax.lax.axis_index(axis_name) == 0
     entering = jnp.where(first, 0 if call.initial_state is None else call.initial_state, entering)
+    entering = entering.astype(x.dtype)
     y, final_state = kernels.causal_conv1d(
         x,
         weight,
         bias,
         activation=activation,
-        initial_state=entering.astype(x.dtype),
+        initial_state=entering,
         segment_ids=segment_ids,
         backend=backend,
     )
-    return y, of_last_shard(final_state, axis_name)
+    at = functools.partial(conv.states_at, call._replace(initial_state=entering))
+    return y, state_after(final_state, at, places, x.shape[1], axis_name)
 
 
 def state_left(call: attention.Inputs) -> tuple[Array, Array]:

@@ -118,3 +118,28 @@ def of_last_shard(x: Array, axis_name: str) -> Array:
     """The last shard's x, on every shard."""
     last = jax.lax.axis_index(axis_name) == jax.lax.axis_size(axis_name) - 1
     return jax.lax.psum(jnp.where(last, x, 0), axis_name)
+
+
+def state_after(
+    last: Any, at: Callable[[Array], Any], places: Array | None, tokens: int, axis_name: str
+) -> Any:
+    """The state after the last shard's tokens, or those after some tokens; the same on every shard.
+
+    Args:
+      last: the state, an array or a tree of them, that this shard's tokens leave.
+      at: places in this shard [B, N] -> the states after them [B, N, ...]; -1 is the state before the first.
+      places: in the whole row [B, N]; -1 is the state before the first shard. None: `last` of the last shard.
+      tokens: of a shard.
+      axis_name: the manual mesh axis; shards are in the order of time.
+    """
+    if places is None:
+        return jax.tree.map(lambda x: of_last_shard(x, axis_name), last)
+    here = jax.lax.axis_index(axis_name)
+    local = places - here * tokens
+    is_here = ((local >= 0) & (local < tokens)) | ((places < 0) & (here == 0))
+
+    def from_its_shard(x: Array) -> Array:
+        mine = is_here.reshape(*is_here.shape, *[1] * (x.ndim - 2))
+        return jax.lax.psum(jnp.where(mine, x, 0), axis_name)
+
+    return jax.tree.map(from_its_shard, at(jnp.clip(local, -1, tokens - 1)))

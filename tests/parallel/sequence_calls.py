@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import frugax
+from frugax.parallel import over_time
 from tests.errors import assert_close
 
 B, T, H, K, V, D, W = 2, 64, 2, 3, 2, 5, 4
@@ -62,6 +63,15 @@ def legendre():
     return "lmu", {"u": normal(0, B, T, D), "initial_state": normal(1, B, D, K)}, {"u"}, B * D * K
 
 
+def trapezoid():
+    args = {"x": normal(0, B, T, H, V), "dt": jnp.abs(normal(1, B, T, H)), "A": -jnp.exp(normal(2, B, T, H))}
+    args |= {"B": normal(3, B, T, 1, K), "C": normal(4, B, T, 1, K), "D": normal(6, H)}
+    args["mix"] = jax.nn.sigmoid(normal(5, B, T, H))
+    first = (normal(8, B, H, K, V), normal(9, B, 1, K), normal(10, B, H, V))
+    args["initial_state"] = frugax.kernels.TrapezoidalState(*first)
+    return "trapezoidal_ssd", args, {"x", "dt", "A", "B", "C", "mix"}, B * H * K * V
+
+
 OPTIONS = {"selective_scan": {"dt_softplus": True}, "ssd": {"dt_softplus": True}}
 OPTIONS["lmu"] = {"order": K, "theta": 20.0}
 CASES = {
@@ -73,12 +83,13 @@ CASES = {
     "scan": scan,
     "dual": dual,
     "legendre": legendre,
+    "trapezoid": trapezoid,
 }
 
 
 def weighted(results):
     """A scalar that every element of the results moves by its own weight."""
-    return sum(jnp.sum(x * normal(9, *x.shape)) for x in results)
+    return sum(jnp.sum(x * normal(9, *x.shape)) for x in jax.tree.leaves(results))
 
 
 def outputs(value_and_gradients):
@@ -143,10 +154,38 @@ def check_nan_stays(name, mesh):
     y, state = jax.jit(f)(args, SEGMENTS)
     is_bad = ~np.isfinite(np.asarray(y)).reshape(B, T, -1).all(-1)
     np.testing.assert_array_equal(is_bad, SEGMENTS == 1)
-    assert np.isfinite(state).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
-if __name__ == "__main__":
+def check_rows(name):
+    """Padded rows, and the states of documents, by the mesh in context: as of one device, with gradients."""
+    op, args, split, _ = CASES[name]()
+    options = OPTIONS.get(op, {}) | ({} if op == "lmu" else {"backend": "xla"})
+    lengths = jnp.array([37, 9])  # in the middle of shards; six shards of the second row hold nothing real
+    padding = jnp.arange(T)[None] >= lengths[:, None]
+    mask = lambda x: padding.reshape(*padding.shape, *[1] * (x.ndim - 2))  # noqa: E731
+    args = {n: jnp.where(mask(x), jnp.nan, x) if n in split else x for n, x in args.items()}
+    mesh = frugax.parallel.make_mesh(data=1, sequence=8)
+
+    def both(fn):
+        def loss(args, ids, lengths):
+            of_last = fn(**args, segment_ids=ids, lengths=lengths, **options)
+            _, of_documents = fn(**args, segment_ids=ids, lengths=lengths, segment_states=4, **options)
+            results = (*of_last, of_documents)
+            return weighted(results), results
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    wanted = both(getattr(frugax.kernels, op))(args, SEGMENTS, lengths)
+    with jax.set_mesh(mesh):
+        got = both(getattr(over_time, op))(args, SEGMENTS, lengths)
+    assert_close(outputs(got), outputs(wanted), "float32", name=name)
+
+
+if __name__ == "__main__" and sys.argv[2] == "rows":
+    for case in sys.argv[1].split(","):
+        check_rows(case)
+elif __name__ == "__main__":
     mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
     for packed in (False, True):
         check(sys.argv[1], sys.argv[2], packed, mesh)

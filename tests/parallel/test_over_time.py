@@ -66,6 +66,7 @@ def test_without_a_sequence_axis_an_operation_is_its_kernel():
         "selective_scan": (x, x, A, x[..., :2], x[..., :2]),
         "ssd": (q, q[..., 0], A[:2, 0], q, q),
         "lmu": (x, 4, 20.0),
+        "trapezoidal_ssd": (q, q[..., 0], -q[..., 0], q, q, q[..., 0]),
     }
 
     def program(f, args):  # without checkify's running numbers
@@ -93,14 +94,20 @@ def test_what_has_no_form_over_time_says_so():
         trace(frugax.layers.FlashRNN())
     with pytest.raises(ValueError, match=r"lif: got time split over 2 devices.*expected whole rows"):
         trace(frugax.layers.LMU(order=4, spiking=True))
-    gla = frugax.layers.GatedLinearAttention()
+    gla, window = frugax.layers.GatedLinearAttention(), frugax.layers.SlidingWindowAttention(window=3)
+    trace(gla, lengths=jnp.array([3, 8]), segment_states=2)
     with pytest.raises(
         ValueError, match=r"lengths: got int\d\d\[2\] with time split.*'sequence'; expected none"
     ):
-        trace(gla, lengths=jnp.array([3, 8]))
+        trace(window, lengths=jnp.array([3, 8]))
     with pytest.raises(ValueError, match=r"segment_states: got 2 with time split.*expected none"):
-        trace(gla, segment_states=2)
+        trace(window, segment_states=2)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match=r"reverse: got True with time split.*expected none"),
+    ):
+        over_time.linear_recurrence(x, x, reverse=True)
     with pytest.raises(
-        ValueError, match=r"q: got 7 tokens; expected a multiple of 2, the devices of.*'sequence'"
+        ValueError, match=r"k: got 7 tokens; expected a multiple of 2, the devices of.*'sequence'"
     ):
         trace(gla, x=x[:, :7])

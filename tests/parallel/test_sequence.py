@@ -18,6 +18,7 @@ from tests.devices import run_on_eight_devices
         "scan",
         pytest.param("dual", marks=pytest.mark.full),
         "legendre",
+        pytest.param("trapezoid", marks=pytest.mark.full),
     ],
 )
 def test_split_sequence_equals_whole(case):
@@ -30,12 +31,26 @@ def test_split_sequence_equals_whole(case):
         "channel",
         *(
             pytest.param(x, marks=pytest.mark.full)
-            for x in ("scalar", "recurrence", "convolution", "scan", "dual")
+            for x in ("scalar", "recurrence", "convolution", "scan", "dual", "trapezoid")
         ),
     ],
 )
 def test_fast_form_splits_too_and_keeps_nan_in_its_document(case):
     run_on_eight_devices("tests.parallel.sequence_calls", case, "xla")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "recurrence",
+        *(
+            pytest.param(x, marks=pytest.mark.full)
+            for x in ("fixed", "channel", "convolution", "scan", "dual", "legendre", "trapezoid")
+        ),
+    ],
+)
+def test_padded_rows_and_states_of_documents(case):
+    run_on_eight_devices("tests.parallel.sequence_calls", case, "rows")
 
 
 def test_too_short_a_shard_is_named():
