@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 LAYERS, INPUTS, WIDTH, OUTPUTS = 2, 8, 6, 4
@@ -13,16 +14,18 @@ LAYERS, INPUTS, WIDTH, OUTPUTS = 2, 8, 6, 4
 
 def loss_of(layers, out, bias):
     """The loss of a residual stack of layers and an affine map, from float32 arrays."""
-    x = jax.random.normal(jax.random.key(0), (8, WIDTH))
+    x = np.random.default_rng(0).normal(size=(8, WIDTH)).astype(np.float32)
     for w in layers:
         x = x + jnp.tanh(x @ w)
     return jnp.mean((x @ out + bias[None] - 1) ** 2)
 
 
 def arrays():
-    keys = jax.random.split(jax.random.key(1), 2)
-    layers = jax.random.normal(keys[0], (LAYERS, WIDTH, WIDTH)) / WIDTH**0.5
-    return layers, jax.random.normal(keys[1], (WIDTH, OUTPUTS)) / WIDTH**0.5, jnp.zeros(OUTPUTS)
+    rng = np.random.default_rng(1)
+    layers, out = (
+        rng.normal(size=shape) / WIDTH**0.5 for shape in ((LAYERS, WIDTH, WIDTH), (WIDTH, OUTPUTS))
+    )
+    return tuple(jnp.asarray(x, jnp.float32) for x in (layers, out, np.zeros(OUTPUTS)))
 
 
 def linen(box=lambda init, *_: init):

@@ -110,9 +110,10 @@ def check_mapped(opt, params, *, has_dicts=False):
     """A fresh state. `tree_map_params` reaches moments, and pairs a leaf's state with what is the leaf's."""
     state = jax.jit(opt.init)(params)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    more = optax.tree_utils.tree_map_params(opt, lambda x: x + jnp.ones((), x.dtype), state)
+    more = optax.tree_utils.tree_map_params(opt, lambda x: np.asarray(x) + np.ones((), x.dtype), state)
     assert shapes(more) == shapes(state)
-    changed = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), more, state))
+    differ = lambda a, b: (np.asarray(a) != np.asarray(b)).any()  # noqa: E731
+    changed = jax.tree.leaves(jax.tree.map(differ, more, state))
     assert any(changed)
     if has_dicts:
         paths = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
@@ -128,7 +129,7 @@ def through_orbax(saved, folder):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "saved", saved)
         checkpointer.wait_until_finished()
-        return checkpointer.restore(folder / "saved", jax.tree.map(jnp.zeros_like, saved))
+        return checkpointer.restore(folder / "saved", jax.tree.map(np.zeros_like, saved))
 
 
 def through_bytes(saved):
