@@ -4,6 +4,7 @@ Each line of its input is a JSON list, a module and its arguments; each line of 
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -27,6 +28,7 @@ def run(module: str, arguments: list[str]) -> dict:
 
 def main() -> None:
     """Answer until the input ends; whatever else writes to the standard output writes to the errors."""
+    gc.set_threshold(100_000, 50, 100)  # as in conftest.py
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     told = 0.0
