@@ -33,11 +33,11 @@ def _copy(x):
     return pl.pallas_call(body, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(x)
 
 
-def forward(call, scale, *, interpret=True):
+def forward(call, scale, feature_map=None, *, interpret=True):
     return jax.tree.map(_copy, reference.forward(jax.tree.map(_copy, call), scale))
 
 
-def backward(call, cotangents, scale, *, interpret=True):
+def backward(call, cotangents, scale, feature_map=None, *, interpret=True):
     call, cotangents = jax.tree.map(_copy, (call, cotangents))
     f = lambda floats: reference.forward(floats._replace(runs=call.runs), scale)  # noqa: E731
     return jax.tree.map(_copy, jax.vjp(f, call._replace(runs=None))[1](cotangents)[0])
@@ -220,6 +220,6 @@ def quiet():
 
 
 if __name__ == "__main__":
-    toy = {"unsupported_reason": lambda call: None, "forward": forward, "backward": backward}
+    toy = {"unsupported_reason": lambda call, **_: None, "forward": forward, "backward": backward}
     with mock.patch.multiple(pallas_tpu, **toy):
         globals()[sys.argv[1]]()

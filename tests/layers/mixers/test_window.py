@@ -16,7 +16,7 @@ B, H, D = 2, 2, 4
 def whole(q, k, v, place):
     """The definition: softmax over all keys that a query sees."""
     T, S = q.shape[1], k.shape[1]
-    back = jnp.arange(T)[:, None] + (S - T) - jnp.arange(S)
+    back = (jnp.arange(T)[:, None] + (S - T) - jnp.arange(S)[None])[None, None]
     sees = (back >= 0) & (back <= jnp.minimum(place, S - T)[:, None, :, None])
     score = jnp.where(sees, jnp.einsum("bthd,bshd->bhts", q, k) / D**0.5, -jnp.inf)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(score), v)
