@@ -97,7 +97,8 @@ FOLDERS = [
     "layers/channel layers/modules layers/vision models",
     "layers/mixers/test_mixers.py layers/mixers/test_rows.py layers/mixers/test_formulas.py",
     "kernels/test_operations.py",
-    "kernels/test_export.py kernels/test_transformations.py kernels/common/test_extremes.py kernels/common/test_float16.py",
+    "kernels/test_export.py kernels/test_transformations.py",
+    "kernels/common/test_extremes.py kernels/common/test_float16.py",
 ]
 
 
