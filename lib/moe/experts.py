@@ -133,8 +133,9 @@ def routed_experts(
         return fake_quantize(x, "int8", axis=-1) if ternary else x, w
 
     h = _activated(product(*operands(x, first), gather=token), first, activation)
+    h, out = operands(h, "out")  # rounded as it is: a weight's gradient is of what is multiplied
     h = (h.astype(wide) * weights[order].astype(wide)[:, None]).astype(x.dtype)
-    return product(*operands(h, "out"), scatter=token, out_rows=T)
+    return product(h, out, scatter=token, out_rows=T)
 
 
 def dense_experts(

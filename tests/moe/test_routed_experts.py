@@ -15,7 +15,8 @@ full = pytest.mark.full
 
 @pytest.mark.parametrize("routing", [pytest.param(r, marks=[full] * (r != "masked")) for r in ROUTINGS])
 @pytest.mark.parametrize("backend", [None, pytest.param("reference", marks=full)])
-def test_routed_experts_are_the_sum_over_all(routing, backend):
+@pytest.mark.parametrize("ternary", [False, pytest.param(True, marks=full)])
+def test_routed_experts_are_the_sum_over_all(routing, backend, ternary):
     """Values and all gradients, those of logits by the weights."""
     rng = np.random.default_rng(1)
     shapes = {"gate_in": (E, D, 8), "out": (E, 4, D + 2)}
@@ -23,10 +24,10 @@ def test_routed_experts_are_the_sum_over_all(routing, backend):
     cotangent = rng.standard_normal((T, D + 2)).astype(np.float32)
 
     def routed(x, routing, kernels):
-        return moe.routed_experts(x, routing, kernels, backend=backend)
+        return moe.routed_experts(x, routing, kernels, ternary=ternary, backend=backend)
 
     def every(x, routing, kernels):
-        return moe.dense_experts(x, routing.dense_weights(T), kernels)
+        return moe.dense_experts(x, routing.dense_weights(T), kernels, ternary=ternary)
 
     @jax.jit
     def both(*args):
