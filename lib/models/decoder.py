@@ -132,9 +132,8 @@ class Decoder(nn.Module):
         read = rows(tokens.shape, segment_ids, lengths, segment_states)
         if read is not None:
             tokens, segment_ids = read.read(tokens), read.ids
-        new_document, last_segment = _documents(state, segment_ids)
-        if read is not None:
-            last_segment = _last_segment(None if state is None else state.last_segment, segment_ids, read)
+        last_segment = None if state is None else state.last_segment
+        new_document, last_segment = _documents(last_segment, segment_ids, read)
 
         table = (self.vocab_size, self.width)
         embedding = matrix_param(self, "embedding", _TABLE_INIT, table, self.param_dtype)
@@ -350,19 +349,26 @@ class _Layers(nn.Module):
         return (x, announced), tuple(after)
 
 
-def _documents(state: DecoderState | None, segment_ids: Array | None) -> tuple[Array | None, Array | None]:
-    """Rows that start a new document with this call [B] (None: none), and the last token's ids [B]."""
-    before = None if state is None else state.last_segment
-    if segment_ids is None:
-        return None, before
-    starts = None if before is None else segment_ids[:, 0] != before
-    return starts, segment_ids[:, -1]
+def _documents(
+    before: Array | None, segment_ids: Array | None, read: Rows | None
+) -> tuple[Array | None, Array | None]:
+    """Which rows start a document with this call, and where they end: the segments to carry on.
 
+    Args:
+      before: each row's segment before the call [B]; None where no call has said.
+      segment_ids: those of the call's tokens as read [B, T], or None: the row's document goes on.
+      read: how the rows are read.
 
-def _last_segment(before: Array | None, segment_ids: Array | None, read: Rows) -> Array | None:
-    """The id of each row's last real token [B], or of its documents [B, N]; without ids the last call's."""
-    if segment_ids is None:
-        if before is None:
-            return None
-        segment_ids = jnp.broadcast_to(before[:, None], read.shape)
-    return read.states_by_place(segment_ids[:, -1], lambda at: outputs_at(segment_ids, before, at))
+    Returns:
+      (bool [B], or None: none starts; the last real token's segment [B], or that of each document [B, N]).
+    """
+    starts = None
+    if before is not None and segment_ids is not None:
+        starts = segment_ids[:, 0] != before
+        if read is not None and read.lengths is not None:
+            starts &= read.lengths > 0  # a row without a token stays where it was
+    last = before if segment_ids is None else segment_ids[:, -1]
+    if read is None or last is None:
+        return starts, last
+    ids = jnp.broadcast_to(last[:, None], read.shape) if segment_ids is None else segment_ids
+    return starts, read.states_by_place(last, lambda at: outputs_at(ids, before, at))

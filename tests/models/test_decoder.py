@@ -341,15 +341,18 @@ def test_prompts_of_several_lengths_go_on_where_each_ends(blocks):
         packed, states = model.apply(variables, tokens, segment_ids=ids, segment_states=2)
         rows = states.unpacked()
         each, _ = model.apply(variables, jnp.repeat(more, 2, axis=0), rows)
-        return padded, goes_on, packed, each, rows.last_segment
+        none = {"segment_ids": jnp.full((4, 1), 7), "lengths": jnp.zeros(4, jnp.int32)}
+        _, same = model.apply(variables, jnp.repeat(more, 2, axis=0), rows, **none)
+        return padded, goes_on, packed, each, rows, same
 
     @jax.jit
     def alone(variables, tokens, more):
         logits, state = model.apply(variables, tokens)
         return logits[0], model.apply(variables, more, state)[0][0]
 
-    padded, goes_on, packed, each, last = run(variables, tokens)
-    assert last.tolist() == [3, 5, 8, 9]
+    padded, goes_on, packed, each, rows, same = run(variables, tokens)
+    assert rows.last_segment.tolist() == [3, 5, 8, 9]
+    jax.tree.map(np.testing.assert_array_equal, same, rows)  # no token was read, so no document began
     assert not np.asarray(padded[1, 4:]).any()
     for row, length in enumerate((6, 4)):
         want, then = alone(variables, tokens[row : row + 1, :length], more[row : row + 1])
