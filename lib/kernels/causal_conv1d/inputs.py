@@ -7,7 +7,7 @@ from jax import Array
 
 from ..common.arguments import known, reject
 from ..common.documents import documents
-from ..common.rows import window_at
+from ..common.rows import window_at, within_reach
 
 
 class Inputs(NamedTuple):
@@ -34,17 +34,17 @@ def with_history(call: Inputs) -> Array:
 
 
 def final_state(call: Inputs) -> Array:
-    """The last W-1 inputs, with zeros for those of documents other than the last token's: [B, W-1, D]."""
+    """The state after the last token [B, W-1, D]: that of `states_at`, without a gather or a copy of x."""
     T, W = call.x.shape[1], call.width
     last = call.x[:, T - W + 1 :] if known(T) and T >= W - 1 else with_history(call)[:, T:]
-    if call.reach is not None:
-        back = jnp.arange(W - 2, -1, -1)[None]  # how far the last token looks back for each of them
-        last = jnp.where((back <= call.reach[:, -1:])[..., None], last, 0)
-    return last
+    return last if call.reach is None else within_reach(last, call.reach[:, -1])
 
 
 def states_at(call: Inputs, places: Array) -> Array:
-    """The states [B, N, W-1, D] after the tokens `places` [B, N]; -1 is the state before the first."""
+    """The states after the tokens `places` [B, N]: the last W-1 inputs of their documents [B, N, W-1, D].
+
+    Place -1 is before the first token. Zeros stand for inputs of other documents.
+    """
     return window_at(with_history(call), call.width - 1, call.reach, places)
 
 

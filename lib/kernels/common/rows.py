@@ -224,9 +224,21 @@ def window_at(history: Array, width: int, reach: Array | None, places: Array) ->
     last = _pick(history, at).reshape(B, N, width, *history.shape[2:])
     if reach is None:
         return last
-    back = jnp.arange(width - 1, -1, -1)[None, None]
-    within = (back <= _pick(reach, jnp.maximum(places, 0))[..., None]) | (places < 0)[..., None]
-    return jnp.where(within.reshape(*within.shape, *[1] * (last.ndim - 3)), last, 0)
+    return within_reach(last, jnp.where(places < 0, width, _pick(reach, jnp.maximum(places, 0))))
+
+
+def within_reach(last: Array, reach: Array) -> Array:
+    """The last inputs up to a token [B, ..., width, ...], zeros for those further back than `reach` [B, ...].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> within_reach(jnp.array([[[5.0], [6.0], [7.0]]]), jnp.array([1])).ravel().tolist()
+        [0.0, 6.0, 7.0]
+    """
+    axis = reach.ndim
+    back = jnp.arange(last.shape[axis] - 1, -1, -1).reshape(*[1] * axis, -1)
+    within = back <= reach[..., None]
+    return jnp.where(within.reshape(*within.shape, *[1] * (last.ndim - within.ndim)), last, 0)
 
 
 def _pick(x: Array, places: Array) -> Array:

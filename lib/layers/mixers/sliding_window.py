@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ...kernels.common.arguments import accumulator, known
 from ...kernels.common.rows import rows as rows_of
-from ...kernels.common.rows import window_at
+from ...kernels.common.rows import window_at, within_reach
 from ...parallel.over_time import SEQUENCE, check_whole_rows, over_time, time_shards
 from ...parallel.shards import of_last_shard, tokens_before
 from ..modules.heads import head_size, merge_heads, split_heads
@@ -81,9 +81,7 @@ class SlidingWindowAttention(Mixer):
                 (last_k, last_v), lambda at: tuple(window_at(y, W - 1, place, at) for y in (k, v))
             )
         elif rows["segment_ids"] is not None and T != 1:  # keep what is of the last token's document
-            back = jnp.arange(W - 2, -1, -1)[None, :]
-            keep = (back < offset[:, None])[..., None, None]
-            last_k, last_v = jnp.where(keep, last_k, 0), jnp.where(keep, last_v, 0)
+            last_k, last_v = (within_reach(y, offset - 1) for y in (last_k, last_v))
         return self.output(merge_heads(o), D), WindowState(last_k, last_v, offset)
 
 
