@@ -113,3 +113,8 @@ def test_refreshes_that_are_none():
         optim.Refresh(9, stagger=True, threshold=0.4)
     with pytest.raises(ValueError, match=r"threshold: got 1\.5; expected a cosine"):
         optim.q_galore(1e-3, rank=2, threshold=1.5)
+
+
+def test_a_fisher_of_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"params: got \[3\] at b; expected \[\.\.\., m, n\]"):
+        optim.scale_by_fisher().init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})

@@ -24,6 +24,16 @@ OPTIMIZERS = {name: case.make for name, case in CASES.items()} | {
     "lion_8bit": lambda rate: optim.lion_8bit(rate, moments=EIGHT_BIT),
     "sgdm_8bit": lambda rate: optim.sgdm_8bit(rate, moments=EIGHT_BIT),
     "adafactor_8bit": lambda rate: optim.adafactor_8bit(rate, moments=EIGHT_BIT),
+    "lion_k": lambda rate: optim.lion_k(rate, "l2", weight_decay=0.0),
+    "slimfit": lambda rate: optim.slimfit(optax.adam(rate), 0.5),
+    "slimfit_together": lambda rate: optim.slimfit(optax.adam(rate), 0.5, together=True),
+    "quantized_state": lambda rate: optim.quantized_state(
+        optax.adam(rate), {"mu": "dynamic8", "nu": "udynamic8"}, min_size=1
+    ),
+    "scale_by_fisher": lambda rate: optax.chain(
+        optax.masked(optim.scale_by_fisher(3, damping=1.0), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        optax.scale(-rate),
+    ),
     "adamw": optax.adamw,
 }
 COVER = {  # each container, and each kind of state

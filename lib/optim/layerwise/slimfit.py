@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ..common.containers import find, named_leaves, nested
 from .active import LAYERS, is_stacked
 from .lisa import depth
 from .step import Layerwise
 
 
 class SlimFitState(NamedTuple):
-    """The distances that layers last moved, inner's state for each of them, and inner's for the other leaves.
+    """The distance that each layer last moved [layers], and inner's states, with the layers' along axis 0.
 
-    `distance` and `stacked` are lists with an entry for each group of leaves that freeze together.
+    States are nested in dicts by the leaves' paths. `stacked` has one of each stacked leaf; with `together`
+    it is one of all of them, as `rest` is of the other leaves. `optax.MaskedNode()` stands for the others.
     """
 
-    distance: list[Array]
-    stacked: list[Any]
+    distance: Array
+    stacked: Any
     rest: Any
 
 
@@ -70,73 +72,90 @@ def slimfit(
         True
     """
 
-    def split(tree: Any) -> tuple[list[list[Array]], list[Any]]:
-        """Groups of stacked leaves, and the others."""
-        leaves, which = jax.tree.leaves(tree), is_stacked(tree, layers)
-        stacked = [x for x, is_one in zip(leaves, which, strict=True) if is_one]
-        rest = [x for x, is_one in zip(leaves, which, strict=True) if not is_one]
-        return [stacked] if together else [[x] for x in stacked], rest
+    def split(tree: Any) -> tuple[Any, Any]:
+        """The stacked leaves and the others, in nested dicts with nothing in the places of the rest."""
+        leaves, which = named_leaves(tree), is_stacked(tree, layers)
+        names = [path for path, _ in leaves]
+        nothing = optax.MaskedNode()
+        stacked = [x if is_one else nothing for (_, x), is_one in zip(leaves, which, strict=True)]
+        rest = [nothing if is_one else x for (_, x), is_one in zip(leaves, which, strict=True)]
+        return nested(names, stacked), nested(names, rest)
 
-    def joined(groups: list[list[Array]], rest: list[Any], like: Any) -> Any:
-        of_stacked, of_rest = iter([x for group in groups for x in group]), iter(rest)
-        leaves = [next(of_stacked if is_one else of_rest) for is_one in is_stacked(like, layers)]
+    def joined(stacked: Any, rest: Any, like: Any) -> Any:
+        leaves = [
+            find(stacked if is_one else rest, names)
+            for (names, _), is_one in zip(named_leaves(like), is_stacked(like, layers), strict=True)
+        ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def init(params: Any) -> SlimFitState:
+        if not jax.tree.leaves(params):  # a placeholder, by which Optax asks where params are in a state
+            return SlimFitState(jnp.zeros(0), inner.init(params) if together else params, inner.init(params))
         if together:
             depth(params, layers)
-        groups, rest = split(params)
-        distance = [jnp.full(len(group[0]), jnp.inf, jnp.float32) for group in groups]
-        return SlimFitState(distance, [jax.vmap(inner.init)(group) for group in groups], inner.init(rest))
+        stacked, rest = split(params)
+        many = list(map(len, jax.tree.leaves(stacked)))
+        distance = jnp.full(many[0] if together else sum(many), jnp.inf, jnp.float32)
+        each = jax.vmap(inner.init)
+        states = each(stacked) if together else jax.tree.map(each, stacked)
+        return SlimFitState(distance, states, inner.init(rest))
 
     def update(updates: Any, state: SlimFitState, params: Any = None) -> tuple[Any, SlimFitState]:
         if params is None:
             raise ValueError("params: got None; expected the params: layers move relative to them")
-        groups, rest = split(updates)
-        weights, rest_weights = split(params)
-        new_rest, rest_state = inner.update(rest, state.rest, rest_weights)
+        (g, rest), (w, rest_w) = split(updates), split(params)
+        new_rest, rest_state = inner.update(rest, state.rest, rest_w)
         if together:
-            found = [_some(inner, groups[0], weights[0], state, active(state, None))]
+            u, distance, states = _some(inner, g, w, state, active(state, None))
         else:
-            every = jnp.concatenate(state.distance)
-            moves = _ranked(every) < jnp.round((1 - freeze_rate) * every.size).astype(jnp.int32)
-            ends = list(itertools.accumulate(map(len, state.distance)))[:-1]
-            parts = jnp.split(moves, ends)
-            pairs = zip(parts, groups, weights, state.distance, state.stacked, strict=True)
-            found = [_masked(inner, *pair) for pair in pairs]
-        new, distance, states = (list(part) for part in zip(*found, strict=True))
-        return joined(new, new_rest, updates), SlimFitState(distance, states, rest_state)
+            moves = _ranked(state.distance) < jnp.round((1 - freeze_rate) * state.distance.size).astype(
+                jnp.int32
+            )
+            u, distance, states = _masked(inner, moves, g, w, state)
+        return joined(u, new_rest, updates), SlimFitState(distance, states, rest_state)
 
     def active(state: SlimFitState, params: Any) -> Array:
-        distance = state.distance[0]
-        many = max(round((1 - freeze_rate) * len(distance)), 1)
-        return jnp.sort(jnp.argsort(-distance, stable=True)[:many])
+        many = max(round((1 - freeze_rate) * len(state.distance)), 1)
+        return jnp.sort(jnp.argsort(-state.distance, stable=True)[:many])
 
     rule = optax.GradientTransformation(init, update)
     return Layerwise(rule, active, layers) if together else rule
 
 
-def _masked(inner: Any, moves: Array, g: Any, w: Any, distance: Array, state: Any) -> tuple[Any, Array, Any]:
-    """Inner on all layers of a group, of which those that don't move stay as they are."""
-    u, after = jax.vmap(inner.update)(g, state, w)
-    new = [_choose(moves, x, jnp.zeros_like(x)) for x in u]
-    after = jax.tree.map(lambda a, b: _choose(moves, a, b), after, state)
-    return new, jnp.where(moves, _distance(u, w), distance), after
+def _masked(inner: Any, moves: Array, g: Any, w: Any, state: SlimFitState) -> tuple[Any, Array, Any]:
+    """Inner on all layers of each leaf, of which those that don't move stay as they are."""
+    leaves, tree = _flat(g)
+    ends = list(itertools.accumulate(map(len, leaves)))[:-1]
+    parts = (jnp.split(x, ends) for x in (moves, state.distance))
+    found = []
+    for g_leaf, w_leaf, before, moves_leaf, distance in zip(
+        leaves, tree.flatten_up_to(w), tree.flatten_up_to(state.stacked), *parts, strict=True
+    ):
+        u, after = jax.vmap(inner.update)(g_leaf, before, w_leaf)
+        after = jax.tree.map(lambda a, b, moves=moves_leaf: _choose(moves, a, b), after, before)
+        distance = jnp.where(moves_leaf, _distance(u, w_leaf), distance)
+        found.append((_choose(moves_leaf, u, jnp.zeros_like(u)), distance, after))
+    new, distances, states = (list(part) for part in zip(*found, strict=True))
+    return tree.unflatten(new), jnp.concatenate(distances), tree.unflatten(states)
+
+
+def _flat(tree: Any) -> tuple[list[Array], Any]:
+    return jax.tree.flatten(tree)
 
 
 def _some(inner: Any, g: Any, w: Any, state: SlimFitState, active: Array) -> tuple[Any, Array, Any]:
     """Inner on the active layers alone; g and w have all layers or these."""
-    distance, states = state.distance[0], state.stacked[0]
-    whole = len(g[0]) == len(distance)
+    many = len(state.distance)
+    whole = len(jax.tree.leaves(g)[0]) == many
     take = lambda tree: jax.tree.map(lambda x: jnp.take(x, active, axis=0), tree)  # noqa: E731
     if whole:
         g, w = take(g), take(w)
-    u, after = jax.vmap(inner.update)(g, take(states), w)
+    u, after = jax.vmap(inner.update)(g, take(state.stacked), w)
     put = lambda old, new: old.at[active].set(new, unique_indices=True)  # noqa: E731
-    distance = put(distance, _distance(u, w))
+    distance = put(state.distance, _distance(u, w))
     if whole:
-        u = [jnp.zeros((len(distance), *x.shape[1:]), x.dtype).at[active].set(x) for x in u]
-    return u, distance, jax.tree.map(put, states, after)
+        u = jax.tree.map(lambda x: jnp.zeros((many, *x.shape[1:]), x.dtype).at[active].set(x), u)
+    return u, distance, jax.tree.map(put, state.stacked, after)
 
 
 def _ranked(distance: Array) -> Array:
@@ -152,7 +171,7 @@ def _choose(active: Array, new: Array, old: Array) -> Array:
 def _distance(updates: Any, weights: Any) -> Array:
     """The mean of |dW / W| over the entries of each layer that aren't zero; inf where all are."""
     total = count = jnp.zeros((), jnp.float32)
-    for u, w in zip(updates, weights, strict=True):
+    for u, w in zip(jax.tree.leaves(updates), jax.tree.leaves(weights), strict=True):
         u, w = (x.astype(jnp.float32).reshape(len(x), -1) for x in (u, w))
         total = total + jnp.sum(jnp.where(w == 0, 0.0, jnp.abs(u / jnp.where(w == 0, 1.0, w))), axis=1)
         count = count + jnp.sum(w != 0, axis=1)

@@ -63,11 +63,10 @@ def quantized_state(
 
     def init(params):
         state = inner.init(params)
-        used = set()
+        _check_names(state, format)
 
         def store(path, x):
-            name, chosen = _format_at(path, format)
-            used.add(name)
+            chosen = _format_at(path, format)[1]
             if (
                 chosen is None
                 or not jnp.issubdtype(x.dtype, jnp.floating)
@@ -79,11 +78,7 @@ def quantized_state(
                 chosen = above_zero(chosen)
             return _quantize(x, chosen, axis=-1, group_size=group_size)
 
-        stored = jax.tree_util.tree_map_with_path(store, state)
-        if isinstance(format, Mapping) and set(format) - used:
-            names = ", ".join(sorted(set(format) - used))
-            raise ValueError(f"format: got {names}; expected names of fields of the state")
-        return stored
+        return jax.tree_util.tree_map_with_path(store, state)
 
     def update(updates, state, params=None, **extra_args):
         def step(updates, state, params):
@@ -190,6 +185,17 @@ def _check_elementwise(updates: Any, state: Any) -> None:
                 f"chunks: inner's state has {list(x.shape)} at {name}, which is no leaf's shape; "
                 "expected an elementwise transformation, or chunks=1"
             )
+
+
+def _check_names(state: Any, format: Any) -> None:
+    """Raise ValueError where a mapping has a name that no field has, be it a field without an array."""
+    is_empty = lambda x: not jax.tree.leaves(x)  # noqa: E731
+    fields = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_empty)
+    unknown = set(format if isinstance(format, Mapping) else ()) - {
+        _format_at(p, format)[0] for p, _ in fields
+    }
+    if unknown:
+        raise ValueError(f"format: got {', '.join(sorted(unknown))}; expected names of fields of the state")
 
 
 def _format_at(path: tuple[Any, ...], format) -> tuple[str | None, Format | None]:

@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from ..common.chains import static_size
+from ..common.matrix_spec import leaf_path
 from ..common.slicewise import slicewise
 
 
@@ -32,6 +33,9 @@ def scale_by_fisher(history: int = 20, damping: Any = 1e-3) -> optax.GradientTra
       history: how many gradients.
       damping: positive; large against the gradients' squared norms, it leaves their direction as it is.
 
+    Raises:
+      ValueError: a leaf has fewer than two axes.
+
     Source: Natural GaLore, Das 2024 (arXiv 2410.16029); the defaults are those of the author's code.
 
     Example:
@@ -44,6 +48,9 @@ def scale_by_fisher(history: int = 20, damping: Any = 1e-3) -> optax.GradientTra
     size = static_size("history", history)
 
     def init(params: Any) -> FisherState:
+        for path, x in jax.tree_util.tree_leaves_with_path(params):
+            if x.ndim < 2:
+                raise ValueError(f"params: got {list(x.shape)} at {leaf_path(path)}; expected [..., m, n]")
         past = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], size, *x.shape[-2:]), x.dtype), params)
         return FisherState(jnp.zeros((), jnp.int32), past)
 
