@@ -168,16 +168,19 @@ def _check_rows_of(rows_of: Array | None, call: dict[str, Any], out_rows: int | 
         reject("rows_of", rows_of, f"as many rows of lhs as out_rows, got {[T, out_rows]}")
     if rows_of.ndim != 2 or rows_of.shape[0] != T or not jnp.issubdtype(rows_of.dtype, jnp.integer):
         reject("rows_of", rows_of, f"integers [{T}, most rows of a token]")
+    rows_of = jnp.where((rows_of >= 0) & (rows_of < M), rows_of, M).astype(jnp.int32)
+    token = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], rows_of.shape)
+    found = jnp.full(M, T, jnp.int32).at[rows_of].set(token, mode="drop")
+    times = jnp.zeros(M, jnp.int32).at[rows_of].add(1, mode="drop")
+    real = jnp.arange(M, dtype=jnp.int32) < jnp.sum(call["group_sizes"], dtype=jnp.int32)
     for index, _ in maps:  # the rows are those that the map sends to the token, each once
-        real = jnp.arange(M, dtype=jnp.int32) < jnp.sum(call["group_sizes"], dtype=jnp.int32)
-        token = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[:, None], rows_of.shape)
-        found = jnp.full(M, -1, jnp.int32).at[rows_of].set(token, mode="drop")
-        right = jnp.all((found == index) | ~real | (index == T))
+        right = jnp.all(((found == index) & (times <= 1)) | ~real)
+        problem = "rows_of: a row of a token is left out, repeated or another's; expected each once"
         if isinstance(right, jax.core.Tracer):
-            checkify.debug_check(right, "rows_of: a row of a token is left out; expected each")
+            checkify.debug_check(right, problem)
         elif not right:
-            raise ValueError("rows_of: a row of a token is left out; expected each")
-    return jnp.where(rows_of >= 0, rows_of, M).astype(jnp.int32)
+            raise ValueError(problem)
+    return rows_of
 
 
 def _within(sizes: Array, M: int) -> Array:

@@ -99,6 +99,8 @@ QUANTIZED = jax.eval_shape(
 )
 I32 = partial(np.zeros, dtype=np.int32)
 READ = {"scatter": None, "out_rows": None, "weights": None}  # rows that are gathered alone
+TWICE = np.where(np.arange(6)[:, None] == GOOD["gather"], np.arange(7, dtype=np.int32), -1)
+TWICE[:, -1] = TWICE.max(1)  # the last row of each token once more
 WRONG = [
     ({"rhs": np.zeros((4, 5), np.float32)}, r"rhs: got float32\[4, 5\]; expected floats \[E, K, N\]"),
     ({"rhs": QUANTIZED}, r"rhs: got int4\[3, 4, 64\] in groups along axis -1; expected .* along axis -2"),
@@ -126,7 +128,8 @@ VALUES = [  # an error outside of jit, where values are seen
     ({"group_sizes": np.array([4, 0, 4], np.int32)}, r"group_sizes: got \[4, 0, 4\]; .* 7 rows at most"),
     ({"group_sizes": np.array([4, -1, 1], np.int32)}, "group_sizes: got .*; expected sizes >= 0"),
     ({"gather": I32(7) + 6}, "gather: got 6 to 6; expected 0 to 6 - 1"),
-    ({"rows_of": I32((6, 2))} | READ, "rows_of: a row of a token is left out; expected each"),
+    ({"rows_of": I32((6, 2))} | READ, "rows_of: a row of a token is left out, .*; expected each once"),
+    ({"rows_of": TWICE} | READ, "rows_of: a row of a token is left out, repeated or another's"),
     ({"scatter": I32(7) - 1}, "scatter: got -1 to -1; expected 0 to 3 - 1"),
 ]
 HALF = {"lhs": np.zeros((6, 4), np.float16), "rhs": np.zeros((3, 4, 5), np.float16)}
