@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .element import Element, round_half_away
+from .minifloat import Minifloat
 
 SMALLEST = 2.0**-126  # float32's smallest normal number: XLA on CPU takes smaller ones for zero
 
@@ -204,13 +205,16 @@ class PowerOfTwo:
 
 @dataclasses.dataclass(frozen=True)
 class RoundedAbsMax:
-    """Scales of `AbsMax`, rounded to an element format and stored as its codes in 8 bits.
+    """Scales of `AbsMax`, rounded to a minifloat and stored as its codes in 8 bits.
 
     Values outside of that format's range need scales of their own around them: see `TwoLevel`.
 
     Attributes:
-      element: of the scales' codes: unsigned.
+      element: the scales' format, which has a NaN (`reserved`) for groups that are not finite.
       rounding: of the scales: "nearest", or "up", so that no group's largest value is out of range.
+
+    Raises:
+      ValueError: the element has no NaN, or the rounding another name.
 
     Example:
         >>> import frugax, jax.numpy as jnp
@@ -220,13 +224,21 @@ class RoundedAbsMax:
         [1.0, 0.171875]
     """
 
-    element: Element
+    element: Minifloat
     rounding: str = "nearest"
     by_group = True
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.element, Minifloat) and self.element.reserved):
+            raise ValueError(f"element: got {self.element}; expected a Minifloat with a NaN")
+        if self.rounding not in ("nearest", "up"):
+            raise ValueError(f"rounding: got {self.rounding!r}; expected 'nearest' or 'up'")
+
     def fit(self, x: Array, element: Element) -> Scaling:
         wanted = group_maxima(x) * (1 / element.largest)
-        return Scaling(rounded_codes(wanted, self.element, self.rounding).astype(jnp.uint8))
+        codes = rounded_codes(wanted, self.element, self.rounding)
+        # No code is that of an infinity or a NaN to `encode`; the last one is a NaN.
+        return Scaling(jnp.where(jnp.isfinite(wanted), codes, self.element.highest).astype(jnp.uint8))
 
     def covering(self) -> "RoundedAbsMax":
         return dataclasses.replace(self, rounding="up")

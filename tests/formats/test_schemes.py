@@ -96,6 +96,31 @@ def test_nvfp4_is_its_definition():
     np.testing.assert_array_equal(codes, np_codes(x / scale[..., None]))
 
 
+@pytest.mark.nan
+@pytest.mark.parametrize("rounding", ["nearest", "up"])
+def test_rounded_scales_are_their_definition(rounding):
+    """Scales are e4m3, saturated; NaN for a group with what isn't finite, as in every format."""
+    x = groups()[:, 0]
+    x[8, 3], x[9, 2], x[10, 1] = np.nan, np.inf, -np.inf
+    element = format_named("fp8_e4m3").element
+    scheme = formats.RoundedAbsMax(element, rounding)
+    format = dataclasses.replace(format_named("fp4_e2m1"), scheme=scheme)
+    scaling = format.fit(jnp.asarray(x))
+    wanted = np.abs(x).max(-1) * np.float32(1 / 6)
+    finite, below = np.isfinite(wanted), np.minimum(wanted, 448)
+    want = below.astype(ml_dtypes.float8_e4m3fn)
+    if rounding == "up":
+        above = (want.view(np.uint8) + 1).view(want.dtype)
+        want = np.where(want.astype(np.float32) < below, above, want)
+    scale = np.asarray(format.scale(scaling))
+    np.testing.assert_array_equal(scale[finite], want.astype(np.float32)[finite])
+    back = np.asarray(format.decode(format.encode(jnp.asarray(x), scaling), scaling))
+    assert np.isnan(back[~finite]).all()
+    assert np.isfinite(back[finite]).all()
+    with pytest.raises(ValueError, match=r"element: got .*; expected a Minifloat with a NaN"):
+        formats.RoundedAbsMax(format_named("fp4_e2m1").element)
+
+
 def np_codes(unit):
     """fp4_e2m1 codes by ml_dtypes, saturating; its minus zero is kept."""
     return np.clip(unit, -6, 6).astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15
