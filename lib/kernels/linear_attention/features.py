@@ -12,9 +12,9 @@ from .inputs import Inputs
 
 
 def taylor(x: Float[Array, "*n d"]) -> Float[Array, "*n f"]:
-    """The map whose inner product is exp's second-order Taylor polynomial, 1 + x.y + (x.y)^2 / 2.
+    """Taylor features: their inner product is exp's second-order polynomial, 1 + x.y + (x.y)^2 / 2.
 
-    Its features are 1, x_i, x_i^2 / sqrt(2), and x_i x_j for i < j: 1 + D + D (D + 1) / 2 of them, since the
+    They are 1, x_i, x_i^2 / sqrt(2), and x_i x_j for i < j: 1 + D + D (D + 1) / 2 of them, since the
     square's other half would only repeat this one. `linear_attention` makes them itself, and keeps them out
     of memory, with `feature_map="taylor"`.
 

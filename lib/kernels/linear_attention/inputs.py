@@ -1,4 +1,4 @@
-"""The checked call of `linear_attention` is, once checked: the form that every backend takes."""
+"""The checked call of `linear_attention`: the form that every backend takes."""
 
 from typing import Literal, NamedTuple, get_args
 

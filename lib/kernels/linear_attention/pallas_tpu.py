@@ -24,10 +24,11 @@ from .tiling import Tiling, choose, itemsize_fits, vmem_bytes
 
 def unsupported_reason(call: Inputs, feature_map: str | None = None) -> str | None:
     """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
-    call = jax.eval_shape(partial(widened, feature_map=feature_map), call)
     if not itemsize_fits(call.q.dtype):
         return f"dtype {call.q.dtype}: bfloat16 and float32 are served"
-    needed = max(vmem_bytes(call, choose(call, backward=b), backward=b) for b in (False, True))
+    wide = jax.eval_shape(partial(widened, feature_map=feature_map), call)
+    tilings = ((_choose(call, feature_map, backward=b, interpret=False), b) for b in (False, True))
+    needed = max(vmem_bytes(wide, tiling, backward=b) for tiling, b in tilings)
     if needed > VMEM_LIMIT:
         return (
             f"K={call.q.shape[-1]} and V={call.v.shape[-1]}: states and blocks would take "

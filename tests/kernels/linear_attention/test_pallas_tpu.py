@@ -160,6 +160,18 @@ def test_a_state_too_large_for_vmem_is_refused_with_its_sizes():
     assert "MiB" in reason
 
 
+def test_the_vmem_of_features_is_that_of_the_chunks_that_run():
+    """Chunks of features have 128 tokens, of short calls too."""
+
+    def reason(T, V):
+        x, v = (jax.ShapeDtypeStruct((1, T, 1, width), jnp.bfloat16) for width in (64, V))
+        return pallas_tpu.unsupported_reason(Inputs(x, x, v, None, None, None, None), "taylor")
+
+    assert reason(1, 128) is reason(128, 128) is None
+    assert reason(1, 256) == reason(128, 256)
+    assert "48 MiB" in reason(1, 256)
+
+
 def test_blocks_shrink_until_they_fit():
     def largest(width):
         x = jax.ShapeDtypeStruct((1, 4096, 8, width), jnp.bfloat16)
