@@ -1,5 +1,6 @@
 """The TPU kernels of quantized_matmul alone: how codes become tiles, several grid steps, bytes, compilers."""
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks.deviceless_tpu import CHIPS, compile_for, has_libtpu
-from frugax.formats import format_named, quantize
+from frugax.formats import Minifloat, SpecialValue, format_named, quantize
 from frugax.kernels.quantized_matmul import pallas_tpu, reference
 from frugax.kernels.quantized_matmul.inputs import check
 from frugax.kernels.quantized_matmul.pallas_tpu.tiles import even_first, exact, line, split
@@ -86,6 +87,27 @@ def test_grid_steps_add_up(given):
         want = reference.forward(call, spec)
     assert_close(y, want, dtype)
     assert_close(dx, dy.astype(float) @ W.T, dtype)
+
+
+@pytest.mark.full
+def test_a_mixture_of_ones_own():
+    """Special values that are no bfloat16 numbers; elements of several minifloats are refused."""
+    bitmod = format_named("bitmod4")
+
+    def served(*elements, dtype=jnp.bfloat16):
+        format = dataclasses.replace(bitmod, name="own", elements=elements)
+        w = quantize(jax.random.normal(jax.random.key(0), (256, 70)), format, group_size=128)
+        call, spec = check(jax.random.normal(jax.random.key(1), (2, 256), dtype), w, None, None, None)
+        return call, spec, w.dequantize()
+
+    base = bitmod.elements[0].base
+    for dtype in (jnp.bfloat16, jnp.float32):
+        own = (SpecialValue.of(base, value) for value in (-4.7, 5.3, 7.9, -7.1))
+        call, spec, W = served(*own, dtype=dtype)
+        y = jax.jit(partial(pallas_tpu.forward, spec=spec, interpret=True))(call)
+        assert_close(y, np.asarray(call.x, float) @ np.asarray(W, float), str(call.x.dtype))
+    call, spec, _ = served(SpecialValue.of(base, 5.0), SpecialValue.of(Minifloat.of(1, 2), 5.0))
+    assert "several" in pallas_tpu.unsupported_reason(call, spec)
 
 
 ELEMENTS = [

@@ -28,7 +28,7 @@ from ..decode import block_of, unpack_rows
 from ..inputs import Inputs, Spec, largest_whole
 from ..tiling import TPUTiling, for_tpu
 from .kernels import Kind, Product, backward_kernel, forward_kernel, terms
-from .tiles import BF16, TILE, Tiles, element_of, even_first, exact, is_fp4_e2m1, line, split
+from .tiles import BF16, TILE, Tiles, element_of, elements_of, even_first, exact, is_fp4_e2m1, line, split
 
 MANY = 128  # rows of x and its copies: if there are more, their product takes longer than decoding W
 LEAST_GROUP = 4  # rows that share a scale: those that the bytes of a word come from
@@ -43,6 +43,8 @@ def unsupported_reason(call: Inputs, spec: Spec) -> str | None:
         return f"the TPU kernel multiplies values, and has no method {spec.method!r}"
     if not (spec.format.elementwise or isinstance(spec.format, Mixture | Pairs)):
         return f"the TPU kernel decodes code by code, and a code of {spec.format.name} has no value alone"
+    if isinstance(spec.format, Mixture) and len({e.base for e in spec.format.elements}) > 1:
+        return f"the TPU kernel has one table for all groups but for a value, and {spec.format.name} several"
     if len(getattr(spec.format.element, "values", ())) > 16:
         return f"the TPU kernel computes values, and {spec.format.name} looks them up in a long table"
     if spec.group_size < spec.K and _together(spec.group_size) < LEAST_GROUP:
@@ -204,7 +206,7 @@ def _kind(call: Inputs, spec: Spec, size: Sizes) -> Kind:
 def _product(
     size: Sizes, spec: Spec, t: TPUTiling, kind: Kind, parts: int, wide: bool, interpret: bool, steps=None
 ) -> Product:
-    inexact = kind is Kind.SCALED or not exact(element_of(spec.format))
+    inexact = kind is Kind.SCALED or not all(map(exact, elements_of(spec.format)))
     tiles = Tiles(spec.format, size.block, size.group, 3 if inexact and wide else 1, interpret)
     steps = steps or size.K // t.depth
     return Product(

@@ -92,9 +92,13 @@ class Product:
         return self.format.scheme.scale(Scaling(stored))
 
     def specials(self, choices_ref) -> Array:
-        """The float32 values [G, columns] that groups' choices give the special code of a mixture."""
+        """The float32 values [G, columns] that groups' choices give the special code of a mixture.
+
+        Those for a table are bfloat16 numbers.
+        """
         assert isinstance(self.format, Mixture)
-        first, *others = (element.special for element in self.format.elements)
+        dtype = BF16 if self.kind is Kind.LOOKED_UP else F32
+        first, *others = (float(np.asarray(element.special, dtype)) for element in self.format.elements)
         choice = choices_ref[...].astype(jnp.int32)
         found = jnp.full(choice.shape, first, F32)
         for i, special in enumerate(others, 1):

@@ -69,6 +69,11 @@ def element_of(format: Format) -> Element:
     return format.elements[0].base if isinstance(format, Mixture) else format.element
 
 
+def elements_of(format: Format) -> tuple[Element, ...]:
+    """The element formats that groups may have."""
+    return format.elements if isinstance(format, Mixture) else (format.element,)
+
+
 @functools.cache
 def line(element: Element) -> Line | None:
     """The line that an element's values lie on; None if they don't."""
