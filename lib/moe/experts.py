@@ -105,7 +105,8 @@ def routed_experts(
       [T, N] in x's dtype. Weights meet the hidden units, in float32.
 
     Raises:
-      ValueError: the kernels are not those of such experts, or x has not their width or the routed tokens.
+      ValueError: the kernels are not those of the routed experts, or x has not their width or the routed
+        tokens.
 
     Source: Tan et al. 2024, ScatterMoE (arXiv 2403.08245).
 
@@ -121,6 +122,10 @@ def routed_experts(
     if routing.by == "token" and routing.indices.shape[0] != T:
         raise ValueError(
             f"x: got {list(x.shape)}; expected the {routing.indices.shape[0]} tokens that were routed"
+        )
+    if kernels["out"].shape[0] != routing.experts:
+        raise ValueError(
+            f"kernels: got {kernels['out'].shape[0]} experts; expected the {routing.experts} of routing"
         )
     order, inverse, sizes = by_expert(routing)
     tokens, _, weights = routing.assignments()

@@ -42,8 +42,11 @@ def test_routed_experts_are_the_sum_over_all(routing, backend, ternary):
     np.testing.assert_allclose(dlogits, dlogits_, atol=1e-5)  # zeros where a single expert has weight 1
 
 
-def test_tokens_are_those_that_were_routed():
+def test_tokens_and_experts_are_those_that_were_routed():
     routing = jax.eval_shape(lambda x: moe.softmax_top_k(x, 1), jnp.ones((4, 2)))
     kernels = {"in": jnp.ones((2, 3, 4)), "out": jnp.ones((2, 4, 3))}
     with pytest.raises(ValueError, match=r"x: got \[5, 3\]; expected the 4 tokens that were routed"):
         jax.eval_shape(lambda x, r: moe.routed_experts(x, r, kernels), jnp.ones((5, 3)), routing)
+    routing = jax.eval_shape(lambda x: moe.softmax_top_k(x, 1), jnp.ones((4, 3)))
+    with pytest.raises(ValueError, match="kernels: got 2 experts; expected the 3 of routing"):
+        jax.eval_shape(lambda x, r: moe.routed_experts(x, r, kernels), jnp.ones((4, 3)), routing)
