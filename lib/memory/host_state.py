@@ -14,7 +14,12 @@ def state_on_host(optimizer: optax.GradientTransformation) -> optax.GradientTran
     leaves everything where it is.
 
     Args:
-      optimizer: any transformation; inside `optax.masked` that of some leaves alone.
+      optimizer: any transformation; inside `optax.masked` that of some leaves alone. What chooses between two
+        states, as `optax.MultiSteps` and `optax.apply_if_finite` do, goes inside: outside it would find one
+        of them on the host and one on the device.
+
+    Donate params and state together, or neither: JAX gives a donated array's place to the first result of its
+    shape, and where the state alone is donated that is the update, which belongs on the device.
 
     Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), whose pages move when the device's memory is full;
     here all of the state stays on the host at all times.
