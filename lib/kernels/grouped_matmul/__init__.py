@@ -35,8 +35,9 @@ def grouped_matmul(
       scatter: row i is added to the result's row scatter[i].
       weights: with `scatter`, what row i is multiplied with before.
       out_rows: rows of the result with `scatter`.
-      rows_of: the inverse of `gather` or of `scatter`, or of both: the rows i of each token, M and more where
-        it has fewer than others. With it no kernel has to add to rows that others add to at the same time.
+      rows_of: the inverse of `gather` or `scatter`, or of both where they are the same: the rows i of each
+        token, each once; M or more where a token has fewer than others. Kernels then sum a token's rows by
+        reading them, not by additions that may collide.
       backend: None picks by the platform the program is lowered for; or "reference", "xla", "pallas_tpu",
         "pallas_gpu". A Pallas backend named on CPU runs interpreted.
 

@@ -6,7 +6,7 @@ With rows x [M, K], y [M, N] in the order of experts W [E, K, N]:
     "transposed"  (y, W) -> [M, K]     y_i W_e(i)^T
     "experts"     (x, y) -> [E, K, N]  sum of x_i y_i^T over the rows of each expert
 
-Rows of x and of y may have maps i -> row: what is read is read by them, and what is made is added up by them.
+Row i may stand anywhere in x and in y, where its maps say: operands are read and results added up there.
 Loops with as many steps as there are tiles can't be differentiated in reverse; and of a `scan` JAX would add
 up the gradient of all experts at every step.
 """
@@ -28,12 +28,12 @@ Decode = Callable[..., Array]  # (expert's number, *stored arrays) -> [K, N]
 
 
 class Maps(NamedTuple):
-    """The maps of a product, and what there is to know of them; hashable.
+    """The maps that a product has: static and hashable.
 
     Attributes:
       x: rows [M, K] have a map.
       y: rows [M, N] have one.
-      rows: of the result, if its rows are added up.
+      rows: number of the result's rows, if they are added up.
     """
 
     x: bool = False
@@ -60,9 +60,10 @@ def product(
       experts: W; or the stored arrays of packed experts, which are constants; or of "experts" y.
       sizes: int32 [E].
       decode: makes one expert of the stored arrays. Hashable. None: they are W.
-      of_x: the row of x of each row i, int32 [M]; None: row i. Past the last: zeros, or added to nothing.
-      of_y: that of y.
-      rows: of a result that is added up.
+      of_x: where row i stands in x, or in a result of x's shape, int32 [M]; None: row i. Past the last row
+        zeros are read, and nothing is added.
+      of_y: the same of y.
+      rows: number of the result's rows, if they are added up.
     """
     maps = Maps(of_x is not None, of_y is not None, rows)
     given = tuple(a for a in (of_x, of_y) if a is not None)

@@ -23,7 +23,7 @@ OF_ROWS, OF_SUMS = 384, 512
 
 
 def heights(M: int, groups: int, most: int) -> tuple[int, ...]:
-    """Rows of a tile, the last number, and those that a group's last tile may have.
+    """Choose how many rows tiles may have: all but a group's last one have as many as the last number says.
 
     Most tiles are a group's only one where groups are small: steps are narrow around a group's share of the M
     rows, which few groups are far from.

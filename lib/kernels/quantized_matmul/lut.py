@@ -40,10 +40,8 @@ def product(call: Inputs, spec: Spec) -> Array:
         every, size = [plane], min(plane.block, -(-size // plane.rows) * plane.rows)
     signs, constant = as_signs(spec.format)
     shift = constant * jnp.ones((1, 1)) if stored.zeros is None else constant - stored.zeros
-    scales, shift = (
-        stored.scales.astype(x.dtype),
-        jnp.broadcast_to(shift, stored.scales.shape).astype(x.dtype),
-    )
+    scales = stored.scales.astype(x.dtype)
+    shift = jnp.broadcast_to(shift, scales.shape).astype(x.dtype)
 
     def of_token(token: Array) -> Any:
         token, own = lax.optimization_barrier((token, codes))  # no bits are taken apart before the loop

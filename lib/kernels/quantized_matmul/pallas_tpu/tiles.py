@@ -115,13 +115,12 @@ def bfloat16_bits(element: Element) -> tuple[int, ...]:
 
 
 class Table(NamedTuple):
-    """Bits of bfloat16 numbers [8, columns] by the lowest three bits of a code: in the lower half of int32s.
+    """A table of eight bfloat16 numbers for each column, by the lowest three bits of a code.
 
-    A register's rows are chosen from by an index for each place, which takes as long as an addition. So each
-    column may have values of its own.
+    A look-up is a choice among a register's rows by an index in each place: it takes as long as an addition.
     """
 
-    lower: Array
+    lower: Array  # [8, columns]: a number's bits in the lower half of an int32
     upper: Array  # the same in the upper half
 
     def with_row(self, row: int, values: Array) -> "Table":
