@@ -54,7 +54,8 @@ def calibrate(
         for each block, and each layer of a stack, where None is one for all. Of a stack it is handed one
         layer's matrix and statistics.
       together: with `quantize`, a regular expression: matrices in a row, at the start of whose paths it
-        finds the same, make a block, and see each other's inputs as they were. "": a whole layer of a stack.
+        finds the same, make a block, and see each other's inputs as they were. Blocks in a row, in one module
+        and with as many layers, make a stack, whose layers are taken in turn. "": a whole layer of a stack.
       kwargs: further arguments of each call, such as `deterministic=True`.
 
     Returns:
@@ -259,7 +260,10 @@ def _stages(depths: dict[str, int | None], together: str) -> Iterator[Stage]:
         found = re.match(together, path)
         return "" if found is None else found.group()
 
-    for (_, depth), scan in itertools.groupby(depths, lambda path: (path.split("/")[0], depths[path])):
+    def stack(path: str) -> tuple[str, str, int | None]:
+        return path.split("/")[0], block(path).rpartition("/")[0], depths[path]
+
+    for (*_, depth), scan in itertools.groupby(depths, stack):
         blocks = [tuple(paths) for _, paths in itertools.groupby(scan, block)]
         for layer in (None,) if depth is None else range(depth):
             yield from (Stage(paths, layer) for paths in blocks)

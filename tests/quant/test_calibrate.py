@@ -166,6 +166,30 @@ def test_inputs_are_those_after_the_blocks_before_once_quantized():
         calibrate(module, variables, iter(batches), quantize=pack)
 
 
+class Pair(nn.Module):
+    """Two stacks of as many layers, one after the other."""
+
+    @nn.compact
+    def __call__(self, x):
+        for name in ("first", "second"):
+            how = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 2}
+            x, _ = nn.scan(Layer, **how)(name=name)(x, None)
+        return x
+
+
+@pytest.mark.full
+def test_a_stack_ends_before_the_next_one_in_its_module_begins():
+    module, x = nn.Sequential([Pair()]), jax.random.normal(jax.random.key(0), (2 * D, D))
+    variables, asked = jax.jit(module.init)(jax.random.key(1), x), []
+
+    def pack(path, w, statistics):
+        asked.append(path.split("/")[1])
+        return w
+
+    calibrate(module, variables, [x], quantize=pack)
+    assert asked == ["first"] * 4 + ["second"] * 3  # nothing comes after the last
+
+
 class Recurrent(nn.Module):
     """A scan over time, each step of which has the same params."""
 
