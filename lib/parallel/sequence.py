@@ -21,7 +21,7 @@ from ..kernels.common.sharding import vary_like
 from ..kernels.linear_attention import inputs as attention
 from ..kernels.linear_attention.features import widened
 from ..kernels.linear_attention.states import states_at as attention_states_at
-from .shards import entering_state, state_after
+from .shards import entering_state, faded, state_after
 
 
 def linear_attention(
@@ -138,17 +138,32 @@ def linear_recurrence(
     call, dtype = dict(segment_ids=segment_ids, backend=backend), b.dtype
     b = b if places is None else b.astype(accumulator(dtype))  # a state is wide, wherever it is
     h_BTD, left_BD = kernels.linear_recurrence(a, b, **call)
+    # Within documents zero times infinity is zero: after a zero, a product that has left the range is zero.
+    ids = vary_like(jnp.zeros(a.shape[:2], jnp.int32), (a, b)) if segment_ids is None else segment_ids
     product_BTD, total_BD = kernels.linear_recurrence(
-        a, jnp.zeros_like(b), initial_state=vary_like(jnp.ones_like(left_BD), (a, b)), **call
+        _zero_times_infinity(a),
+        jnp.zeros_like(b),
+        initial_state=vary_like(jnp.ones_like(left_BD), (a, b)),
+        segment_ids=ids,
+        backend=backend,
     )
     entering_BD = entering_state(total_BD, left_BD, initial_state, segment_ids, axis_name)
     reached_BTD = jnp.broadcast_to(entering_BD[:, None], product_BTD.shape)
     packed = documents(segment_ids, *b.shape[:2])
     if packed is not None:  # the product is 0 there, but the state may be NaN
         reached_BTD = jnp.where(packed.index[..., None] == 0, reached_BTD, 0)
-    h_BTD = (h_BTD + product_BTD * reached_BTD).astype(b.dtype)
-    last_BD, at = left_BD + total_BD * reached_BTD[:, -1], functools.partial(outputs_at, h_BTD, entering_BD)
+    h_BTD = (h_BTD + faded(product_BTD, reached_BTD)).astype(b.dtype)
+    last_BD, at = (
+        left_BD + faded(total_BD, reached_BTD[:, -1]),
+        functools.partial(outputs_at, h_BTD, entering_BD),
+    )
     return h_BTD.astype(dtype), state_after(last_BD, at, places, b.shape[1], axis_name)
+
+
+def _zero_times_infinity(x: Array) -> Array:
+    """x with zeros in its gradient for NaN, which a product beyond the range makes of what nobody reads."""
+    transpose = lambda _, g: jnp.where(jnp.isnan(g), 0, g)  # noqa: E731
+    return jax.custom_derivatives.linear_call(lambda _, x: x, transpose, (), x)
 
 
 def causal_conv1d(

@@ -33,7 +33,20 @@ def entering_state(
         return passed_on(
             lambda g, S: jnp.exp(g) * S, jnp.add, total, left, initial_state, segment_ids, axis_name
         )
-    return passed_on(jnp.multiply, jnp.multiply, total, left, initial_state, segment_ids, axis_name)
+    return passed_on(faded, _joined, total, left, initial_state, segment_ids, axis_name)
+
+
+def faded(decay: Array, state: Array) -> Array:
+    """decay * state: nothing of a state of zero, though a product of decays be infinite."""
+    return _unless_zero(decay, state) * state
+
+
+def _joined(decay: Array, other: Array) -> Array:
+    return _unless_zero(decay, other) * _unless_zero(other, decay)
+
+
+def _unless_zero(factor: Array, other: Array) -> Array:
+    return jnp.where((other == 0) & jnp.isinf(factor), 0, factor)
 
 
 def passed_on(

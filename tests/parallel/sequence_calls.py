@@ -182,9 +182,57 @@ def check_rows(name):
     assert_close(outputs(got), outputs(wanted), "float32", name=name)
 
 
+def check_extremes(mesh):
+    """Gates that are shut, products that leave float32's range beside zeros, and more documents than a byte
+    counts: as of one device, gradients too."""
+    shut = (
+        jnp.full((B, T, H), -0.1)
+        .at[0, jnp.array([5, 8, 33])]
+        .set(jnp.array([-jnp.inf, -1e30, -1e4])[:, None])
+    )
+    q, k, v = normal(0, B, T, H, K), normal(1, B, T, 1, K), normal(2, B, T, H, V)
+    grow = jnp.array([1e30, 1e30, *[0.0, 1e30, 1e-30, 1e-30] * (T // 4)])[None, :T, None]
+    add = jnp.array([0.0, 1e-30, *[1.0, 0.0, 1.0, 0.0] * (T // 4)])[None, :T, None]
+    attention = {"q": q, "k": k, "v": v, "log_decay": shut}
+    for op, args in (("linear_attention", attention), ("linear_recurrence", {"a": grow, "b": add})):
+        place = dict.fromkeys(args, P(None, "time"))
+        split = jax.shard_map(
+            lambda args, op=op: getattr(frugax.parallel, op)(**args, axis_name="time", backend="xla"),
+            mesh=mesh,
+            in_specs=(place,),
+            out_specs=(P(None, "time"), P()),
+        )
+        whole = partial(getattr(frugax.kernels, op), backend="reference")
+        slopes, others = (
+            jax.jit(jax.grad(lambda args, f=f: jnp.sum(f(args)[0])))(args)
+            for f in (split, lambda args, f=whole: f(**args))
+        )
+        got, want = jax.jit(split)(args), jax.jit(lambda args, f=whole: f(**args))(args)
+        assert_close((got, slopes), (want, others), "float32", name=op)
+
+
+def check_many_documents(mesh):
+    """Ids in 8 bits and 256 documents in a shard: none goes on with the state before it."""
+    length = 8 * 264
+    x, ids = normal(0, 1, length, 1, 2), (jnp.arange(length) % 2)[None]
+    for dtype in (jnp.int8, jnp.uint8):
+        split = jax.shard_map(
+            lambda x, ids: frugax.parallel.linear_attention(x, x, x, segment_ids=ids, axis_name="time")[0],
+            mesh=mesh,
+            in_specs=(P(None, "time"), P(None, "time")),
+            out_specs=P(None, "time"),
+        )
+        alone = jnp.sum(x * x, axis=-1, keepdims=True) * x / 2**0.5  # each token is a document
+        assert_close(jax.jit(split)(x, ids.astype(dtype)), alone, "float32", name=str(dtype))
+
+
 if __name__ == "__main__" and sys.argv[2] == "rows":
     for case in sys.argv[1].split(","):
         check_rows(case)
+elif __name__ == "__main__" and sys.argv[1] == "extremes":
+    mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
+    check_extremes(mesh)
+    check_many_documents(mesh)
 elif __name__ == "__main__":
     mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
     for packed in (False, True):

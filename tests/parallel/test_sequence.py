@@ -53,6 +53,11 @@ def test_padded_rows_and_states_of_documents(case):
     run_on_eight_devices("tests.parallel.sequence_calls", case, "rows")
 
 
+@pytest.mark.full
+def test_shut_gates_and_many_documents():
+    run_on_eight_devices("tests.parallel.sequence_calls", "extremes", "xla")
+
+
 def test_too_short_a_shard_is_named():
     with pytest.raises(ValueError, match=r"x: got float\d\d\[1, 2, 4\] on a shard; expected 3 tokens"):
         parallel.causal_conv1d(jnp.ones((1, 2, 4)), jnp.ones((4, 4)), axis_name="time")
