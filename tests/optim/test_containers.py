@@ -160,3 +160,13 @@ def test_boxes_add_no_name_to_a_path():
         state = jax.eval_shape(optim.scale_by_adam_8bit(moments=how).init, params)
         dtypes = [x.dtype for x in jax.tree.leaves(state.moments[0])]
         assert dtypes == [jnp.float32, jnp.int8, jnp.float32]  # the embedding; the kernel's codes and scales
+
+
+def test_no_array_stands_twice_in_a_fresh_state():
+    """Nor is one of the params': so that a state is donated by itself, made by `jax.jit` or without."""
+    params, _ = CONTAINERS["plain"]()
+    for name, make in OPTIMIZERS.items():
+        made = jax.make_jaxpr(make(0.03).init)(params).jaxpr
+        arrays = [x for x in made.outvars if not hasattr(x, "val")]  # a literal is made anew
+        assert len(arrays) == len(set(arrays)), name
+        assert not {*made.invars} & {*arrays}, name
