@@ -125,8 +125,8 @@ def dispatch(
         )
         return rows, plan
     mask = _one_hot(tokens, experts, jnp.where(taken, place, C), (x.shape[0], routing.experts, C))
-    rows = jnp.einsum("ntec,td->ecd", mask, x.astype(jnp.float32)).astype(x.dtype)
-    back = jnp.einsum("ntec,n->tec", mask, weights)
+    rows = _product("ntec,td->ecd", mask, x.astype(jnp.float32)).astype(x.dtype)
+    back = jnp.sum(jnp.where(mask != 0, weights.reshape(-1, 1, 1, 1), 0), axis=0)
     return rows, DispatchPlan(sizes, dropped, mask, back, x.shape[0], "einsum")
 
 
@@ -153,7 +153,7 @@ def combine(y: Float[Array, "... d"], plan: DispatchPlan) -> Float[Array, "t d"]
     wide = y.astype(jnp.float32)
     if plan.method in ("soft", "einsum"):
         _check_rows(y, plan.back.shape[1:])
-        return jnp.einsum("tec,ecd->td", plan.back, wide).astype(y.dtype)
+        return _product("tec,ecd->td", plan.back, wide).astype(y.dtype)
     if plan.method == "gather":
         at, weights, tokens = plan.back
         _check_rows(y, (plan.group_sizes.shape[0], plan.to.shape[0] // plan.group_sizes.shape[0]))
@@ -166,6 +166,13 @@ def combine(y: Float[Array, "... d"], plan: DispatchPlan) -> Float[Array, "t d"]
     real = jnp.arange(order.shape[0]) < jnp.sum(plan.group_sizes)
     mine = _permuted(jnp.where(real[:, None], wide, 0.0), inverse, order)
     return _sum(mine, weights, tokens, plan.tokens).astype(y.dtype)
+
+
+def _product(axes: str, weights: Array, x: Array) -> Array:
+    """The einsum of weights and rows x, where a row that is not finite spoils only what gives it a weight."""
+    bad = jnp.any(~jnp.isfinite(x), axis=-1, keepdims=True)
+    spoiled = jnp.einsum(axes, (weights != 0).astype(x.dtype), bad.astype(x.dtype)) > 0
+    return jnp.where(spoiled, jnp.nan, jnp.einsum(axes, weights, jnp.where(bad, 0, x)))
 
 
 def by_expert(routing: Routing) -> tuple[Int[Array, "n"], Int[Array, "n"], Int[Array, "e"]]:
