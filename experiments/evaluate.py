@@ -85,7 +85,7 @@ def compare(
         corpus,
         tokenizer,
         batch_size=evaluation.batch_size,
-        seq_len=evaluation.sequence_length,
+        sequence_length=evaluation.sequence_length,
         limit_bytes=limit,
     )
     spans = limit_bytes(corpus.heldout, limit)

@@ -92,7 +92,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
         corpus,
         tokenizer,
         batch_size=config.batch_size,
-        seq_len=config.data.sequence_length,
+        sequence_length=config.data.sequence_length,
         seed=config.seed,
         rows=layout.rows,
     )
@@ -187,7 +187,7 @@ def _held_out(config, corpus, tokenizer) -> list[Any]:
         corpus,
         tokenizer,
         batch_size=config.evaluation.batch_size,
-        seq_len=config.evaluation.sequence_length,
+        sequence_length=config.evaluation.sequence_length,
         limit_bytes=config.evaluation.max_bytes or None,
     )
 

@@ -42,7 +42,7 @@ def run(config) -> dict:
         dataclasses.replace(corpus, heldout=spans),
         tokenizer,
         batch_size=config.evaluation.batch_size,
-        seq_len=config.evaluation.sequence_length,
+        sequence_length=config.evaluation.sequence_length,
         limit_bytes=config.evaluation.max_bytes,
     )
     return {

@@ -33,7 +33,7 @@ def prepare(config: ConfigDict) -> Training:
         corpus,
         tokenizer,
         batch_size=config.batch_size,
-        seq_len=config.data.sequence_length,
+        sequence_length=config.data.sequence_length,
         seed=config.seed,
     )
     module, optimizer = build_model(config), make_optimizer(config.optimizer, config.steps)

@@ -20,28 +20,28 @@ Batch = dict[str, np.ndarray]
 
 
 class Layout:
-    """Places in the documents of each row of `seq_len` positions, for one order of the documents."""
+    """Places in the documents of each row of `sequence_length` positions, for one order of the documents."""
 
-    def __init__(self, documents: Documents, order: np.ndarray, seq_len: int):
+    def __init__(self, documents: Documents, order: np.ndarray, sequence_length: int):
         self._documents = documents
         self._order = order
-        self._seq_len = seq_len
+        self._sequence_length = sequence_length
         self._ends = np.cumsum(documents.lengths[order])  # in the stream of all documents, in order
 
     def __len__(self) -> int:
-        return int(-(-self._ends[-1] // self._seq_len))
+        return int(-(-self._ends[-1] // self._sequence_length))
 
     def row(self, index: int) -> Batch:
         """tokens, targets, segment_ids, weights [T], and the bytes of text that its targets stand for."""
-        row = empty_row(self._seq_len)
-        at, stream = 0, index * self._seq_len
+        row = empty_row(self._sequence_length)
+        at, stream = 0, index * self._sequence_length
         segment = 0
         place = int(np.searchsorted(self._ends, stream, side="right"))  # skips documents without ids
-        while at < self._seq_len and place < len(self._order):
+        while at < self._sequence_length and place < len(self._order):
             document = int(self._order[place])
             length = int(self._documents.lengths[document])
             start = stream + at - int(self._ends[place]) + length
-            stop = min(length, start + self._seq_len - at)
+            stop = min(length, start + self._sequence_length - at)
             if stop > start:
                 segment += 1
                 ids = self._documents.read(document, start, stop)
@@ -56,13 +56,13 @@ class Layout:
         return row
 
 
-def empty_row(seq_len: int) -> Batch:
+def empty_row(sequence_length: int) -> Batch:
     """A row of padding: no weight, no bytes."""
     return {
-        "tokens": np.zeros(seq_len, np.int32),
-        "targets": np.zeros(seq_len, np.int32),
-        "segment_ids": np.zeros(seq_len, np.int32),
-        "weights": np.zeros(seq_len, np.float32),
+        "tokens": np.zeros(sequence_length, np.int32),
+        "targets": np.zeros(sequence_length, np.int32),
+        "segment_ids": np.zeros(sequence_length, np.int32),
+        "weights": np.zeros(sequence_length, np.float32),
         "bytes": np.zeros((), np.int32),
     }
 

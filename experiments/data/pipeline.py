@@ -25,7 +25,7 @@ def make_loader(
     *,
     split: str = "train",
     batch_size: int,
-    seq_len: int,
+    sequence_length: int,
     seed: int = 0,
     rows: Sequence[int] | None = None,
     num_epochs: int | None = None,
@@ -40,7 +40,7 @@ def make_loader(
         tokenizer: from `load_tokenizer`.
         split: "train" or "heldout".
         batch_size: rows of a step over all processes.
-        seq_len: positions of a row.
+        sequence_length: positions of a row.
         seed: of the order, an integer >= 0.
         rows: which rows of each batch are read here, in this order; None takes all of them.
         num_epochs: None goes on forever. Otherwise the last batch is filled up with rows of weight 0.
@@ -56,13 +56,13 @@ def make_loader(
 
     Example:
         >>> from experiments.data import find_corpus, load_tokenizer
-        >>> loader = make_loader(find_corpus(), load_tokenizer(), batch_size=2, seq_len=64)
+        >>> loader = make_loader(find_corpus(), load_tokenizer(), batch_size=2, sequence_length=64)
         >>> next(loader)["tokens"].shape
         (2, 64)
     """
     if split not in ("train", "heldout"):
         raise ValueError(f"split: got {split!r}; expected 'train' or 'heldout'")
-    _check_sizes(batch_size, seq_len)
+    _check_sizes(batch_size, sequence_length)
     rows = range(batch_size) if rows is None else rows
     if not rows or not all(0 <= row < batch_size for row in rows):
         raise ValueError(f"rows: got {tuple(rows)}; expected some of 0 to {batch_size - 1}")
@@ -76,12 +76,12 @@ def make_loader(
             f"split: got {split!r}, which is empty in {corpus.root}; expected heldout above 0 in find_corpus"
         )
     documents = open_documents(spans, tokenizer)
-    if seq_len > documents.lengths.sum():
+    if sequence_length > documents.lengths.sum():
         raise ValueError(
-            f"seq_len: got {seq_len}; expected at most {documents.lengths.sum()}, the tokens of the {split} "
-            f"split of {corpus.root}"
+            f"sequence_length: got {sequence_length}; expected at most {documents.lengths.sum()}, the tokens "
+            f"of the {split} split of {corpus.root}"
         )
-    source = _Rows(documents, batch_size, seq_len, seed, rows, num_epochs)
+    source = _Rows(documents, batch_size, sequence_length, seed, rows, num_epochs)
     batches = (
         grain.MapDataset.source(source)
         .batch(len(rows))
@@ -92,7 +92,7 @@ def make_loader(
         "split": split,
         "vocab_size": tokenizer.vocab_size,
         "batch_size": batch_size,
-        "seq_len": seq_len,
+        "sequence_length": sequence_length,
         "seed": seed,
     }
     return Loader(iter(batches), identity)
@@ -135,17 +135,17 @@ class _Rows:
         self,
         documents: Documents,
         batch_size: int,
-        seq_len: int,
+        sequence_length: int,
         seed: int,
         rows: Sequence[int],
         num_epochs: int | None,
     ):
         self._documents = documents
         self._batch_size = batch_size
-        self._seq_len = seq_len
+        self._sequence_length = sequence_length
         self._seed = seed
         self._rows = tuple(rows)
-        self._per_epoch = math.ceil(documents.lengths.sum() / seq_len)
+        self._per_epoch = math.ceil(documents.lengths.sum() / sequence_length)
         self._total = None if num_epochs is None else num_epochs * self._per_epoch
         # Threads ask for the same epoch, or for two neighbours around an epoch's end.
         self._epoch = functools.lru_cache(maxsize=2)(self._shuffle)
@@ -159,19 +159,26 @@ class _Rows:
         step, row = divmod(index, len(self._rows))
         place = step * self._batch_size + self._rows[row]
         if self._total is not None and place >= self._total:
-            return empty_row(self._seq_len)
+            return empty_row(self._sequence_length)
         epoch, place = divmod(place, self._per_epoch)
         layout, rows = self._epoch(epoch)
         return layout.row(int(rows[place]))
 
     def _shuffle(self, epoch: int) -> tuple[Layout, np.ndarray]:
         random = np.random.default_rng([self._seed, epoch])
-        layout = Layout(self._documents, random.permutation(len(self._documents.lengths)), self._seq_len)
+        layout = Layout(
+            self._documents, random.permutation(len(self._documents.lengths)), self._sequence_length
+        )
         return layout, random.permutation(self._per_epoch)
 
 
 def heldout_batches(
-    corpus: Corpus, tokenizer: Tokenizer, *, batch_size: int, seq_len: int, limit_bytes: int | None = None
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    limit_bytes: int | None = None,
 ) -> list[Batch]:
     """The held-out split as packed batches, in a fixed order: every byte of it is a target once.
 
@@ -181,7 +188,7 @@ def heldout_batches(
         corpus: from `find_corpus`.
         tokenizer: from `load_tokenizer`.
         batch_size: rows of a batch; the last one is filled up with rows of weight 0.
-        seq_len: positions of a row; each row starts without context.
+        sequence_length: positions of a row; each row starts without context.
         limit_bytes: takes the first documents of the split that make up so many bytes. None takes all.
 
     Returns:
@@ -191,21 +198,21 @@ def heldout_batches(
     Raises:
         ValueError: a size is below 1, or nothing is held out.
     """
-    _check_sizes(batch_size, seq_len)
+    _check_sizes(batch_size, sequence_length)
     spans = limit_spans(corpus.heldout, limit_bytes)
     if not spans:
         raise ValueError(
             f"corpus: got {corpus.root} with nothing held out; expected heldout above 0 in find_corpus"
         )
     documents = open_documents(spans, tokenizer)
-    layout = Layout(documents, np.arange(len(spans)), seq_len)
+    layout = Layout(documents, np.arange(len(spans)), sequence_length)
     rows = [layout.row(index) for index in range(len(layout))]
-    rows += [empty_row(seq_len)] * (-len(rows) % batch_size)
+    rows += [empty_row(sequence_length)] * (-len(rows) % batch_size)
     return [stack(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
 
 
-def _check_sizes(batch_size: int, seq_len: int) -> None:
+def _check_sizes(batch_size: int, sequence_length: int) -> None:
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}; expected at least 1")
-    if seq_len < 1:
-        raise ValueError(f"seq_len: got {seq_len}; expected at least 1")
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length: got {sequence_length}; expected at least 1")

@@ -137,7 +137,7 @@ def texts(config, tokenizer, max_bytes: int):
         corpus,
         tokenizer,
         batch_size=config.evaluation.batch_size,
-        seq_len=config.evaluation.sequence_length,
+        sequence_length=config.evaluation.sequence_length,
         limit_bytes=max_bytes or None,
     )
     return corpus, held_out
@@ -213,7 +213,7 @@ def run(args, say: Callable[[str], None] = print) -> dict[str, Any]:
     config, module, variables, tokenizer_path, step = load_run(args.run)
     tokenizer = load_tokenizer(tokenizer_path)
     corpus, held_out = texts(config, tokenizer, args.max_bytes)
-    loader = make_loader(corpus, tokenizer, batch_size=8, seq_len=config.data.sequence_length, seed=1)
+    loader = make_loader(corpus, tokenizer, batch_size=8, sequence_length=config.data.sequence_length, seed=1)
     batches = [jnp.asarray(next(loader)["tokens"]) for _ in range(args.batches)]
     params = variables["params"]
     statistics = quant.calibrate(module, variables, batches)

@@ -279,13 +279,13 @@ def run(sizes: Sizes, *, data, tune_data, seed: int, plot_path: Path, say=print)
     """The whole experiment; what it measured, ready for JSON."""
     tokenizer = load_tokenizer(None)
     corpus, other = find_corpus(data), find_corpus(tune_data)
-    row = dict(batch_size=sizes.batch, seq_len=sizes.length, seed=seed)
-    context = dict(batch_size=sizes.rows, seq_len=sizes.context)
+    row = dict(batch_size=sizes.batch, sequence_length=sizes.length, seed=seed)
+    context = dict(batch_size=sizes.rows, sequence_length=sizes.context)
     tune_loader = make_loader(other, tokenizer, **row)
     batches = [dict(next(tune_loader)) for _ in range(sizes.tune_steps)]
     # Rows are read as one text: where a new document starts, a state would be forgotten for another reason.
     tokens_RT = jnp.asarray(heldout_batches(corpus, tokenizer, **context)[0]["tokens"])
-    long = dict(batch_size=sizes.exponent_rows, seq_len=sizes.exponent_tokens)
+    long = dict(batch_size=sizes.exponent_rows, sequence_length=sizes.exponent_tokens)
     long_RT = jnp.asarray(heldout_batches(corpus, tokenizer, **long)[0]["tokens"])
     held_out = heldout_batches(other, tokenizer, **context, limit_bytes=sizes.held_out_bytes)
     burn_in = sizes.exponent_tokens // 2

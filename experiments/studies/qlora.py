@@ -96,10 +96,10 @@ def run(args) -> dict[str, Any]:
     config, module, variables, tokenizer_path, step = load_run(args.run)
     tokenizer, corpus = load_tokenizer(tokenizer_path), find_corpus(args.data, heldout=0.1)
     length = config.data.sequence_length
-    loader = make_loader(corpus, tokenizer, batch_size=4, seq_len=length, seed=0)
+    loader = make_loader(corpus, tokenizer, batch_size=4, sequence_length=length, seed=0)
     batches = [dict(next(loader)) for _ in range(args.steps)]
     held_out = heldout_batches(
-        corpus, tokenizer, batch_size=4, seq_len=length, limit_bytes=args.max_bytes or None
+        corpus, tokenizer, batch_size=4, sequence_length=length, limit_bytes=args.max_bytes or None
     )
     how = {"bases": args.bases, "rank": args.rank, "rate": args.rate}
     rows = compare(module, variables["params"], batches, held_out, **how)

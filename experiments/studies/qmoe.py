@@ -130,9 +130,11 @@ def run(args) -> dict[str, Any]:
         find_corpus(config.data.path or None, heldout=config.data.held_out),
     )
     length = config.data.sequence_length
-    loader = make_loader(corpus, tokenizer, batch_size=4, seq_len=length, seed=1)
+    loader = make_loader(corpus, tokenizer, batch_size=4, sequence_length=length, seed=1)
     batches = [jnp.asarray(next(loader)["tokens"]) for _ in range(args.batches)]
-    held_out = heldout_batches(corpus, tokenizer, batch_size=4, seq_len=length, limit_bytes=args.max_bytes)
+    held_out = heldout_batches(
+        corpus, tokenizer, batch_size=4, sequence_length=length, limit_bytes=args.max_bytes
+    )
     found = compare(module, variables["params"], batches, held_out)
     return {
         "model": {"config": Path(args.run).name, "step": step},

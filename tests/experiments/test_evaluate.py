@@ -31,11 +31,11 @@ class Context(nn.Module):
         return jnp.where(one_hot & ~starts[..., None], again, 0.0), state
 
 
-def _bits(document: bytes, seq_len: int) -> float:
-    """Bits of one document, in rows of seq_len from its start."""
+def _bits(document: bytes, sequence_length: int) -> float:
+    """Bits of one document, in rows of sequence_length from its start."""
     total = 0.0
     for at, byte in enumerate(document):
-        if at % seq_len == 0:
+        if at % sequence_length == 0:
             total += 8
         else:
             total -= math.log2(0.75 / 256 + 0.25 * (document[at - 1] == byte))

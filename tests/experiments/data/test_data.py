@@ -64,21 +64,25 @@ def _equal(actual, expected) -> None:
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 1), (3, 7), (4, 64), (2, 1000)])
-def test_an_epoch_has_every_byte_once_as_the_target_of_the_one_before_it(folder, batch_size, seq_len):
+@pytest.mark.parametrize(("batch_size", "sequence_length"), [(1, 1), (3, 7), (4, 64), (2, 1000)])
+def test_an_epoch_has_every_byte_once_as_the_target_of_the_one_before_it(folder, batch_size, sequence_length):
     corpus = find_corpus(folder)
-    batches = list(make_loader(corpus, _BYTES, batch_size=batch_size, seq_len=seq_len, seed=3, num_epochs=1))
+    batches = list(
+        make_loader(
+            corpus, _BYTES, batch_size=batch_size, sequence_length=sequence_length, seed=3, num_epochs=1
+        )
+    )
     for batch in batches:
         assert {name: (a.shape, a.dtype.name) for name, a in batch.items()} == {
-            "tokens": ((batch_size, seq_len), "int32"),
-            "targets": ((batch_size, seq_len), "int32"),
-            "segment_ids": ((batch_size, seq_len), "int32"),
-            "weights": ((batch_size, seq_len), "float32"),
+            "tokens": ((batch_size, sequence_length), "int32"),
+            "targets": ((batch_size, sequence_length), "int32"),
+            "segment_ids": ((batch_size, sequence_length), "int32"),
+            "weights": ((batch_size, sequence_length), "float32"),
             "bytes": ((batch_size,), "int32"),
         }
         np.testing.assert_array_equal(batch["bytes"], batch["weights"].sum(1))
     pieces = _documents_of(batches)
-    if seq_len > 1:  # pieces of one byte fit anywhere
+    if sequence_length > 1:  # pieces of one byte fit anywhere
         _contains_all(pieces, [list(span.read()) for span in corpus.train])
     counts = np.bincount([b for piece, _ in pieces for b in piece], minlength=256)
     np.testing.assert_array_equal(
@@ -87,7 +91,7 @@ def test_an_epoch_has_every_byte_once_as_the_target_of_the_one_before_it(folder,
     # No document has a byte 0, so an input of 0 is a beginning.
     assert sum(begins for _, begins in pieces) == len(corpus.train)
     # Dense: only the epoch's last row has padding, and then rows that fill the last batch.
-    rows = -(-sum(map(len, corpus.train)) // seq_len)
+    rows = -(-sum(map(len, corpus.train)) // sequence_length)
     assert sum(batch["weights"].any(1).sum() for batch in batches) == rows
     assert len(batches) == -(-rows // batch_size)
 
@@ -96,7 +100,7 @@ def test_long_files_are_cut_in_windows(tmp_path):
     text = bytes(np.random.default_rng(0).integers(1, 256, 1000, np.uint8))
     (tmp_path / "long.txt").write_bytes(text)
     corpus = find_corpus(tmp_path, heldout=0)
-    (batch,) = make_loader(corpus, _BYTES, batch_size=10, seq_len=100, num_epochs=1)
+    (batch,) = make_loader(corpus, _BYTES, batch_size=10, sequence_length=100, num_epochs=1)
     order = np.argsort([text.index(bytes(row.tolist())) for row in batch["targets"]])
     assert bytes(batch["targets"][order].ravel().tolist()) == text
     # A window goes on from the byte before it, which is its first input.
@@ -107,7 +111,7 @@ def test_same_seed_same_batches_other_seed_or_epoch_other_order(folder):
     corpus = find_corpus(folder)
 
     def epoch(seed, number=0):
-        loader = make_loader(corpus, _BYTES, batch_size=1, seq_len=32, seed=seed)
+        loader = make_loader(corpus, _BYTES, batch_size=1, sequence_length=32, seed=seed)
         rows = -(-sum(map(len, corpus.train)) // 32)
         return [next(loader) for _ in range(rows * (number + 1))][rows * number :]
 
@@ -123,7 +127,7 @@ def test_same_seed_same_batches_other_seed_or_epoch_other_order(folder):
 @pytest.mark.parametrize("parts", [[(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)], [(0, 2), (1, 3)]])
 def test_processes_share_out_the_batches_of_one(folder, parts):
     corpus = find_corpus(folder)
-    sizes = dict(batch_size=4, seq_len=50, seed=1, num_epochs=2)
+    sizes = dict(batch_size=4, sequence_length=50, seed=1, num_epochs=2)
     whole = list(make_loader(corpus, _BYTES, **sizes))
     read = [make_loader(corpus, _BYTES, **sizes, rows=rows) for rows in parts]
     states = []
@@ -138,12 +142,12 @@ def test_processes_share_out_the_batches_of_one(folder, parts):
 @pytest.mark.parametrize("done", [0, 1, 5, 200])
 def test_resuming_gives_the_batches_that_would_have_come(folder, done):
     corpus = find_corpus(folder)
-    loader = make_loader(corpus, _BYTES, batch_size=2, seq_len=64, seed=7)
+    loader = make_loader(corpus, _BYTES, batch_size=2, sequence_length=64, seed=7)
     for _ in range(done):
         next(loader)
     state = json.loads(json.dumps(loader.get_state()))
     expected = [next(loader) for _ in range(20)]
-    resumed = make_loader(find_corpus(folder), _BYTES, batch_size=2, seq_len=64, seed=7)
+    resumed = make_loader(find_corpus(folder), _BYTES, batch_size=2, sequence_length=64, seed=7)
     next(resumed)  # a state replaces wherever it was
     resumed.set_state(state)
     for want in expected:
@@ -152,20 +156,20 @@ def test_resuming_gives_the_batches_that_would_have_come(folder, done):
 
 def test_orbax_keeps_the_place(folder, tmp_path_factory):
     corpus = find_corpus(folder)
-    loader = make_loader(corpus, _BYTES, batch_size=2, seq_len=64)
+    loader = make_loader(corpus, _BYTES, batch_size=2, sequence_length=64)
     next(loader)
     with ocp.CheckpointManager(tmp_path_factory.mktemp("run")) as manager:
         manager.save(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(loader)))
         manager.wait_until_finished()
         expected = next(loader)
-        resumed = make_loader(corpus, _BYTES, batch_size=2, seq_len=64)
+        resumed = make_loader(corpus, _BYTES, batch_size=2, sequence_length=64)
         manager.restore(1, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(resumed)))
     _equal(next(resumed), expected)
 
 
 def test_a_file_that_shrinks_while_training_is_named(tmp_path):
     (tmp_path / "only.txt").write_bytes(b"a" * 1000)
-    loader = make_loader(find_corpus(tmp_path, heldout=0), _BYTES, batch_size=1, seq_len=100)
+    loader = make_loader(find_corpus(tmp_path, heldout=0), _BYTES, batch_size=1, sequence_length=100)
     next(loader)
     (tmp_path / "only.txt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"only\.txt, which has changed"):
@@ -174,11 +178,11 @@ def test_a_file_that_shrinks_while_training_is_named(tmp_path):
 
 def test_a_place_in_other_data_is_refused(folder):
     corpus = find_corpus(folder)
-    state = make_loader(corpus, _BYTES, batch_size=2, seq_len=64, seed=7).get_state()
+    state = make_loader(corpus, _BYTES, batch_size=2, sequence_length=64, seed=7).get_state()
     with pytest.raises(ValueError, match="seed was 7 and is 8"):
-        make_loader(corpus, _BYTES, batch_size=2, seq_len=64, seed=8).set_state(state)
+        make_loader(corpus, _BYTES, batch_size=2, sequence_length=64, seed=8).set_state(state)
     (folder / "more.txt").write_text("more")
-    grown = make_loader(find_corpus(folder), _BYTES, batch_size=2, seq_len=64, seed=7)
+    grown = make_loader(find_corpus(folder), _BYTES, batch_size=2, sequence_length=64, seed=7)
     with pytest.raises(ValueError, match="corpus was"):
         grown.set_state(state)
 
@@ -189,7 +193,7 @@ def test_subword_epoch(tmp_path, tokenizer_json):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
     tokenizer = load_tokenizer(tokenizer_json)
     corpus = find_corpus(tmp_path, heldout=0)
-    batches = list(make_loader(corpus, tokenizer, batch_size=2, seq_len=9, num_epochs=1))
+    batches = list(make_loader(corpus, tokenizer, batch_size=2, sequence_length=9, num_epochs=1))
     pieces = _documents_of(batches, tokenizer.separator)
     _contains_all(pieces, [tokenizer.encode(text).tolist() for text in texts])
     assert sum(begins for _, begins in pieces) == len(texts)
@@ -198,11 +202,11 @@ def test_subword_epoch(tmp_path, tokenizer_json):
 
 def test_heldout_batches_cover_the_heldout_bytes_in_order(folder):
     corpus = find_corpus(folder, heldout=0.3)
-    batches = heldout_batches(corpus, _BYTES, batch_size=3, seq_len=50)
+    batches = heldout_batches(corpus, _BYTES, batch_size=3, sequence_length=50)
     ids = np.concatenate([b["targets"][b["weights"] > 0] for b in batches])
     assert bytes(ids.tolist()) == b"".join(span.read() for span in corpus.heldout)
     assert sum(b["bytes"].sum() for b in batches) == len(ids)
-    limited = heldout_batches(corpus, _BYTES, batch_size=3, seq_len=50, limit_bytes=123)
+    limited = heldout_batches(corpus, _BYTES, batch_size=3, sequence_length=50, limit_bytes=123)
     covered = limit_bytes(corpus.heldout, 123)
     ids = np.concatenate([b["targets"][b["weights"] > 0] for b in limited])
     assert bytes(ids.tolist()) == b"".join(span.read() for span in covered)
@@ -211,7 +215,9 @@ def test_heldout_batches_cover_the_heldout_bytes_in_order(folder):
 
 def test_heldout_split_as_a_loader(folder):
     corpus = find_corpus(folder, heldout=0.3)
-    batches = list(make_loader(corpus, _BYTES, split="heldout", batch_size=2, seq_len=20, num_epochs=1))
+    batches = list(
+        make_loader(corpus, _BYTES, split="heldout", batch_size=2, sequence_length=20, num_epochs=1)
+    )
     _contains_all(_documents_of(batches), [list(span.read()) for span in corpus.heldout])
 
 
@@ -220,22 +226,25 @@ def test_heldout_split_as_a_loader(folder):
     [
         ({"split": "test"}, "split: got 'test'"),
         ({"batch_size": 0}, "batch_size: got 0"),
-        ({"seq_len": 0}, "seq_len: got 0"),
+        ({"sequence_length": 0}, "sequence_length: got 0"),
         ({"batch_size": 3, "rows": [2, 3]}, r"rows: got \(2, 3\); expected some of 0 to 2"),
         ({"rows": []}, r"rows: got \(\)"),
         ({"num_epochs": 0}, "num_epochs: got 0"),
         ({"seed": -1}, "seed: got -1"),
-        ({"seq_len": 100_000}, r"seq_len: got 100000; expected at most \d+, the tokens of the train split"),
+        (
+            {"sequence_length": 100_000},
+            r"sequence_length: got 100000; expected at most \d+, the tokens of the train split",
+        ),
     ],
 )
 def test_loader_errors(folder, changed, words):
     with pytest.raises(ValueError, match=words):
-        make_loader(find_corpus(folder), _BYTES, **{"batch_size": 4, "seq_len": 8, **changed})
+        make_loader(find_corpus(folder), _BYTES, **{"batch_size": 4, "sequence_length": 8, **changed})
 
 
 def test_nothing_held_out_to_evaluate_on(folder):
     corpus = find_corpus(folder, heldout=0)
     with pytest.raises(ValueError, match="held out"):
-        heldout_batches(corpus, _BYTES, batch_size=1, seq_len=8)
+        heldout_batches(corpus, _BYTES, batch_size=1, sequence_length=8)
     with pytest.raises(ValueError, match="split: got 'heldout', which is empty"):
-        make_loader(corpus, _BYTES, split="heldout", batch_size=1, seq_len=8)
+        make_loader(corpus, _BYTES, split="heldout", batch_size=1, sequence_length=8)

@@ -17,8 +17,8 @@ def test_bases_are_tuned_beside_each_other(tmp_path):
     module = build_model(config)
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     corpus, tokenizer = find_corpus(write_corpus(tmp_path / "corpus"), heldout=0.3), load_tokenizer(None)
-    loader = make_loader(corpus, tokenizer, batch_size=2, seq_len=32, seed=0)
-    held_out = heldout_batches(corpus, tokenizer, batch_size=2, seq_len=32, limit_bytes=200)
+    loader = make_loader(corpus, tokenizer, batch_size=2, sequence_length=32, seed=0)
+    held_out = heldout_batches(corpus, tokenizer, batch_size=2, sequence_length=32, limit_bytes=200)
     batches = [dict(next(loader)) for _ in range(12)]
     how = {"bases": ("float32", "nf4_dq"), "rank": 2, "rate": 0.05, "say": lambda text: None}
     wide, narrow = qlora.compare(module, params, batches, held_out, **how)
