@@ -61,9 +61,8 @@ def test_params_in_float32_are_the_master_weights_of_a_narrow_model():
     assert any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(seen))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "quickstart" else pytest.param(name, marks=pytest.mark.full) for name in CONFIGS]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_smoke_variant_runs(name, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     status, output = call(

@@ -338,6 +338,7 @@ def test_a_field_that_cannot_be_right_is_named(corpus, tmp_path, changes, words)
         training.train(tiny_config(corpus, tmp_path, **changes))
 
 
+@pytest.mark.full
 def test_a_mixture_of_experts_trains_and_goes_on(corpus, tmp_path):
     """Its losses and loads are logged, and the router's state is saved, read, evaluated and sampled with."""
     moe = {"experts": 3, "k": 1, "expand": 1, "router": "sigmoid_top_k", "router_args": {"rate": 2.0**-7}}

@@ -121,17 +121,22 @@ def test_the_exit_code_and_the_summary_say_what_failed(tmp_path):
     assert len(json.loads((tmp_path / "hopper.json").read_text())["jobs"]) == 1  # nothing but the first
 
 
-def test_what_the_minutes_left_out_is_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "whole", "code"),
+    [
+        ("benchmark", False, 0),
+        pytest.param("benchmark", True, 1, marks=pytest.mark.full),  # a rehearsal leaves out nothing
+        pytest.param("conformance", False, 1, marks=pytest.mark.full),
+    ],
+)
+def test_what_the_minutes_left_out_is_named(tmp_path, monkeypatch, name, whole, code):
     """A benchmark may be left out; a kernel that was never tried is not known to be right."""
     monkeypatch.setattr(jobs, "LEAST", 1.0)
     waits = job("waits", "import time\ntime.sleep(2)", seconds=10)
-    measures = dataclasses.replace(PASSES, name="benchmark", output="gpu_x_measured.json")
-    assert run(tmp_path, measures, first=waits, seconds=2.9) == 0
-    assert "benchmark (left out)" in (tmp_path / "summary.txt").read_text()
-    assert (
-        run(tmp_path, measures, first=waits, seconds=2.9, whole=True) == 1
-    )  # a rehearsal leaves out nothing
-    assert run(tmp_path, dataclasses.replace(PASSES, name="conformance"), first=waits, seconds=2.9) == 1
+    output = "gpu_x_measured.json" if name == "benchmark" else ""
+    left = dataclasses.replace(PASSES, name=name, output=output)
+    assert run(tmp_path, left, first=waits, seconds=2.9, whole=whole) == code
+    assert f"{name} (left out)" in (tmp_path / "summary.txt").read_text()
 
 
 def test_a_wrong_kernel_a_wrong_gradient_and_a_nan_are_caught():
@@ -266,6 +271,7 @@ def test_wheels_and_sources_are_importable_without_a_network(tmp_path):
     assert done.stdout.split() == ["wheel", "sources"], done.stderr
 
 
+@pytest.mark.full
 def test_a_rehearsal_where_the_package_is_not_installed(tmp_path):
     """An environment as a GPU machine has it: the packages, and no `frugax` but the checkout's `lib`."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)

@@ -9,7 +9,8 @@ import pytest
 from experiments.studies import mezo_finetune
 
 
-@pytest.mark.parametrize("name", ["MeZO", pytest.param("forward gradient", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["MeZO", "forward gradient"])
 def test_a_few_steps(name, tmp_path, monkeypatch):
     monkeypatch.setattr(mezo_finetune, "HELD_OUT", 400)
     mezo_finetune.main(["--smoke", "--only", name, "--out", str(tmp_path / "r.json")])

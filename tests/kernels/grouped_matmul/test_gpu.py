@@ -23,18 +23,14 @@ from tests.seeds import generator
 full = pytest.mark.full
 CASES = [
     ([70, 0, 5], dict(M=80)),  # a group longer than a tile, one of no rows, a tile of a few, rows of no group
-    *(
-        pytest.param(group_sizes, sizes, marks=full)
-        for group_sizes, sizes in (
-            ([137, 163], dict(M=300, K=128, N=320)),  # tiles of two warpgroups
-            ([0, 200, 0], dict(M=200, dtype="float16")),  # all rows of one group
-            ([0, 0], dict(M=3)),
-            ([3, 2, 1, 1], dict(M=9, N=192)),  # fewer rows than a chunk has
-        )
-    ),
+    ([137, 163], dict(M=300, K=128, N=320)),  # tiles of two warpgroups
+    ([0, 200, 0], dict(M=200, dtype="float16")),  # all rows of one group
+    ([0, 0], dict(M=3)),
+    ([3, 2, 1, 1], dict(M=9, N=192)),  # fewer rows than a chunk has
 ]
 
 
+@full
 @pytest.mark.parametrize(("group_sizes", "sizes"), CASES)
 def test_the_products_are_the_definitions(group_sizes, sizes):
     """What lies past the groups may be anything, also not finite."""
