@@ -65,8 +65,7 @@ def apply_experts(
     first = _check(x, kernels)
 
     def times(x, name):
-        w = _operand(kernels[name], x.dtype, ternary)
-        x = fake_quantize(x, "int8", axis=-1) if ternary else x
+        x, w = _operands(x, kernels[name], ternary)
         if observe is not None:
             observe(name, x)
         if isinstance(w, CompressedTernary):
@@ -133,12 +132,9 @@ def routed_experts(
     rows_of = inverse.reshape(routing.indices.shape) if routing.by == "token" else None
     product = functools.partial(grouped_matmul, group_sizes=sizes, rows_of=rows_of, backend=backend)
 
-    def operands(x, name):
-        w = _operand(kernels[name], x.dtype, ternary)
-        return fake_quantize(x, "int8", axis=-1) if ternary else x, w
-
-    h = _activated(product(*operands(x, first), gather=token), first, activation)
-    h, out = operands(h, "out")  # rounded as it is: a weight's gradient is of what is multiplied
+    h = _activated(product(*_operands(x, kernels[first], ternary), gather=token), first, activation)
+    h, out = _operands(h, kernels["out"], ternary)
+    # After rounding: a weight's gradient is of what is multiplied.
     h = (h.astype(wide) * weights[order].astype(wide)[:, None]).astype(x.dtype)
     return product(h, out, scatter=token, out_rows=T)
 
@@ -171,12 +167,12 @@ def dense_experts(
     first, wide = _check(x, kernels), accumulator(x.dtype)
 
     def operands(x, name):
-        w = _operand(kernels[name], x.dtype, ternary)
+        x, w = _operands(x, kernels[name], ternary)
         if isinstance(w, CompressedTernary):
             w = w.decode(x.dtype)
         elif isinstance(w, QuantizedTensor):
             w = w.dequantize(x.dtype)
-        return fake_quantize(x, "int8", axis=-1) if ternary else x, w
+        return x, w
 
     h = jnp.einsum("td,edh->teh", *operands(x, first), preferred_element_type=wide).astype(x.dtype)
     h, out = operands(_activated(h, first, activation), "out")
@@ -265,10 +261,11 @@ def _check(x: Array, kernels: Kernels) -> str:
     return first
 
 
-def _operand(w: Kernel, dtype, ternary: bool) -> Kernel:
-    if isinstance(w, QuantizedTensor | CompressedTernary):
-        return w
-    return (fake_quantize(w, "ternary", axis=-2) if ternary else w).astype(dtype)
+def _operands(x: Array, w: Kernel, ternary: bool) -> tuple[Array, Kernel]:
+    """The rows and the experts of a product, rounded where experts are ternary."""
+    if not isinstance(w, QuantizedTensor | CompressedTernary):
+        w = (fake_quantize(w, "ternary", axis=-2) if ternary else w).astype(x.dtype)
+    return (fake_quantize(x, "int8", axis=-1) if ternary else x), w
 
 
 def _activated(h: Array, first: str, activation: Activation) -> Array:
