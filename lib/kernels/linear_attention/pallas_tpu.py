@@ -19,15 +19,15 @@ from .inputs import Inputs, feature_count
 from .pallas_tpu_backward import backward_kernel
 from .pallas_tpu_decay import FLOOR, RESTART
 from .pallas_tpu_forward import Spec, forward_kernel, states_kernel
-from .tiling import Tiling, choose, itemsize_fits, vmem_bytes
+from .tiling import SHORTEST, Tiling, choose, itemsize_fits, vmem_bytes
 
 
 def unsupported_reason(call: Inputs, feature_map: str | None = None) -> str | None:
     """Why this kernel can't serve the call; None if it can. Works on shapes and dtypes alone."""
     if not itemsize_fits(call.q.dtype):
         return f"dtype {call.q.dtype}: bfloat16 and float32 are served"
-    wide = jax.eval_shape(partial(widened, feature_map=feature_map), call)
-    tilings = ((_choose(call, feature_map, backward=b, interpret=False), b) for b in (False, True))
+    wide, shortest = _chunked(call, feature_map)
+    tilings = ((choose(wide, backward=b, shortest=shortest), b) for b in (False, True))
     needed = max(vmem_bytes(wide, tiling, backward=b) for tiling, b in tilings)
     if needed > VMEM_LIMIT:
         return (
@@ -59,10 +59,16 @@ def backward(
 
 
 def _choose(call: Inputs, feature_map: str | None, *, backward: bool, interpret: bool) -> Tiling:
-    shapes = jax.eval_shape(partial(widened, feature_map=feature_map), call)
+    wide, shortest = _chunked(call, feature_map)
+    return choose(wide, backward=backward, interpret=interpret, shortest=shortest)
+
+
+def _chunked(call: Inputs, feature_map: str | None) -> tuple[Inputs, int]:
+    """The call's shapes as the kernel holds them in VMEM, and the fewest tokens of a chunk."""
+    if feature_map is None:
+        return call, SHORTEST
     # Narrow rows have time along lanes, of which a chunk is then a whole register or more.
-    shortest = {} if feature_map is None else {"shortest": LANES}
-    return choose(shapes, backward=backward, interpret=interpret, **shortest)
+    return jax.eval_shape(partial(widened, feature_map=feature_map), call), LANES
 
 
 def forward_tiled(

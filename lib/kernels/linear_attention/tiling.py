@@ -8,6 +8,8 @@ from ..common.chips import LANES, SUBLANES, VMEM_LIMIT
 from ..common.tiling import largest, round_up
 from .inputs import Inputs
 
+SHORTEST = 16  # tokens of a chunk: a register of bfloat16 rows
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -41,7 +43,7 @@ def vmem_bytes(call: Inputs, tiling: Tiling, *, backward: bool) -> int:
     return 2 * tokens * per_token + states + scores
 
 
-def choose(call: Inputs, *, backward: bool, interpret: bool = False, shortest: int = 16) -> Tiling:
+def choose(call: Inputs, *, backward: bool, interpret: bool = False, shortest: int = SHORTEST) -> Tiling:
     """The largest blocks that fit VMEM; long enough chunks to fill the matrix unit, no longer than the call.
 
     An interpreted kernel is compiled by XLA for CPU, which takes long over long bodies: it gets small blocks.

@@ -21,7 +21,7 @@ from ..common.arguments import pad_to
 from .activations import quantize_activations
 from .decode import block_of, groups, unpack_rows
 from .inputs import Inputs, Spec
-from .streamed import Plane, aligned, of_run, planes_of
+from .streamed import Plane, aligned, of_run, planes_of, summed
 
 SUMMED = 4  # activations under one look-up
 FEW = 2  # tokens; of more, one program does one after another
@@ -125,8 +125,7 @@ def _plane_product(
         if shift is not None:
             part += jnp.sum(x[:, run], (-2, -1))[..., None] * of_run(shift, p, K, run)
         total += part * of_run(scales, p, K, run)
-    parts = lax.optimization_barrier(total.reshape(-1, N))
-    return jnp.ones((1, parts.shape[0]), parts.dtype) @ parts
+    return summed(total.reshape(-1, N))
 
 
 def _rows(width: int) -> int:

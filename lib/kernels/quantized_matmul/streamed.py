@@ -99,8 +99,13 @@ def _plane_product(x: Array, codes: Array, spec: Spec, p: Plane, stored: Groups)
             value = value if constant == 0 else value - constant
             part += x[:, run, :, :, row] * (value if zero is None else value - zero)
         total += part * of_run(stored.scales, p, spec.K, run)
-    parts = lax.optimization_barrier(total.reshape(-1, N))
-    return jnp.ones((1, parts.shape[0]), dtype) @ parts
+    return summed(total.reshape(-1, N))
+
+
+def summed(parts: Array) -> Array:
+    """The sum [1, N] of parts [n, N], as a product that waits for all of them."""
+    parts = lax.optimization_barrier(parts)
+    return jnp.ones((1, parts.shape[0]), parts.dtype) @ parts
 
 
 def planes_of(call: Inputs, spec: Spec, rows: Callable[[int], int]) -> list[Plane]:
