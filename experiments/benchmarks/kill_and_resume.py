@@ -44,20 +44,20 @@ def train(args: argparse.Namespace, folder: Path, started=lambda ids: None) -> N
     fields = FIELDS | {"steps": args.steps}
     given = [f"--config={args.config}", *flags_of(fields), f"--run={folder}"]
     lines: deque[str] = deque(maxlen=20)
-    late = threading.Event()
+    late, running = threading.Event(), list[int]()
+
+    def end():
+        late.set()
+        for number in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
     def begin(ids):
-        def end():
-            late.set()
-            for number in ids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(number, signal.SIGKILL)
-
-        timer.function = end
+        running.extend(ids)
         timer.start()
         started(ids)
 
-    timer = threading.Timer(args.limit, lambda: None)
+    timer = threading.Timer(args.limit, end)
     timer.daemon = True
     try:
         run_job(given, args.processes, say=lines.append, started=begin)

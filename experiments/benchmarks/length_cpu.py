@@ -8,7 +8,7 @@ seconds of the process, the median over turns: they count what is done, whatever
 Source: Qin et al. 2024, Lightning Attention (arXiv 2405.17381), whose claim is constant speed over length.
 """
 
-import json
+import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import frugax
-from experiments.benchmarks.interleaved import about, cpu_seconds
+from experiments.benchmarks.interleaved import about, cpu_seconds, save
 
 RESULTS = Path(__file__).parent / "results" / "length_cpu.json"
 LENGTHS, TURNS, HEADS, WIDTH = (4096, 16384, 65536, 262144, 1048576), 3, 2, 32
@@ -53,8 +53,13 @@ def _wait(run: Callable, x: jax.Array) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
+    args = parser.parse_args()
     task = {"heads": HEADS, "width": WIDTH, "turns": TURNS}
-    RESULTS.write_text(json.dumps(about() | task | {"rows": rows(LENGTHS, TURNS)}, indent=2) + "\n")
+    save(args.out, about() | task | {"rows": rows(LENGTHS, TURNS)})
 
 
 if __name__ == "__main__":

@@ -169,9 +169,10 @@ def cores_of(count: int) -> list[list[int]]:
 
 def start(command: list[str], cores: Sequence[int]) -> subprocess.Popen:
     """Start a command on some cores of this machine; it ends with this program."""
-    on_linux = [sys.executable, "-S", "-c", _PROGRAM, ",".join(map(str, cores))]
+    if sys.platform == "linux":
+        command = [sys.executable, "-S", "-c", _PROGRAM, ",".join(map(str, cores)), *command]
     return subprocess.Popen(
-        [*(on_linux if sys.platform == "linux" else []), *command],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

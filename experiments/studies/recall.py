@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 import frugax
-from experiments.benchmarks.interleaved import about
+from experiments.benchmarks.interleaved import about, write
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "recall.json"
 PAIRS, KEYS, VALUES = 8, 16, 16  # in a row, and to draw from
@@ -125,7 +125,7 @@ def save(out: Path, row: dict[str, Any]) -> None:
         "batch": BATCH,
     }
     task |= {"learning_rates": RATES, "rows": [found[name] for name in order if name in found]}
-    out.write_text(json.dumps(about() | task, indent=2) + "\n")
+    write(out, about() | task)
 
 
 def main(argv: list[str] | None = None) -> None:
