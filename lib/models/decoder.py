@@ -352,7 +352,7 @@ class _Layers(nn.Module):
 def _documents(
     before: Array | None, segment_ids: Array | None, read: Rows | None
 ) -> tuple[Array | None, Array | None]:
-    """Which rows start a document with this call, and where they end: the segments to carry on.
+    """Tell the rows that start a document with this call, and the segments that they end in, to carry on.
 
     Args:
       before: each row's segment before the call [B]; None where no call has said.

@@ -153,10 +153,8 @@ def linear_recurrence(
     if packed is not None:  # the product is 0 there, but the state may be NaN
         reached_BTD = jnp.where(packed.index[..., None] == 0, reached_BTD, 0)
     h_BTD = (h_BTD + faded(product_BTD, reached_BTD)).astype(b.dtype)
-    last_BD, at = (
-        left_BD + faded(total_BD, reached_BTD[:, -1]),
-        functools.partial(outputs_at, h_BTD, entering_BD),
-    )
+    last_BD = left_BD + faded(total_BD, reached_BTD[:, -1])
+    at = functools.partial(outputs_at, h_BTD, entering_BD)
     return h_BTD.astype(dtype), state_after(last_BD, at, places, b.shape[1], axis_name)
 
 

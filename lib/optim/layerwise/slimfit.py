@@ -124,7 +124,8 @@ def slimfit(
 
 def _masked(inner: Any, moves: Array, g: Any, w: Any, state: SlimFitState) -> tuple[Any, Array, Any]:
     """Inner on all layers of each leaf, of which those that don't move stay as they are."""
-    leaves, tree = _flat(g)
+    leaves = jax.tree.leaves(g)
+    tree: Any = jax.tree.structure(g)
     ends = list(itertools.accumulate(map(len, leaves)))[:-1]
     parts = (jnp.split(x, ends) for x in (moves, state.distance))
     found = []
@@ -137,10 +138,6 @@ def _masked(inner: Any, moves: Array, g: Any, w: Any, state: SlimFitState) -> tu
         found.append((_choose(moves_leaf, u, jnp.zeros_like(u)), distance, after))
     new, distances, states = (list(part) for part in zip(*found, strict=True))
     return tree.unflatten(new), jnp.concatenate(distances), tree.unflatten(states)
-
-
-def _flat(tree: Any) -> tuple[list[Array], Any]:
-    return jax.tree.flatten(tree)
 
 
 def _some(inner: Any, g: Any, w: Any, state: SlimFitState, active: Array) -> tuple[Any, Array, Any]:

@@ -21,7 +21,7 @@ def test_a_row_asks_for_each_keys_value_once():
 
 
 def test_recall_grows_with_the_state():
-    """What docs say of the committed results: the frontier of Based's figure."""
+    """The committed results have the frontier of Based's figure, as docs say."""
     found = read("recall")["rows"]
     assert [(r["kind"], r["size"]) for r in found] == [(k, s) for k, of in study.mixers().items() for s in of]
     for kind in study.mixers():
