@@ -17,7 +17,7 @@ from .minifloat import Minifloat
 from .minmax import MinMax, TernaryMinMax
 from .named import BY_NAME, udynamic8, udynamic8_positive, ufp8_e4m4
 from .olive import Pairs
-from .quantized_tensor import QuantizedTensor, from_codes, quantize_array
+from .quantized_tensor import QuantizedTensor, check_storage, from_codes, quantize_array
 from .scales import (
     AbsMax,
     AbsMean,
@@ -56,6 +56,7 @@ __all__ = [
     "TernaryMinMax",
     "TwoLevel",
     "above_zero",
+    "check_storage",
     "fake_quantize",
     "format_named",
     "from_codes",
@@ -129,7 +130,8 @@ def quantize(
     """Store a tensor as codes and what its format keeps for each group of them.
 
     Args:
-      x: a floating array with at least one axis. A group with a NaN or an infinity becomes NaN.
+      x: a floating array with at least one axis. A group with a NaN or an infinity becomes NaN, as do all
+        that share what its scale is stored under: a matrix in nvfp4 and nf4_dq, a column in bitmod.
       format: a format or its name:
         int1..int8 (symmetric; of 2 to 7 bits, the largest magnitude lies half a step past the largest code),
         uint2..uint8 (asymmetric, with a code of zero), bipolar1..bipolar8 (every bit plane is -1 or 1),

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from .element import Element
 from .scales import AbsMax, AbsMean, Scaling, never_zero, spread
@@ -88,12 +89,12 @@ class Format:
             unit = unit + scaling.zeros.astype(jnp.float32)[..., None]
         return self.codes(unit, scaling, uniform)
 
-    def decode(self, codes: Array, scaling: Scaling) -> Array:
-        """The float32 values of codes [..., G, g]."""
+    def decode(self, codes: Array, scaling: Scaling, dtype: DTypeLike = jnp.float32) -> Array:
+        """The values of codes [..., G, g], multiplied in float32 or a wider dtype."""
         value = self.values(codes, scaling)
         if scaling.zeros is not None:
             value = value - scaling.zeros.astype(jnp.float32)[..., None]
-        return value * self.scale(scaling)[..., None]
+        return value.astype(dtype) * self.scale(scaling).astype(dtype)[..., None]
 
     def codes(self, unit: Array, scaling: Scaling, uniform: Array | None = None) -> Array:
         """The codes of values [..., G, g] over their scale."""

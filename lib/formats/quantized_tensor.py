@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Key
 
 from .format import Format
 from .packing import codes_per_unit, pack, unpack
-from .scales import Scaling, split
+from .scales import AbsMean, Scaling, split
 
 
 @jax.tree_util.register_dataclass
@@ -76,13 +76,18 @@ class QuantizedTensor:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def dequantize(self, dtype=jnp.float32) -> Array:
-        """The tensor that the codes stand for."""
+        """The tensor that the codes stand for.
+
+        Raises:
+          ValueError: codes or scales can't be those of the format (`check_storage`).
+        """
         return _dequantized(self, jnp.dtype(dtype))
 
     def _values(self, dtype) -> Array:
         codes, scaling = self.unpacked(), self.scaling()
         n = codes.shape[-1]
-        x = self.format.decode(split(codes, self.group_size), scaling)
+        wide = jnp.promote_types(dtype, jnp.float32)  # the product of a value and its scale is rounded once
+        x = self.format.decode(split(codes, self.group_size), scaling, wide)
         return jnp.moveaxis(x.reshape(*x.shape[:-2], -1)[..., :n], -1, self.axis).astype(dtype)
 
     def unpacked(self) -> Array:
@@ -105,6 +110,67 @@ class QuantizedTensor:
     @property
     def _packed(self) -> bool:
         return self.format.bits < 8
+
+
+def check_storage(q: QuantizedTensor) -> None:
+    """Raise ValueError where codes and scales can't be those of the format, by their shapes and dtypes.
+
+    Codes do not say what they stand for: of two formats that store alike, as int4 and fp4_e2m1 do, one may be
+    taken for the other. A file says its format by name, and is refused under another.
+
+    Args:
+      q: a tensor that was made, or changed, by hand.
+
+    Raises:
+      ValueError: naming the format and what it would store.
+
+    Example:
+        >>> import dataclasses, frugax, jax.numpy as jnp
+        >>> q = frugax.formats.quantize(jnp.ones((32, 4)), "int4")
+        >>> dataclasses.replace(q, format=frugax.formats.int3).dequantize()
+        Traceback (most recent call last):
+        ValueError: format: got int3 for codes uint8[16, 4]; expected a multiple of 3 bytes along axis -2
+    """
+    format, codes, axis = q.format, q.codes, q.axis if q.axis < 0 else q.axis - q.ndim
+
+    def refuse(name: str, x: Any, expected: str) -> NoReturn:
+        got = f"{name} {x.dtype}{list(x.shape)}"
+        raise ValueError(f"format: got {format.name} for {got}; expected {expected}")
+
+    packed, unit = format.bits < 8, codes_per_unit(format.bits)
+    dtype = jnp.dtype(jnp.uint8 if packed else format.element.code_dtype)
+    if codes.dtype != dtype:
+        refuse("codes", codes, f"{dtype}")
+    if packed and codes.shape[axis] * 8 % (format.bits * unit):
+        refuse("codes", codes, f"a multiple of {format.bits * unit // 8} bytes along axis {axis}")
+    if not 0 <= q.padding < unit:
+        raise ValueError(f"padding: got {q.padding} for {format.name}; expected 0..{unit - 1}")
+    groups = -(-q.shape[axis] // q.group_size)
+    want = _stored_alike(format)
+    got = Scaling(q.scales, q.zeros, q.choices)
+    for name, mine, like in zip(Scaling._fields, got, want, strict=True):
+        if (mine is None) != (like is None):
+            has, wants = ("without", "them") if mine is None else ("with", "none")
+            raise ValueError(f"format: got {format.name} {has} {name}; expected {wants}")
+        if mine is None:
+            continue
+        structures: list[Any] = [jax.tree.structure(x) for x in (mine, like)]
+        if structures[0] != structures[1]:
+            kind, scheme = type(mine).__name__, type(format.scheme).__name__
+            raise ValueError(f"format: got {format.name} for scales of {kind}; expected those of {scheme}")
+        first, first_like = jax.tree.leaves(mine)[0], jax.tree.leaves(like)[0]  # one for each group
+        floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (first, first_like))
+        if not floats and first.dtype != first_like.dtype:
+            refuse(name, first, f"{first_like.dtype}")
+        count = -(-groups // 4) if name == "choices" else groups
+        if first.shape[axis] != count and not isinstance(format.scheme, AbsMean):
+            refuse(name, first, f"{count} along axis {axis} for groups of {q.group_size}")
+
+
+@functools.cache
+def _stored_alike(format: Format) -> Scaling:
+    """What the format stores of a group, as shapes and dtypes."""
+    return jax.eval_shape(format.fit, jax.ShapeDtypeStruct((1, 1, 2), jnp.float32))
 
 
 def _state_dict(q: QuantizedTensor) -> dict[str, Any]:
@@ -182,4 +248,5 @@ def quantize_array(
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _dequantized(q: QuantizedTensor, dtype: Any) -> Array:
+    check_storage(q)
     return q._values(dtype)

@@ -76,7 +76,8 @@ class AbsMax:
     by_group = True  # a group's scale depends on its own values alone
 
     def fit(self, x: Array, element: Element) -> Scaling:
-        return Scaling((group_maxima(x) * (1 / (element.largest + self.beyond))).astype(self.dtype))
+        scales = (group_maxima(x) * (1 / (element.largest + self.beyond))).astype(self.dtype)
+        return Scaling(finite_or_nan(scales))
 
     def covering(self) -> "AbsMax":
         """The scheme that leaves no value outside of the codes' range, which unbiased rounding needs."""
@@ -104,8 +105,8 @@ class AbsMean(AbsMax):
 
     def fit(self, x: Array, element: Element) -> Scaling:
         matrix = (-1, -2, -3)[: x.ndim]
-        mean = jnp.mean(jnp.abs(x), axis=matrix)
-        return Scaling(mean.reshape(mean.shape + (1,) * (x.ndim - 1 - mean.ndim)).astype(self.dtype))
+        mean = finite_or_nan(jnp.mean(jnp.abs(x), axis=matrix).astype(self.dtype))
+        return Scaling(mean.reshape(mean.shape + (1,) * (x.ndim - 1 - mean.ndim)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +123,7 @@ class MeanMagnitude(AbsMax):
 
     def fit(self, x: Array, element: Element) -> Scaling:
         count = jnp.maximum(jnp.sum(x != 0, -1), 1).astype(jnp.float32)  # a group may be filled up with zeros
-        return Scaling((jnp.sum(jnp.abs(x), -1) / count).astype(self.dtype))
+        return Scaling(finite_or_nan((jnp.sum(jnp.abs(x), -1) / count).astype(self.dtype)))
 
     def covering(self) -> AbsMax:
         return AbsMax(self.dtype)
@@ -150,7 +151,7 @@ class Asymmetric(AbsMax):
 
     def fit(self, x: Array, element: Element) -> Scaling:
         low, high = jnp.minimum(jnp.min(x, -1), 0.0), jnp.maximum(jnp.max(x, -1), 0.0)
-        scales = ((high - low) * (1 / (element.largest - self.spare))).astype(self.dtype)
+        scales = finite_or_nan(((high - low) * (1 / (element.largest - self.spare))).astype(self.dtype))
         wide = scales.astype(jnp.float32)
         zeros = -low / jnp.where(wide < SMALLEST, 1.0, wide)
         zeros = jnp.ceil(zeros) if self.spare else round_half_away(zeros)
@@ -277,7 +278,7 @@ class TwoLevel:
     by_group = False
 
     def fit(self, x: Array, element: Element) -> Scaling:
-        wanted = group_maxima(x) * (1 / element.largest)
+        wanted = finite_or_nan(group_maxima(x) * (1 / element.largest))
         matrix = (-1,) if self.by_column else (-1, -2)[: wanted.ndim]
         offset = jnp.mean(wanted, matrix, keepdims=True) if self.centred else None
         rest = wanted if offset is None else wanted - offset
@@ -330,7 +331,8 @@ class LeastSquares(AbsMax):
         full = group_maxima(x) * (1 / element.largest)
 
         def scale(i):
-            return (full * (1 - (1 - self.least) * i / max(self.steps - 1, 1))).astype(self.dtype)
+            tried = full * (1 - (1 - self.least) * i / max(self.steps - 1, 1))
+            return finite_or_nan(tried.astype(self.dtype))
 
         return Scaling(least_squares(x, scale, self.steps, lambda unit: element.decode(element.encode(unit))))
 
@@ -381,6 +383,11 @@ def spread(scales: Array, group_size: int, n: int) -> Array:
 def group_maxima(x: Array) -> Array:
     """The largest magnitude of each group, [..., G, g] -> [..., G]."""
     return jnp.max(jnp.abs(x), axis=-1)
+
+
+def finite_or_nan(scale: Array) -> Array:
+    """Scales in which an infinity is NaN, so that each value of its group is."""
+    return jnp.where(jnp.isfinite(scale), scale, jnp.nan)
 
 
 def never_zero(scale: Array) -> Array:

@@ -1,5 +1,7 @@
 """Packed tensors over devices and in checkpoints, and how many bytes the compiler counts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import frugax
-from frugax.formats import quantize
+from frugax.formats import format_named, quantize
+from frugax.formats.codebook import NF4
 from tests.devices import run_on_eight_devices
 from tests.errors import assert_close
 
@@ -44,6 +47,46 @@ def test_products_with_formats_that_no_kernel_knows():
 
     for name, (got, want) in run(x, w).items():
         assert_close(got, want, "float32", name=name)
+
+
+def test_values_in_float64_are_those_of_products():
+    """A value times its scale, rounded once: the rows that a product in float64 with the unit matrix has."""
+    w = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def run(w):
+            q = quantize(w, "nf4", group_size=16)
+            plain = q.unpacked(), jnp.repeat(q.scales, 16, 0)[:40]
+            return q.dequantize(jnp.float64), frugax.kernels.quantized_matmul(jnp.eye(40), q), *plain
+
+        got, rows, codes, scales = run(w)
+    want = np.asarray(NF4, np.float32).astype(np.float64)[np.asarray(codes).T] * np.float64(scales)
+    assert got.dtype == np.float64
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(rows, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "says"),
+    [
+        ("int4", "int3", r"int3 for codes uint8\[16, 4\]; expected a multiple of 3 bytes along axis -2"),
+        ("int4", "int2", r"int2 for scales float32\[1, 4\]; expected 2 along axis -2 for groups of 32"),
+        ("int4", "int8", r"int8 for codes uint8\[16, 4\]; expected int8"),
+        ("int4", "uint4", "uint4 without zeros; expected them"),
+        ("uint4", "int4", "int4 with zeros; expected none"),
+        ("nf4", "mxfp4", r"mxfp4 for scales float32\[1, 4\]; expected uint8"),
+        ("nf4", "nf4_dq", "nf4_dq for scales of .*; expected those of TwoLevel"),
+        ("nvfp4", "bitmod4", "bitmod4 for scales of CodedScales"),
+    ],
+)
+def test_arrays_that_can_not_be_of_the_format_are_refused(name, other, says):
+    q = jax.eval_shape(lambda x: quantize(x, name), jax.ShapeDtypeStruct((32, 4), jnp.float32))
+    q = dataclasses.replace(q, format=format_named(other))
+    q = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), q)
+    for use in (q.dequantize, lambda: frugax.kernels.quantized_matmul(jnp.ones((1, 32)), q)):
+        with pytest.raises(ValueError, match=f"format: got {says}"):
+            use()
 
 
 def test_checkpoints(tmp_path):

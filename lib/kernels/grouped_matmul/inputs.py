@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
-from ...formats import Format, QuantizedTensor
+from ...formats import Format, QuantizedTensor, check_storage
 from ..common.arguments import known, reject
 from ..quantized_matmul import inputs as packed
 
@@ -62,6 +62,7 @@ def check(
         if rhs.ndim != 3 or rhs.axis != -2:
             got = f"{rhs.format.name}{[*rhs.shape]} in groups along axis {rhs.axis}"
             raise ValueError(f"rhs: got {got}; expected [E, K, N] in groups along axis -2")
+        check_storage(rhs)
     elif rhs.ndim != 3 or not jnp.issubdtype(rhs.dtype, jnp.floating):
         reject("rhs", rhs, "floats [E, K, N] or a QuantizedTensor of that shape")
     E, K, N = rhs.shape

@@ -6,7 +6,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax.numpy as jnp
 from jax import Array
 
-from ...formats import AbsMax, Bipolar, CodedScales, Format, Integer, QuantizedTensor, format_named
+from ...formats import (
+    AbsMax,
+    Bipolar,
+    CodedScales,
+    Format,
+    Integer,
+    QuantizedTensor,
+    check_storage,
+    format_named,
+)
 from ..common.arguments import known, reject
 
 Method = Literal["dot", "planes", "lut", "lut_int8"]
@@ -84,6 +93,7 @@ def check(
         axis = w.axis if w.axis < 0 else w.axis - w.ndim
         got = f"{w.format.name}{list(w.shape)} in groups along axis {axis}"
         raise ValueError(f"w: got {got}; expected [K, N] in groups along axis 0")
+    check_storage(w)
     K, N = w.shape
     if not jnp.issubdtype(x.dtype, jnp.floating):
         reject("x", x, "a floating dtype")

@@ -10,7 +10,7 @@ from flax.errors import ScopeParamShapeError
 from jax import Array
 from jax.typing import DTypeLike
 
-from ...formats import AbsMax, MinMax, QuantizedTensor
+from ...formats import AbsMax, Asymmetric, MinMax, QuantizedTensor
 from ...formats.minmax import NO_ENDS
 from ...kernels import quantized_matmul
 from ...kernels.common.arguments import accumulator
@@ -58,13 +58,14 @@ def take_rows(w: Matrix, index: Array, dtype: DTypeLike) -> Array:
     if not isinstance(w, QuantizedTensor):
         return jnp.take(w, index, fill_value=jnp.nan, **how).astype(dtype)
     groups = -(-w.shape[-1] // w.group_size)
-    whole = isinstance(w.format.scheme, MinMax)  # a scale alone would lose the ends
+    ends = isinstance(w.format.scheme, MinMax)
+    whole = ends or isinstance(w.format.scheme, Asymmetric)  # a scale alone would lose ends or zeros
     scales = w.scales if whole else jnp.broadcast_to(w.format.scale(w.scaling()), (w.shape[0], groups))
     zeros, choices = (x if x is None else jnp.take(x, index, **how) for x in (w.zeros, w.choices))
     rows = dataclasses.replace(
         w,
         codes=jnp.take(w.codes, index, fill_value=0, **how),
-        scales=jnp.take(scales, index, fill_value=NO_ENDS if whole else jnp.nan, **how),
+        scales=jnp.take(scales, index, fill_value=NO_ENDS if ends else jnp.nan, **how),
         zeros=zeros,
         choices=choices,
         format=w.format if whole else dataclasses.replace(w.format, scheme=AbsMax()),

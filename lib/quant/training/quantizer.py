@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from ...formats import Element, RoundedAbsMax
+from ...formats.scales import finite_or_nan
 from .recipe import SCALES, Recipe
 from .rounding import rounding_slope
 
@@ -56,7 +57,7 @@ def quantize_blocks(
     """
     if recipe.block_size is None:
         largest = jnp.max(jnp.abs(x)) if largest is None else largest
-        outer = _finite_or_nan(largest) / element.largest
+        outer = finite_or_nan(largest) / element.largest
         scales = jnp.ones((*x.shape[:-1], 1), jnp.float32)
     else:
         amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -127,10 +128,6 @@ def _block_scales(amax: Array, element: Element, recipe: Recipe, *, covering: bo
     scheme = scheme.covering() if covering else scheme
     scales = scheme.scale(scheme.fit(amax, element))[..., None]
     return jnp.where(jnp.isfinite(amax), scales, jnp.nan)
-
-
-def _finite_or_nan(x: Array) -> Array:
-    return jnp.where(jnp.isfinite(x), x, jnp.nan)
 
 
 def _units(x: Array, scale: Array) -> Array:
