@@ -205,6 +205,10 @@ def test_gradients_of_the_states_are_slopes(name):
     [
         ({"lengths": jnp.array([1.0, 2.0, 3.0])}, r"lengths: got float.*\[3\]; expected integers \[3\]"),
         ({"lengths": jnp.array([1, 2])}, r"lengths: got int.*\[2\]; expected integers \[3\]"),
+        (
+            {"lengths": jnp.array([1, -1, 2])},
+            r"lengths: got \[1, -1, 2\]; expected 0 to \d+, the row's length",
+        ),
         ({"segment_states": 0}, "segment_states: got 0; expected None or a number of documents >= 1"),
     ],
 )

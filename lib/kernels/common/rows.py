@@ -7,10 +7,11 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import checkify
 
-from .arguments import as_shaped, reject
+from .arguments import as_shaped, known, reject
 from .documents import check_segment_ids, documents
 
 
@@ -139,6 +140,10 @@ def rows(
     if lengths is not None:
         if lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
             reject("lengths", lengths, f"integers [{B}]")
+        if not isinstance(lengths, jax.core.Tracer) and lengths.is_fully_addressable and known(T):
+            numbers = np.asarray(lengths)
+            if (numbers < 0).any() or (numbers > T).any():
+                raise ValueError(f"lengths: got {numbers.tolist()}; expected 0 to {T}, the row's length")
         lengths = lengths.astype(jnp.int32)
         right = jnp.all((lengths >= 0) & (lengths <= T))
         checkify.debug_check(right, "lengths: a value is not in [0, T]; expected 0 to the row's length")

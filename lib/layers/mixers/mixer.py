@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from ...kernels.common.arguments import reject
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import RowArguments, rows
 from ..modules.dense import projection, projections
@@ -86,6 +88,9 @@ class Mixer(nn.Module):
             raise ValueError(f"segment_states: got {segment_states} with reverse=True; expected None")
         if read is not None:
             x, segment_ids = read.read(x), read.ids
+        for leaf in jax.tree.leaves(state):
+            if jnp.ndim(leaf) == 0 or leaf.shape[0] != x.shape[0]:
+                reject("state", leaf, f"every leaf [{x.shape[0]}, ...], the batch of x")
         how = RowArguments(segment_ids=segment_ids, lengths=lengths, segment_states=segment_states)
         y, state = self.mix(x, state, how, **of_layer)
         return (y if read is None else read.write(y)), state

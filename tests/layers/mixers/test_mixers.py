@@ -205,6 +205,8 @@ def test_inputs_that_cannot_be_right(name):
     for ids in (jnp.ones((2, 4), jnp.int32), jnp.ones((2, 3))):
         with pytest.raises(ValueError, match=r"segment_ids: got .* expected integers \[2, 3\]"):
             module.init(jax.random.key(0), jnp.ones((2, 3, WIDTH)), segment_ids=ids)
+    with pytest.raises(ValueError, match=r"state: got float32\[1, 2\]; expected every leaf \[2, \.\.\.\]"):
+        module.init(jax.random.key(0), jnp.ones((2, 3, WIDTH)), state=jnp.ones((1, 2), jnp.float32))
     for heads in (3, 0) if hasattr(module, "heads") else ():
         match = f"heads: got {heads}; expected a number >= 1 that divides width"
         with pytest.raises(ValueError, match=match):
