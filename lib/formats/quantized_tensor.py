@@ -127,9 +127,11 @@ def check_storage(q: QuantizedTensor) -> None:
     Example:
         >>> import dataclasses, frugax, jax.numpy as jnp
         >>> q = frugax.formats.quantize(jnp.ones((32, 4)), "int4")
-        >>> dataclasses.replace(q, format=frugax.formats.int3).dequantize()
-        Traceback (most recent call last):
-        ValueError: format: got int3 for codes uint8[16, 4]; expected a multiple of 3 bytes along axis -2
+        >>> try:
+        ...     dataclasses.replace(q, format=frugax.formats.int3).dequantize()
+        ... except ValueError as error:
+        ...     print(error)
+        format: got int3 for codes uint8[16, 4]; expected a multiple of 3 bytes along axis -2
     """
     format, codes, axis = q.format, q.codes, q.axis if q.axis < 0 else q.axis - q.ndim
 
