@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import core
 from flax import linen as nn
-from jax import Array
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array, lax
 
 from ..formats import QuantizedTensor
 from ..optim.common.matrix_spec import leaf_path
@@ -20,6 +22,7 @@ from .statistics import Statistics
 Quantizer = Callable[[str, Array, Statistics], QuantizedTensor | Array]
 
 _NAME = "frugax_statistics"
+_TURN = "frugax_turn"  # true in the layer of a stack that has its turn
 
 
 def calibrate(
@@ -102,7 +105,9 @@ def calibrate(
 
     order: dict[str, bool] = {}
 
-    def call(variables, batch, wanted):
+    def call(variables, batch, wanted, layer=None):
+        if layer is not None:
+            variables = _with_turn(variables, {path: (shapes[path], order[path]) for path in wanted}, layer)
         args = batch if isinstance(batch, tuple) else (batch,)
         found, of_experts = _gathered(module, variables, args, kwargs, wanted)
         order.update(of_experts)  # in the order of the calls: JAX sorts a dict that it returns
@@ -128,31 +133,37 @@ def calibrate(
     @functools.cache
     def adding(wanted: frozenset[str]):
         @jax.jit
-        def add(total, variables, batch):
-            new = call(variables, batch, wanted)
+        def add(total, variables, batch, layer):
+            new = call(variables, batch, wanted, layer)
+            if layer is not None:
+                new = jax.tree.map(lambda x: x[layer], new)
             return {path: total[path].merge(new[path]) for path in total}
 
         return add
 
-    def gather(variables, wanted: tuple[str, ...]) -> dict[str, Statistics]:
-        """Pass over the batches."""
-        add = adding(frozenset(wanted))
-        total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), {path: shapes[path] for path in wanted})
+    def gather(variables, wanted: tuple[str, ...], layer: int | None) -> dict[str, Statistics]:
+        """Pass over the batches, for one layer of a stack or for all."""
+        add, own = adding(frozenset(wanted)), slice(None if layer is None else 1, None)
+        turn = None if layer is None else jnp.int32(layer)
+        total = {
+            path: jax.tree.map(lambda s: jnp.zeros(s.shape[own], s.dtype), shapes[path]) for path in wanted
+        }
         if once:
-            total = add(total, variables, first)
+            total = add(total, variables, first, turn)
         for batch in batches:
-            total = add(total, variables, batch)
+            total = add(total, variables, batch, turn)
         return jax.tree.map(np.asarray, total)
 
     found: dict[str, Statistics] = {}
     for stage, parts in zip(stages, passes, strict=True):
-        new = {path: s for wanted in parts for path, s in gather(variables, wanted).items()}
+        new = {path: s for wanted in parts for path, s in gather(variables, wanted, stage.layer).items()}
         for path, s in new.items():
-            if stage.layer is not None:  # of a stack, in which the other layers have not had their turn
-                whole, s = found.get(path, s), jax.tree.map(lambda x, i=stage.layer: x[i], s)
-                found[path] = jax.tree.map(lambda x, y, i=stage.layer: _with_row(x, i, y), whole, s)
-            else:
+            if stage.layer is None:
                 found[path] = s
+            elif stage.layer == 0:
+                found[path] = jax.tree.map(lambda x: x[None], s)
+            else:
+                found[path] = jax.tree.map(lambda x, y: np.concatenate([x, y[None]]), found[path], s)
             if quantize is not None and stage is not stages[-1]:
                 variables = _with_quantized(variables, path, stage.layer, s, quantize)
     found = {path: found[path] for path in shapes}
@@ -212,12 +223,12 @@ def _gathered(
         found = matrix_input(context, args) or expert_inputs(context, args)
         inner = context.module
         if found and (wanted is None or found.path in wanted) and inner.is_mutable_collection("params"):
-            sizes = found.group_sizes
-            new = Statistics.of(found.x) if sizes is None else Statistics.of_groups(found.x, sizes)
+            turn = inner.get_variable("params", _TURN)
+            new = _statistics(found) if turn is None else _if_it_is(turn, found)
             if inner.has_variable("params", _NAME):
                 new = inner.get_variable("params", _NAME).merge(new)
             inner.put_variable("params", _NAME, new)
-            order.setdefault(found.path, sizes is not None)
+            order.setdefault(found.path, found.group_sizes is not None)
         return call(*args, **kwargs)
 
     try:
@@ -239,6 +250,22 @@ def _gathered(
         if isinstance(x, Statistics)
     }
     return {path: found[path] for path in order}, order
+
+
+def _statistics(found: MatrixInput) -> Statistics:
+    sizes = found.group_sizes
+    return Statistics.of(found.x) if sizes is None else Statistics.of_groups(found.x, sizes)
+
+
+def _if_it_is(turn: Array, found: MatrixInput) -> Statistics:
+    """The statistics in the layer that has its turn; zeros, without the work, in all others."""
+    path, *arrays = found
+
+    def zeros(*arrays):
+        shapes = jax.eval_shape(lambda *arrays: _statistics(MatrixInput(path, *arrays)), *arrays)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return lax.cond(turn, lambda *arrays: _statistics(MatrixInput(path, *arrays)), zeros, *arrays)
 
 
 class Stage(NamedTuple):
@@ -287,10 +314,15 @@ def _with_quantized(
     return {**variables, "params": params}
 
 
-def _with_row(x: np.ndarray, i: int, row: Any) -> np.ndarray:
-    x = x.copy()
-    x[i] = row
-    return x
+def _with_turn(variables: Any, wanted: dict[str, tuple[Statistics, bool]], layer: Array) -> Any:
+    """The variables with a mark beside each stacked kernel, true in one layer."""
+    params = flatten_dict(core.unfreeze(variables["params"]), keep_empty_nodes=True, sep="/")
+    for path, (shape, is_of_experts) in wanted.items():
+        stacked = shape.count.shape[: -1 if is_of_experts else None]
+        turn = jnp.arange(stacked[0], dtype=jnp.int32) == layer
+        turn = jnp.broadcast_to(turn.reshape(-1, *(1,) * (len(stacked) - 1)), stacked)
+        params[path.removesuffix("kernel") + _TURN] = turn
+    return {**variables, "params": unflatten_dict(params, sep="/")}
 
 
 def _passes(sizes: dict[str, int], max_bytes: int | None) -> list[tuple[str, ...]]:
