@@ -11,8 +11,8 @@ import jaxlib.version
 
 # Most of a test's time goes into compiling small programs once: leave LLVM's optimizer out, don't split a
 # program into 32 modules, and leave out the emitters that make several times the code, where that can be
-# chosen (0.12 ends the process at that flag).
-_emitters = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 12)
+# chosen (0.11.2 ends the process at that flag).
+_emitters = tuple(map(int, jaxlib.version.__version__.split(".")[:2])) < (0, 11)
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 QUICK += " --xla_cpu_use_fusion_emitters=false" * _emitters
 
