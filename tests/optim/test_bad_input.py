@@ -118,3 +118,22 @@ def test_refreshes_that_are_none():
 def test_a_fisher_of_what_is_no_matrix():
     with pytest.raises(ValueError, match=r"params: got \[3\] at b; expected \[\.\.\., m, n\]"):
         optim.scale_by_fisher().init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+
+
+def test_a_loss_that_is_no_scalar():
+    for estimator in (optim.zeroth_order.two_point(1e-3), optim.zeroth_order.forward_gradient()):
+        with pytest.raises(ValueError, match=r"loss_fn: got float32\[3\]; expected a scalar"):
+            optim.zeroth_order.zo_step(
+                lambda w: w**2,
+                jnp.ones(3, jnp.float32),
+                jax.random.key(0),
+                learning_rate=0.1,
+                estimator=estimator,
+            )
+
+
+def test_a_freeze_rate_and_a_dtype_that_are_none():
+    with pytest.raises(ValueError, match=r"freeze_rate: got 1\.2; expected 0 to 1"):
+        optim.slimfit(optax.adam(1e-3), 1.2)
+    with pytest.raises(ValueError, match="dtype: got int8; expected bfloat16 or float16"):
+        optim.round_stochastic(jnp.ones(3, jnp.float32), jnp.int8, jax.random.key(0))

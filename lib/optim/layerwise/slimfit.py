@@ -58,7 +58,7 @@ def slimfit(
       A transformation; its update needs the params. With `together` it goes to `layerwise_step` as well.
 
     Raises:
-      ValueError: `layers` finds nothing; stacks of several depths with `together`.
+      ValueError: a rate beyond 0 to 1; `layers` finds nothing; stacks of several depths with `together`.
 
     Source: Ardakani et al. 2023 (arXiv 2305.18513) and its code, where layers are weight tensors and begin at
     random distances: here the layers' order breaks the ties at the start.
@@ -71,6 +71,8 @@ def slimfit(
         >>> updates["layers"]["w"][:, 0].round(1).tolist() == [-0.10000000149011612] * 2 + [0.0] * 2
         True
     """
+    if isinstance(freeze_rate, int | float) and not 0 <= freeze_rate <= 1:
+        raise ValueError(f"freeze_rate: got {freeze_rate}; expected 0 to 1")
 
     def split(tree: Any) -> tuple[Any, Any]:
         """The stacked leaves and the others, in nested dicts with nothing in the places of the rest."""

@@ -71,12 +71,17 @@ def round_stochastic(x: Float[Array, "*s"], dtype, key: Key[Array, ""]) -> Float
       dtype: bfloat16 or float16.
       key: PRNG key.
 
+    Raises:
+      ValueError: another dtype.
+
     Example:
         >>> import frugax, jax, jax.numpy as jnp
         >>> x = frugax.optim.round_stochastic(jnp.full(8, 1.001), jnp.bfloat16, jax.random.key(0))
         >>> set(x.tolist()) <= {1.0, 1.0078125}
         True
     """
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"dtype: got {jnp.dtype(dtype)}; expected bfloat16 or float16")
     nearest = x.astype(dtype)
     value = nearest.astype(jnp.float32)
     towards = jnp.where(x > value, jnp.inf, -jnp.inf).astype(dtype)

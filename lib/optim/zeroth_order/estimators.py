@@ -27,6 +27,18 @@ def opaque_copies(key: Array, n: int) -> Array:
     return lax.optimization_barrier(jnp.stack([key] * n))
 
 
+def _scalar(loss_fn: Callable[[Any], Array]) -> Callable[[Any], Array]:
+    """loss_fn, or a ValueError where its result is no scalar: params would move by a vector."""
+
+    def checked(params: Any) -> Array:
+        loss = loss_fn(params)
+        if jax.tree.map(jnp.shape, loss) != ():
+            raise ValueError(f"loss_fn: got {jax.tree.map(jax.typeof, loss)}; expected a scalar")
+        return loss
+
+    return checked
+
+
 def two_point(epsilon: float, *, in_place: bool = True) -> Estimator:
     """SPSA: the loss at +epsilon and at -epsilon along the direction.
 
@@ -49,6 +61,8 @@ def two_point(epsilon: float, *, in_place: bool = True) -> Estimator:
         raise ValueError(f"epsilon: got {epsilon}; expected a positive number")
 
     def estimate(loss_fn, params, key, direction):
+        loss_fn = _scalar(loss_fn)
+
         # A loop of two turns, not two calls: parameters stay in their place. Each turn makes its own noise.
         def move(params, turn):
             amount, key = turn
@@ -86,7 +100,7 @@ def forward_gradient() -> Estimator:
 
     def estimate(loss_fn, params, key, direction):
         def along(s):
-            return loss_along(loss_fn, params, key, s, direction, branch=False)
+            return loss_along(_scalar(loss_fn), params, key, s, direction, branch=False)
 
         loss, slope = jax.jvp(along, (jnp.zeros(()),), (jnp.ones(()),))
         return Estimate(params, 0.0, loss, slope)
