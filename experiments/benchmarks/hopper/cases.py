@@ -65,6 +65,20 @@ def linear_attention(tiny: bool, decay: str | None, bonus: bool = False) -> Iter
         yield Case(f"B={B} T={T} H={H} K={K} V={V} state={state}", frugax.kernels.linear_attention, arrays)
 
 
+def taylor_attention(tiny: bool) -> Iterator[Case]:
+    """Yield Based's calls: features of 16 channels or fewer, and a column of ones beside 64 channels of v."""
+    call = partial(frugax.kernels.linear_attention, feature_map="taylor")
+    shapes = [(2, 256, 2, 16, 64, False), (2, 300, 4, 16, 65, True), (1, 100, 128, 8, 24, True)]
+    for B, T, H, K, V, state in [(1, 70, 1, 5, 24, True)] if tiny else shapes:
+        draw = Draw(T)
+        arrays = {"q": draw.normal(B, T, H, K), "k": draw.normal(B, T, H, K), "v": draw.normal(B, T, H, V)}
+        if state:
+            features = 1 + K + K * (K + 1) // 2
+            arrays["initial_state"] = draw.normal(B, H, features, V, dtype=F32)
+            arrays["segment_ids"] = draw.documents(B, T)
+        yield Case(f"B={B} T={T} H={H} K={K} V={V} state={state}", call, arrays)
+
+
 def ssd(tiny: bool) -> Iterator[Case]:
     """Yield Mamba-2's calls: groups of heads, its step sizes, skip and gate."""
     call = partial(frugax.kernels.ssd, dt_softplus=True)
@@ -295,6 +309,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     ),
     "causal_conv1d, bfloat16": partial(causal_conv1d, dtype=BF16),
     "linear_recurrence, bfloat16": partial(linear_recurrence, dtype=BF16),
+    "linear_attention, Taylor features": taylor_attention,
     "linear_attention, no decay": partial(linear_attention, decay=None),
     "linear_attention, a decay a head": partial(linear_attention, decay="h"),
     "linear_attention, a decay a channel and a bonus": partial(linear_attention, decay="bthk", bonus=True),

@@ -6,18 +6,16 @@ gets d_v as the outputs of the reversed sequence, and the other gradients chunk 
 inputs.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 from jax import Array
 
 from ..common import compat
-from ..common.arguments import pad_to
+from . import pallas_gpu_features as features
 from .inputs import Inputs, repeat_heads
+from .pallas_gpu_arrays import Rows, pad_axes, rows_of, sum_heads
 from .pallas_gpu_backward import gradients
 from .pallas_gpu_forward import outputs, states
 from .pallas_gpu_fused import walk
-from .pallas_gpu_tiles import CHUNK, SMALLEST_LOG
 from .tiling_gpu import Tiling, choose
 
 _MOST_BLOCKS = 65535  # in the y and z dimensions of a CUDA grid
@@ -30,19 +28,25 @@ def unsupported_reason(call: Inputs, feature_map: str | None = None) -> str | No
     if call.q.dtype != jnp.bfloat16:
         return f"q, k and v must be bfloat16; they are {call.q.dtype}"
     if feature_map is not None:
-        return f"feature_map {feature_map!r}: q and k are multiplied as they are"
-    if min(K, V) < 32:
+        reason = features.unsupported_reason(call, feature_map)
+        if reason is not None:
+            return reason
+    elif min(K, V) < 32:
         return f"K and V must be at least 32 (they are padded to multiples of 64); they are {K} and {V}"
     if max(B, call.heads) > _MOST_BLOCKS:
         return f"batch and heads must be at most {_MOST_BLOCKS}; they are {B} and {call.heads}"
     return compat.local_gpu_lacks_mosaic()
 
 
-def forward(call: Inputs, scale: float, feature_map: None = None, *, interpret: bool) -> tuple[Array, Array]:
-    """The outputs [B, T, H, V] and the final state [B, H, K, V], as `reference.forward` defines them."""
+def forward(
+    call: Inputs, scale: float, feature_map: str | None = None, *, interpret: bool
+) -> tuple[Array, Array]:
+    """The outputs [B, T, H, V] and the final state [B, H, F, V], as `reference.forward` defines them."""
+    if feature_map is not None:
+        return features.forward(call, scale, feature_map, interpret=interpret)
     T, K, V = _sizes(call)
     padded = _pad(call)
-    rows = _rows(padded, T)
+    rows = rows_of(call)
     tiling = _tiling(padded)
     if tiling.fused:
         weights = [rows.query * scale, rows.sum_as_query, rows.sum_as_key, rows.run, rows.key, rows.keep]
@@ -81,19 +85,21 @@ def backward(
     call: Inputs,
     cotangents: tuple[Array, Array],
     scale: float,
-    feature_map: None = None,
+    feature_map: str | None = None,
     *,
     interpret: bool,
 ) -> Inputs:
     """The gradient of every float input, in its shape and dtype."""
+    if feature_map is not None:
+        return features.backward(call, cotangents, scale, feature_map, interpret=interpret)
     T, K, V = _sizes(call)
     padded = _pad(call)
     q, k, v = padded.q, padded.k, padded.v
-    rows = _rows(padded, T)
+    rows = rows_of(call)
     tiling = _tiling(padded)
     log_decay, packed = _per_channel(padded), call.runs is not None
-    d_out = _pad_axes(cotangents[0], q.shape[1], v.shape[-1])
-    d_final = _pad_axes(cotangents[1], q.shape[-1], v.shape[-1], axes=(2, 3))
+    d_out = pad_axes(cotangents[0], q.shape[1], v.shape[-1])
+    d_final = pad_axes(cotangents[1], q.shape[-1], v.shape[-1], axes=(2, 3))
 
     before, _ = _states(padded, rows, tiling, interpret)
     d_v, d_initial, d_after = _walk_back(padded, rows, tiling, d_out, d_final, scale, interpret)
@@ -121,9 +127,9 @@ def backward(
         d_log_decay = d_log_decay.sum((0, 1)) if call.log_decay.ndim == 1 else d_log_decay
         d_log_decay = d_log_decay.astype(call.log_decay.dtype)
     return Inputs(
-        _sum_heads(d_q[:, :T, :, :K], call.q),
-        _sum_heads(d_k[:, :T, :, :K], call.k),
-        _sum_heads(d_v[:, :T, :, :V], call.v),
+        sum_heads(d_q[:, :T, :, :K], call.q),
+        sum_heads(d_k[:, :T, :, :K], call.k),
+        sum_heads(d_v[:, :T, :, :V], call.v),
         d_log_decay,
         None if call.bonus is None else _d_bonus(call, cotangents[0], scale),
         None if call.initial_state is None else d_initial[:, :, :K, :V].astype(call.initial_state.dtype),
@@ -135,47 +141,6 @@ def _sizes(call: Inputs) -> tuple[int, int, int]:
     return call.q.shape[1], call.q.shape[3], call.v.shape[3]
 
 
-class _Rows(NamedTuple):
-    """Float32 numbers of each token, [B, 1 or H, T / CHUNK, CHUNK]; a decay per channel is not in them."""
-
-    query: Array  # the decay from the chunk's start to what the token reads; 0 in a later run
-    key: Array  # the decay from the token to the chunk's end; 0 in an earlier run
-    keep: Array  # the decay of the whole chunk, at each of its tokens; 0 where it holds a boundary
-    sum_as_query: Array  # log of `query` before runs are looked at
-    sum_as_key: Array  # the same, the token's own decay always included
-    run: Array
-
-
-def _rows(padded: Inputs, T: int) -> _Rows:
-    (B, length), H = padded.q.shape[:2], padded.heads
-    shape = (B, 1, length // CHUNK, CHUNK)
-    run = jnp.zeros(shape, jnp.int32) if padded.runs is None else padded.runs.reshape(shape)
-    end = run[..., -1:]
-    start = jnp.pad(end[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))  # the incoming state belongs to run 0
-    g = padded.log_decay
-    if g is None or g.ndim == 4:
-        g = jnp.zeros((1, 1, 1, 1), jnp.float32)
-    else:
-        g = jnp.broadcast_to(g, (B, T, H)) if g.ndim == 1 else g
-        g = _pad_axes(jnp.maximum(g.astype(jnp.float32), SMALLEST_LOG), length, axes=(1,))
-        g = g.swapaxes(1, 2).reshape(B, H, *shape[2:])
-    g = jnp.broadcast_to(g, (B, g.shape[1], *shape[2:]))
-    through = jnp.cumsum(g, -1)
-    until = jnp.pad(through[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0)))
-    behind = jnp.cumsum(g[..., ::-1], -1)[..., ::-1]
-    behind = jnp.pad(behind[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))
-    as_query = through if padded.bonus is None else until
-    keep = jnp.exp(through[..., -1:]) * (start == end)
-    return _Rows(
-        jnp.exp(as_query) * (run == start),
-        jnp.exp(behind) * (run == end),
-        jnp.broadcast_to(keep, g.shape),
-        as_query,
-        through,
-        jnp.broadcast_to(run.astype(jnp.float32), g.shape),
-    )
-
-
 def _tiling(padded: Inputs) -> Tiling:
     B, K, V = padded.q.shape[0], padded.q.shape[-1], padded.v.shape[-1]
     return choose(B, padded.heads, K, V, _per_channel(padded) is not None, padded.bonus is not None)
@@ -185,7 +150,7 @@ def _per_channel(padded: Inputs) -> Array | None:
     return padded.log_decay if padded.log_decay is not None and padded.log_decay.ndim == 4 else None
 
 
-def _states(padded: Inputs, rows: _Rows, tiling: Tiling, interpret: bool) -> tuple[Array, Array]:
+def _states(padded: Inputs, rows: Rows, tiling: Tiling, interpret: bool) -> tuple[Array, Array]:
     return states(
         padded.k,
         padded.v,
@@ -201,7 +166,7 @@ def _states(padded: Inputs, rows: _Rows, tiling: Tiling, interpret: bool) -> tup
 
 
 def _walk_back(
-    padded: Inputs, rows: _Rows, tiling: Tiling, d_out: Array, d_final: Array, scale: float, interpret: bool
+    padded: Inputs, rows: Rows, tiling: Tiling, d_out: Array, d_final: Array, scale: float, interpret: bool
 ) -> tuple[Array, Array, Array]:
     """d_v, d_initial_state, and the gradient of the state after each chunk."""
     q, k, log_decay, packed = padded.q, padded.k, _per_channel(padded), padded.runs is not None
@@ -251,37 +216,23 @@ def _walk_back(
 def _pad(call: Inputs) -> Inputs:
     """T to whole chunks, K and V to whole blocks. Zero keys add nothing, zero log-decays keep the state."""
     T, K, V = (-(-size // 64) * 64 for size in _sizes(call))
-    log_decay, bonus, state, runs = call.log_decay, call.bonus, call.initial_state, call.runs
+    log_decay, bonus, state = call.log_decay, call.bonus, call.initial_state
     if log_decay is not None and log_decay.ndim == 4:
         kind = jnp.bfloat16 if log_decay.dtype == jnp.bfloat16 else jnp.float32
-        log_decay = _pad_axes(log_decay.astype(kind), T, K)
+        log_decay = pad_axes(log_decay.astype(kind), T, K)
     if bonus is not None:
-        bonus = _pad_axes(bonus.astype(jnp.float32), K, axes=(1,))
+        bonus = pad_axes(bonus.astype(jnp.float32), K, axes=(1,))
     if state is not None:
-        state = _pad_axes(state.astype(jnp.float32), K, V, axes=(2, 3))
-    if runs is not None:
-        runs = jnp.pad(runs, ((0, 0), (0, T - runs.shape[1])), mode="edge")
+        state = pad_axes(state.astype(jnp.float32), K, V, axes=(2, 3))
     return Inputs(
-        _pad_axes(call.q, T, K),
-        _pad_axes(call.k, T, K),
-        _pad_axes(call.v, T, V),
+        pad_axes(call.q, T, K),
+        pad_axes(call.k, T, K),
+        pad_axes(call.v, T, V),
         log_decay,
         bonus,
         state,
-        runs,
+        call.runs,
     )
-
-
-def _pad_axes(x: Array, *sizes: int, axes: tuple[int, ...] = (1, 3)) -> Array:
-    to = dict(zip(axes, sizes, strict=True))
-    return pad_to(x, [to.get(axis, size) for axis, size in enumerate(x.shape)])
-
-
-def _sum_heads(d_x: Array, x: Array) -> Array:
-    """Add up the gradients of the heads that read one head of x."""
-    if d_x.shape[2] != x.shape[2]:
-        d_x = d_x.astype(jnp.float32).reshape(*d_x.shape[:2], x.shape[2], -1, d_x.shape[3]).sum(3)
-    return d_x.astype(x.dtype)
 
 
 def _sum_decay_parts(parts: Array, exclusive: bool) -> Array:

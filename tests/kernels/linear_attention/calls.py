@@ -78,6 +78,11 @@ LONG = [
     {"T": 100, "decay": "bth", "lengths": [100, 71]} | TAYLOR,
     {"T": 50, "decay": "h", "mildest": -40, "strongest": -50, "state": True},
 ]
+TAYLOR_ON_GPU = [
+    {"T": 70, "heads": (4, 2, 2), "state": True, "packed": True} | TAYLOR,
+    {"T": 150, "heads": (1, 1, 2), "lengths": [140], "scale": 1.0} | TAYLOR,
+    {"T": 65, "state": True, "reverse": True} | TAYLOR,
+]
 
 
 def sized(cases, sizes, **more):
@@ -95,12 +100,10 @@ CASES = {
         *sized(LONG, [(16, 24), (128, 60)]),
         *sized(LONG[3:9], [(128, 60), (16, 24)], dtype="bfloat16"),
     ],
-    "pallas_gpu": sized(
-        [{n: x for n, x in c.items() if n != "feature_map"} for c in RICH + LONG],
-        [(64, 64)],
-        B=1,
-        dtype="bfloat16",
-    ),
+    "pallas_gpu": [
+        *sized([c for c in RICH + LONG if "feature_map" not in c], [(64, 64)], B=1, dtype="bfloat16"),
+        *sized(TAYLOR_ON_GPU, [(5, 24), (16, 65)], B=1, dtype="bfloat16"),
+    ],
     None: sized(RICH[:1], [(5, 24)]),
 }
 

@@ -1,5 +1,7 @@
 """Linear attention's Mosaic GPU kernels: levels of token pairs, channel blocks, padding, limits."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,13 +151,18 @@ def test_a_gate_may_close_for_good():
 
 
 def test_reasons_name_what_is_in_the_way():
-    def reason(dtype, K, V):
+    def reason(dtype, K, V, feature_map=None, decay=None):
         x, v = (jax.ShapeDtypeStruct((1, 8, 2, n), dtype) for n in (K, V))
-        return pallas_gpu.unsupported_reason(jax.eval_shape(check, x, x, v, *[None] * 4))
+        call = jax.eval_shape(partial(check, feature_map=feature_map), x, x, v, decay, *[None] * 3)
+        return pallas_gpu.unsupported_reason(call, feature_map)
 
     assert reason(jnp.bfloat16, 64, 256) is None
     assert "bfloat16" in reason(jnp.float32, 64, 64)
     assert "32" in reason(jnp.bfloat16, 16, 64)
+    assert reason(jnp.bfloat16, 18, 1, "taylor") is None
+    assert "K is 19" in reason(jnp.bfloat16, 19, 64, "taylor")
+    decay = jax.ShapeDtypeStruct((2,), jnp.float32)
+    assert "log_decay" in reason(jnp.bfloat16, 16, 64, "taylor", decay)
 
 
 def test_state_blocks_are_wide_only_where_programs_abound():
