@@ -20,7 +20,7 @@ from .markdown import RESULTS, caption, plain_caption, read, table
 from .sentences import five_numbers, what_runs_where, what_steps_take, where_it_loses
 
 ROOT = Path(__file__).parents[2]
-METHODS = ("nearest", "gptq", "awq")
+METHODS = ("nearest", "gptq", "gptq_sequential", "awq")
 BY_TURNS = "Contenders run by turns; a ratio is the median over turns, not the ratio of the medians."
 
 
@@ -333,12 +333,13 @@ def low_bit() -> str:
         name = f"`{format}`, trained" if "trained" in found else f"`{format}`"
         ratio = f"{speed[format] / speed['float32']:.2f}x" if format in speed else ""
         rows.append([name, f"{next(iter(found.values()))['bytes']:,}"])
-        rows[-1] += [only, "", ""] if only else cells
+        rows[-1] += [only, *[""] * (len(METHODS) - 1)] if only else cells
         rows[-1] += ["" if format == "bfloat16" else f"{100 * best:+.1f} %", ratio]
     model = result["model"]
     about = f"`{model['config']}`, {model['parameters']:,} parameters, "
     about += f"{result['held_out_bytes']:,} held-out bytes"
-    head = ["", "bytes", *METHODS, "best against bfloat16", "tokens a second against float32"]
+    methods = [method.replace("_", " ") for method in METHODS]
+    head = ["", "bytes", *methods, "best against bfloat16", "tokens a second against float32"]
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
 
 

@@ -2,10 +2,11 @@
 
   python -m experiments.train --config=experiments/configs/lm/quickstart.py     the model, five minutes
   python -m experiments.studies.low_bit --run=runs/quickstart                   the table, ten minutes
-  python -m experiments.studies.low_bit --run=runs/quickstart --formats int4 nf4 --methods nearest gptq
+  ... --formats int4 --methods gptq --out=X                                     these, into the rows of X
 
 Every matrix of every layer is packed: by rounding to the nearest, by GPTQ, or by AWQ, both with statistics of
-training text; the embedding and the head are in int8. The packed model runs as it is stored. Held-out text is
+training text; by sequential GPTQ, those of each block once the blocks before it are packed, as its authors
+have it. The embedding and the head are in int8. The packed model runs as it is stored. Held-out text is
 what the run held out. A model that was trained in ternary is packed without loss with --ternary=RUN.
 
 Source: Frantar et al. 2022, GPTQ (arXiv 2210.17323); Lin et al. 2023, AWQ (arXiv 2306.00978).
@@ -40,7 +41,7 @@ FORMATS = {
     **{name: 32 for name in ("int8", "int4", "int3", "int2", "uint4", "uint3", "uint2")},
     **{name: None for name in ("nf4", "mxfp4", "nvfp4", "mxfp8", "fp8_e4m3")},
 }
-METHODS = ("nearest", "gptq", "awq")
+METHODS = ("nearest", "gptq", "gptq_sequential", "awq")
 ROWS = "(^|/)(embedding|head)$"  # arrays [V, D], without statistics of their own
 
 
@@ -73,6 +74,16 @@ def gptq(params, statistics, format: str, group_size: int | None):
         return quant.gptq(w, statistics[path], format, group_size=group_size)
 
     return quant.quantize_params(params, {"kernel$": pack, ROWS: "int8"})[0]
+
+
+def gptq_sequential(module, batches, params, format: str, group_size: int | None):
+    """GPTQ with the inputs that a matrix has once all blocks before it are quantized."""
+
+    def pack(path, w, statistics):
+        return quant.gptq(w, statistics, format, group_size=group_size)
+
+    statistics = quant.calibrate(module, {"params": params}, batches, quantize=pack)
+    return gptq(params, statistics, format, group_size)
 
 
 def awq(params, statistics, format: str, group_size: int | None):
@@ -227,16 +238,20 @@ def run(args, say: Callable[[str], None] = print) -> dict[str, Any]:
     with tqdm(total=len(args.formats) * len(args.methods), disable=None, unit="model") as progress:
         for format in args.formats:
             for method in args.methods:
-                packed = {"nearest": nearest, "gptq": gptq, "awq": awq}[method](
-                    params, statistics, format, FORMATS[format]
-                )
-                error = None if method == "awq" else round(mean_output_error(params, packed, statistics), 5)
+                if method == "gptq_sequential":
+                    packed = gptq_sequential(module, batches, params, format, FORMATS[format])
+                else:
+                    pack = {"nearest": nearest, "gptq": gptq, "awq": awq}[method]
+                    packed = pack(params, statistics, format, FORMATS[format])
+                error = None  # of inputs or weights that are no longer those of the statistics
+                if method in ("nearest", "gptq"):
+                    error = round(mean_output_error(params, packed, statistics), 5)
                 bits = measure(module, packed, held_out)
                 nbytes = sum(x.nbytes for x in jax.tree.leaves(packed))
                 rows.append(Row(format, method, round(bits, 4), nbytes, error))
                 if method == "nearest":
                     stored[format] = packed
-                progress.write(f"  {format:9} {method:8} {bits:8.4f} bits per byte  {nbytes:>10,} bytes")
+                progress.write(f"  {format:9} {method:15} {bits:8.4f} bits per byte  {nbytes:>10,} bytes")
                 progress.update()
     if args.ternary:
         rows.append(ternary_row(args.ternary, args.max_bytes))
@@ -254,6 +269,19 @@ def run(args, say: Callable[[str], None] = print) -> dict[str, Any]:
         "rows": [row._asdict() for row in rows],
         "decoded_tokens_per_second": speed,
     }
+
+
+def added(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The result with the rows of an earlier one of the same model and text that it lacks."""
+    if not path.exists():
+        return result
+    earlier = json.loads(path.read_text())
+    for name in ("model", "calibration_tokens", "held_out_bytes"):
+        if earlier[name] != result[name]:
+            raise ValueError(f"{path}: got rows of {name} {earlier[name]}; expected {result[name]}")
+    rows = {(row["format"], row["method"]): row for row in earlier["rows"] + result["rows"]}
+    maps = {name: earlier[name] | result[name] for name in ("group_sizes", "decoded_tokens_per_second")}
+    return result | maps | {"rows": list(rows.values())}
 
 
 def ternary_row(run_dir: str, max_bytes: int) -> Row:
@@ -279,11 +307,13 @@ def main(arguments=None) -> None:
     parser.add_argument("--batches", type=int, default=32, help="of 8 rows of training text, for statistics")
     parser.add_argument("--max_bytes", type=int, default=0, help="of held-out text; 0: all")
     parser.add_argument("--decode", type=int, default=256, help="tokens decoded for the speed; 0: no speed")
-    parser.add_argument("--out", type=Path, help="the JSON to write; default: none, it is printed")
+    parser.add_argument("--out", type=Path, help="the JSON to write, or to add rows to; default: none")
     parser.add_argument("--plot", type=Path, default=Path("runs/low_bit.png"), help="the figure")
     args = parser.parse_args(arguments)
     try:
         result = about() | run(args)
+        if args.out:
+            result = added(result, args.out)
     except (ValueError, OSError, CheckpointError) as error:
         sys.exit(f"experiments.studies.low_bit: {error}")
     if args.out:

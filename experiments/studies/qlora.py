@@ -39,7 +39,16 @@ BASES = {
 
 
 def compare(
-    module, params, batches, held_out, *, bases: Iterable[str], rank: int, rate: float, say: Callable = print
+    module,
+    params,
+    batches,
+    held_out,
+    *,
+    bases: Iterable[str],
+    rank: int,
+    rate: float,
+    paged: bool = False,
+    say: Callable = print,
 ) -> list[dict[str, Any]]:
     """Tune adapters of every matrix beside each base: a row of bytes and bits per byte for each."""
     targets = tuple(
@@ -64,7 +73,7 @@ def compare(
         adapters = lora_init(jax.random.key(1), base, targets=sorted(targets), rank=rank, dtype=jnp.float32)
         learner = Adapted(mine, base)
         before = bits_per_byte(learner, adapters, held_out)
-        tuned, losses = tune(learner, adapters, batches, rate)
+        tuned, losses = tune(learner, adapters, batches, rate, paged=paged)
         after = bits_per_byte(learner, tuned, held_out)
         assert before is not None  # nothing stops them
         assert after is not None
@@ -101,7 +110,7 @@ def run(args) -> dict[str, Any]:
     held_out = heldout_batches(
         corpus, tokenizer, batch_size=4, sequence_length=length, limit_bytes=args.max_bytes or None
     )
-    how = {"bases": args.bases, "rank": args.rank, "rate": args.rate}
+    how = {"bases": args.bases, "rank": args.rank, "rate": args.rate, "paged": args.paged}
     rows = compare(module, variables["params"], batches, held_out, **how)
     return {
         "model": {"config": Path(args.run).name, "step": step},
@@ -126,6 +135,7 @@ def main(arguments=None) -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--paged", action="store_true", help="keep the optimizer's state on the host")
     parser.add_argument("--max_bytes", type=int, default=0, help="of held-out text; 0: all")
     parser.add_argument("--out", type=Path, help="the JSON to write; default: none, it is printed")
     args = parser.parse_args(arguments)

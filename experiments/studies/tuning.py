@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from experiments.trainer.state import bits_per_byte
+from frugax.memory import state_on_host
 from frugax.peft import lora_apply, lora_init, lora_merge
 
 
@@ -25,10 +26,14 @@ class Adapted:
         return lora_apply(self.module, {"params": self.fixed}, variables["params"], *args, **kwargs)
 
 
-def tune(module, params, batches, rate: float) -> tuple[Any, list[float]]:
-    """AdamW on every batch once: the new params, and each loss in nats a byte."""
+def tune(module, params, batches, rate: float, *, paged: bool = False) -> tuple[Any, list[float]]:
+    """AdamW on every batch once: the new params, and each loss in nats a byte.
+
+    `paged` keeps the optimizer's state in the host's memory between steps.
+    """
     schedule = optax.warmup_cosine_decay_schedule(0, rate, max(len(batches) // 10, 1), len(batches))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.0))
+    optimizer = state_on_host(optimizer) if paged else optimizer
 
     @jax.jit
     def step(params, state, batch):

@@ -76,6 +76,12 @@ def test_the_whole_study(tmp_path):
     assert all(r["bytes"] < result["rows"][0]["bytes"] for r in result["rows"][1:])
     assert all(speed > 0 for speed in result["decoded_tokens_per_second"].values())
     assert picture.stat().st_size > 1000
+    low_bit.main(command.replace("int4 nvfp4", "int3 --methods nearest").split())
+    more = json.loads(out.read_text())["rows"]
+    assert more[:-1] == result["rows"]
+    assert (more[-1]["format"], more[-1]["method"]) == ("int3", "nearest")
+    with pytest.raises(SystemExit, match="got rows of calibration_tokens"):
+        low_bit.main(command.replace("batches=1", "batches=2").split())
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path):

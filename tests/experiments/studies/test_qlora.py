@@ -20,7 +20,7 @@ def test_bases_are_tuned_beside_each_other(tmp_path):
     loader = make_loader(corpus, tokenizer, batch_size=2, sequence_length=32, seed=0)
     held_out = heldout_batches(corpus, tokenizer, batch_size=2, sequence_length=32, limit_bytes=200)
     batches = [dict(next(loader)) for _ in range(12)]
-    how = {"bases": ("float32", "nf4_dq"), "rank": 2, "rate": 0.05, "say": lambda text: None}
+    how = {"bases": ("float32", "nf4_dq"), "rank": 2, "rate": 0.05, "paged": True, "say": lambda text: None}
     wide, narrow = qlora.compare(module, params, batches, held_out, **how)
     assert wide["bytes_of_matrices"] == 4 * (64 * 192 + 64 * 64)
     assert 8 * narrow["bytes_of_matrices"] / (64 * 256) == pytest.approx(4.127, abs=0.02)
