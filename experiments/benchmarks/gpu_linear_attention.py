@@ -71,6 +71,25 @@ class SSD:
         return [x, dt, A, normal(B, T, 1, self.N), normal(B, T, 1, self.N), normal(B, T, H, self.P)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Taylor:
+    """A batch of Based's linear layer: H heads of K channels, features of their Taylor map, and V values."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+
+    def arrays(self) -> list[np.ndarray]:
+        """q and k (over K^(1/4)), v and the outputs' cotangent, the same at every call."""
+        rng = np.random.default_rng(0)
+        sizes = (self.K, self.K, self.V, self.V)
+        drawn = [rng.standard_normal((self.B, self.T, self.H, size), np.float32) for size in sizes]
+        drawn[:2] = (x * self.K**-0.25 for x in drawn[:2])
+        return [x.astype(jnp.bfloat16) for x in drawn]
+
+
 SHAPES = [
     Shape(B, T, H, D, decay)
     for decay in ("bth", "bthk")
@@ -83,7 +102,8 @@ SHAPES = [
     )
 ]
 SSD_SHAPES = [SSD(8, 2048, 64, 64, 128), SSD(4, 4096, 80, 64, 128), SSD(1, 16384, 24, 64, 128)]
-TINY = [Shape(1, 70, 2, 64, "bth"), SSD(1, 70, 2, 32, 64)]
+TAYLOR_SHAPES = [Taylor(8, 2048, 16, 16, 65), Taylor(1, 16384, 16, 16, 65)]
+TINY = [Shape(1, 70, 2, 64, "bth"), SSD(1, 70, 2, 32, 64), Taylor(1, 70, 1, 5, 24)]
 
 
 def frugax_attend(backend: str, shape: Shape) -> Callable[..., Any]:
@@ -92,6 +112,21 @@ def frugax_attend(backend: str, shape: Shape) -> Callable[..., Any]:
 
 def frugax_ssd(backend: str, shape: SSD) -> Callable[..., Any]:
     return lambda x, dt, A, B, C: frugax.kernels.ssd(x, dt, A, B, C, dt_softplus=True, backend=backend)[0]
+
+
+def frugax_taylor(backend: str | None, shape: Taylor) -> Callable[..., Any]:
+    options = dict(feature_map="taylor", scale=1.0, backend=backend)
+    return lambda q, k, v: frugax.kernels.linear_attention(q, k, v, **options)[0]
+
+
+def features_in_memory(shape: Taylor) -> Callable[..., Any]:
+    """The kernels for q and k as they are, of features that XLA makes."""
+
+    def attend(q, k, v):
+        q, k = (frugax.layers.taylor(x) for x in (q, k))
+        return frugax.kernels.linear_attention(q, k, v, scale=1.0)[0]
+
+    return attend
 
 
 def in_jax(make: Callable[[Any], Callable[..., Any]], shape: Any) -> gpu.Runner:
@@ -162,6 +197,12 @@ SSD_CONTENDERS: dict[str, Callable[[SSD], gpu.Runner]] = {
     "mamba-ssm (Triton)": mamba_ssm,
 }
 
+TAYLOR_CONTENDERS: dict[str, Callable[[Taylor], gpu.Runner]] = {
+    "frugax pallas_gpu": partial(in_jax, partial(frugax_taylor, "pallas_gpu")),
+    "frugax xla": partial(in_jax, partial(frugax_taylor, "xla")),
+    "features in memory, frugax": partial(in_jax, features_in_memory),
+}
+
 
 def stand_in(shape: Shape) -> Shape:
     """A call small enough for the token-by-token definition, with heads few or many as in `shape`."""
@@ -173,6 +214,10 @@ def ssd_stand_in(shape: SSD) -> SSD:
     from frugax.kernels.common.chips import PROCESSORS
 
     return SSD(1, min(shape.T, 300), 128 if shape.B * shape.H >= PROCESSORS else 2, shape.P, shape.N)
+
+
+def taylor_stand_in(shape: Taylor) -> Taylor:
+    return dataclasses.replace(shape, B=1, T=min(shape.T, 300), H=2)
 
 
 def least_bytes(shape: Shape, passes: str) -> int:
@@ -187,6 +232,12 @@ def ssd_least_bytes(shape: SSD, passes: str) -> int:
     x, dt, columns = tokens * shape.H * shape.P, tokens * shape.H, 2 * tokens * shape.N
     forward = 2 * (2 * x + dt + columns)
     return forward if passes == "forward" else forward + 2 * (3 * x + 2 * dt + 2 * columns)
+
+
+def taylor_least_bytes(shape: Taylor, passes: str) -> int:
+    keys, values = (shape.B * shape.T * shape.H * size for size in (shape.K, shape.V))
+    forward = 2 * (2 * keys + 2 * values)
+    return forward if passes == "forward" else forward + 2 * (4 * keys + 3 * values)
 
 
 def kernel_bytes(shape: Shape) -> dict[str, int]:
@@ -221,6 +272,14 @@ def measure(shapes: list[Any], effort: gpu.Effort) -> Iterator[dict[str, Any]]:
         partial(frugax_ssd, "reference"),
         stand_in=ssd_stand_in,
         least_bytes=ssd_least_bytes,
+        **options,
+    )
+    yield from gpu.measure(
+        [shape for shape in shapes if isinstance(shape, Taylor)],
+        TAYLOR_CONTENDERS,
+        partial(frugax_taylor, "reference"),
+        stand_in=taylor_stand_in,
+        least_bytes=taylor_least_bytes,
         **options,
     )
 
@@ -264,8 +323,37 @@ def deviceless(shapes: list[Any]) -> list[dict[str, Any]]:
         call = call_of(columns, columns, (*heads, ssd.P), heads)
         what = f"ssd, N = {ssd.N}, P = {ssd.P}, {ssd.B * ssd.H} heads"
         rows.append(gpu.compiled(ssd, both, call, what=what, prefix="linear_attention_"))
+    based = [shape for shape in shapes if isinstance(shape, Taylor)]
+    for taylor in gpu.one_each(based, taylor_stand_in):
+        rows.append(taylor_compiled(taylor))
     return rows
 
 
+def taylor_compiled(shape: Taylor) -> dict[str, Any]:
+    """The kernels of Taylor features, and the memory that both passes take besides inputs and results."""
+    from .deviceless_gpu import compile_for_h200
+
+    ways = {
+        "kernel": frugax_taylor(None, shape),
+        "xla": frugax_taylor("xla", shape),
+        "features in memory": features_in_memory(shape),
+    }
+    *inputs, cotangent = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shape.arrays())
+
+    def both(attend, arguments):
+        *inputs, cotangent = arguments
+        out, pullback = jax.vjp(attend, *inputs)
+        return out, pullback(cotangent)
+
+    what = f"Taylor features, K = {shape.K}, V = {shape.V}, {shape.B * shape.H} heads"
+    arguments = (*inputs, cotangent)
+    row = gpu.compiled(shape, partial(both, ways["kernel"]), arguments, what=what, prefix="linear_attention_")
+    programs = {name: compile_for_h200(partial(both, attend), arguments) for name, attend in ways.items()}
+    sizes = {name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()}
+    row["temporary_MB"] = {name: round(size / 1e6, 1) for name, size in sizes.items()}
+    print(row["temporary_MB"], flush=True)
+    return row
+
+
 if __name__ == "__main__":
-    gpu.main(__doc__, "linear_attention", [*SHAPES, *SSD_SHAPES], measure, deviceless, TINY)
+    gpu.main(__doc__, "linear_attention", [*SHAPES, *SSD_SHAPES, *TAYLOR_SHAPES], measure, deviceless, TINY)

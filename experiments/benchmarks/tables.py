@@ -97,6 +97,17 @@ def hopper(operation: str) -> str:
     return f"{result['chip']}, jax {result['versions']['jax']}, {result['date']}.\n\n{table(head, rows)}"
 
 
+def taylor_memory() -> str:
+    result = read("gpu_linear_attention_deviceless")
+    rows = [
+        [f"B={r['B']} T={r['T']} H={r['H']} K={r['K']} V={r['V']}", *r["temporary_MB"].values()]
+        for r in result["rows"]
+        if "temporary_MB" in r
+    ]
+    head = ["call, with its gradient", "kernels, MB", '`backend="xla"`, MB', "features in memory, MB"]
+    return f"{result['chip']}, jax {result['versions']['jax']}, {result['date']}.\n\n{table(head, rows)}"
+
+
 def training() -> str:
     rows = []
     for path in sorted(RESULTS.glob("train_*.json")):
@@ -596,6 +607,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/papers.md": {"papers": every_paper},
     "docs/how-to/memory.md": {"policies": policies, "memory": memory},
+    "docs/operations/linear_attention.md": {"taylor_memory": taylor_memory},
     "docs/results/cpu.md": {
         "linear_attention_cpu": linear_attention_cpu,
         "length_cpu": length_cpu,

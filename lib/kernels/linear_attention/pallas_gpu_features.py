@@ -36,7 +36,7 @@ def unsupported_reason(call: Inputs, feature_map: str) -> str | None:
     if feature_count(K, feature_map) > MOST_FEATURES:
         return f"feature_map {feature_map!r}: states of at most {MOST_FEATURES} features are served; K is {K}"
     if call.log_decay is not None:
-        return f"feature_map {feature_map!r} with log_decay"
+        return f"log_decay beside feature_map {feature_map!r}: features are served without a decay"
     return None
 
 
