@@ -1,6 +1,7 @@
 """RWKV-5 (Eagle) time mixing: a fixed token shift, one learned decay and one bonus for every channel."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ..modules.token_shift import Start, log_decay, token_shift
 from .mixer import Mixer, RowArguments, summable
 
 
-class RWKV5State(NamedTuple):
+class RWKVState(NamedTuple):
     """The matrix of each head [B, H, K, K], and the last input [B, D]."""
 
     memory: Array
@@ -52,32 +53,38 @@ class RWKV5(Mixer):
 
     @nn.compact
     def mix(
-        self, x: Array, state: RWKV5State | None, rows: RowArguments, fraction: Array | None = None
-    ) -> tuple[Array, RWKV5State]:
+        self, x: Array, state: RWKVState | None, rows: RowArguments, fraction: Array | None = None
+    ) -> tuple[Array, RWKVState]:
         D, H = x.shape[-1], self.heads
         K = head_size("width", D, H)
         start = Start(0.0 if fraction is None else fraction)
 
         before = None if state is None else state.last
         step = token_shift(x, before, rows["segment_ids"]) - x
-        mu = self.param("mu", start.four_mixes, (4, D), self.param_dtype).astype(x.dtype)
-        mixed = jnp.moveaxis(x[:, :, None] + step[:, :, None] * mu[None, None], 2, 0)
+        *mixed, w = self.mixed(x, step, start)
         r, k, v, g = (self.dense(y, D, name) for y, name in zip(mixed, "rkvg", strict=True))
 
-        wide = accumulator(x.dtype)
-        w = self.param("decay", start.decay, (D,), self.param_dtype).astype(wide)
-        decay_BTD = jnp.broadcast_to(log_decay(w)[None, None], x.shape)
         r_BTHK, k_BTHK, v_BTHV = summable(*(split_heads(y, H) for y in (r, k, v)))
         o_BTHV, memory = linear_attention(
             r_BTHK,
             k_BTHK,
             v_BTHV,
-            split_heads(decay_BTD, H),
-            bonus=self.param("bonus", start.bonus, (H, K), self.param_dtype).astype(wide),
+            split_heads(jnp.broadcast_to(log_decay(w), x.shape), H),
+            bonus=self.started("bonus", start.bonus, (H, K), accumulator(x.dtype)),
             scale=1.0,
             initial_state=None if state is None else state.memory,
             **rows,
             backend=self.backend,
         )
         o = merge_heads(HeadLayerNorm(param_dtype=self.param_dtype, name="norm")(o_BTHV)).astype(x.dtype)
-        return self.output(o * jax.nn.silu(g), D), RWKV5State(memory, last_output(x, before, **rows))
+        return self.output(o * jax.nn.silu(g), D), RWKVState(memory, last_output(x, before, **rows))
+
+    def mixed(self, x: Array, step: Array, start: Start) -> tuple[Array, ...]:
+        """The mixes that r, k, v and g read [B, T, D], and w [B or 1, T or 1, D]; x + step is the last x."""
+        mu = self.started("mu", start.four_mixes, (4, x.shape[-1]), x.dtype)
+        mixed = jnp.moveaxis(x[:, :, None] + step[:, :, None] * mu[None, None], 2, 0)
+        return *mixed, self.started("decay", start.decay, x.shape[-1:], accumulator(x.dtype))[None, None]
+
+    def started(self, name: str, init: Callable[..., Array], shape: tuple[int, ...], dtype: Any) -> Array:
+        """A param that starts at `init`, in `dtype`."""
+        return self.param(name, init, shape, self.param_dtype).astype(dtype)
