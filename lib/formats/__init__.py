@@ -13,6 +13,7 @@ from .codebook import Codebook
 from .element import Element
 from .format import Format
 from .integer import Bipolar, Integer, Ternary
+from .least_squares import LeastSquares
 from .minifloat import Minifloat
 from .minmax import MinMax, TernaryMinMax
 from .named import BY_NAME, udynamic8, udynamic8_positive, ufp8_e4m4
@@ -23,7 +24,6 @@ from .scales import (
     AbsMean,
     Asymmetric,
     CodedScales,
-    LeastSquares,
     MeanMagnitude,
     PowerOfTwo,
     RoundedAbsMax,

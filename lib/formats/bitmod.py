@@ -11,6 +11,7 @@ from jax import Array
 
 from .element import Element
 from .format import Format
+from .least_squares import order_of_magnitude
 from .minifloat import Minifloat
 from .scales import Scaling, group_maxima, never_zero
 
@@ -103,10 +104,12 @@ class Mixture(Format):
 
     def fit(self, x: Array) -> Scaling:
         x = x.astype(jnp.float32)
+        size = order_of_magnitude(x)[..., None]
         scales, errors = [self._scale(x, element) for element in self.elements], []
         for element, scale in zip(self.elements, scales, strict=True):
             wide = never_zero(scale)[..., None]
-            errors.append(jnp.sum((element.decode(element.encode(x / wide)) * wide - x) ** 2, -1))
+            error = (element.decode(element.encode(x / wide)) * wide - x) / size
+            errors.append(jnp.sum(error**2, -1))
         choice = jnp.argmin(jnp.stack(errors, -1), -1).astype(jnp.uint8)
         wanted = self._chosen(choice, scales)[..., None]  # as groups of one, with the largest value 1
         return self.scheme.fit(wanted, self.element)._replace(choices=choice)

@@ -15,7 +15,8 @@ from jax import Array, lax
 from .element import Dependent
 from .format import Format
 from .integer import Integer
-from .scales import AbsMax, Scaling, least_squares
+from .least_squares import least_squares
+from .scales import AbsMax, Scaling
 
 EXPONENT = 2  # bits of an abfloat's exponent
 

@@ -7,7 +7,6 @@ tensor has the same codes with and without.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -305,59 +304,6 @@ class TwoLevel:
         if self.block is None:
             return outer
         return _across(spread(_across(outer), self.block, _across(scales).shape[-1]))
-
-
-@dataclasses.dataclass(frozen=True)
-class LeastSquares(AbsMax):
-    """The scale with the least squared error, of `steps` from `least` times that of `AbsMax` up to it.
-
-    Example:
-        >>> import frugax, jax
-        >>> from frugax.formats import Format, LeastSquares
-        >>> x, plain = jax.random.normal(jax.random.key(0), (256,)), frugax.formats.format_named("int3")
-        >>> searched = Format("searched", plain.element, LeastSquares())
-        >>> error = lambda f: ((frugax.formats.quantize(x, f).dequantize() - x) ** 2).sum()
-        >>> bool(error(searched) < error(plain))
-        True
-    """
-
-    steps: int = 32
-    least: float = 0.5
-
-    def covering(self) -> AbsMax:
-        return AbsMax(self.dtype)
-
-    def fit(self, x: Array, element: Element) -> Scaling:
-        full = group_maxima(x) * (1 / element.largest)
-
-        def scale(i):
-            tried = full * (1 - (1 - self.least) * i / max(self.steps - 1, 1))
-            return finite_or_nan(tried.astype(self.dtype))
-
-        return Scaling(least_squares(x, scale, self.steps, lambda unit: element.decode(element.encode(unit))))
-
-
-def least_squares(
-    x: Array, scale: Callable[[Any], Array], steps: int, rounded: Callable[[Array], Array]
-) -> Array:
-    """Find the scale [..., G] of each group of x [..., G, g] with the least squared error.
-
-    Args:
-      x: the groups.
-      scale: gives the scales to try at step i of `steps`; step 0's stay where none has a finite error.
-      rounded: the values to which x over its scale is rounded.
-    """
-
-    def attempt(i, best):
-        least_error, best_scale = best
-        tried = scale(i)
-        wide = tried.astype(jnp.float32)[..., None]
-        error = jnp.sum((rounded(x / never_zero(wide)) * wide - x) ** 2, -1)
-        better = error < least_error
-        return jnp.where(better, error, least_error), jnp.where(better, tried, best_scale)
-
-    first = scale(0)
-    return lax.fori_loop(0, steps, attempt, (jnp.full(first.shape, jnp.inf, jnp.float32), first))[1]
 
 
 def rounded_codes(x: Array, element: Element, rounding: str) -> Array:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from ..formats import Format, QuantizedTensor, format_named, quantize
 from .clipping import clip_weights, nearest
 from .scaling import as_matrices, multiply_inputs
-from .statistics import Statistics, column_errors
+from .statistics import Statistics, column_errors, known
 
 
 class Awq(NamedTuple):
@@ -131,7 +131,7 @@ def _search(matrices, mean_abs, gram, format, g, grid) -> Array:
             return jnp.where(new < least_error, new, least_error), jnp.where(new < least_error, s, best_scale)
 
         start = jnp.asarray(jnp.inf, jnp.float32), jnp.ones(mean_abs.shape, jnp.float32)
-        return lax.fori_loop(0, grid, attempt, start)[1]
+        return known(lax.fori_loop(0, grid, attempt, start)[1][None], gram)[0]
 
     for _ in mean_abs.shape[:-1]:
         one = jax.vmap(one)

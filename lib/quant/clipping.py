@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from ..formats import Format, format_named
 from ..formats.scales import split
-from .statistics import Statistics, check, column_errors
+from .statistics import Statistics, check, column_errors, known
 
 
 def clip_weights(
@@ -67,7 +67,8 @@ def clip_weights(
 @functools.partial(jax.jit, static_argnames=("format", "group_size", "steps", "least"))
 def _clip(w, gram, format, group_size, steps, least) -> Array:
     def one(w, gram):
-        return clip_matrix(w.astype(jnp.float32), gram, format, group_size, steps, least).astype(w.dtype)
+        x = known(w.astype(jnp.float32), gram)
+        return clip_matrix(x, gram, format, group_size, steps, least).astype(w.dtype)
 
     for _ in w.shape[:-2]:
         one = jax.vmap(one)

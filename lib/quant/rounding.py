@@ -11,7 +11,7 @@ from jaxtyping import Float
 from ..formats import Format, QuantizedTensor, format_named, from_codes
 from ..formats.scales import split
 from .gptq import check_matrix_format
-from .statistics import Statistics, check, column_errors
+from .statistics import Statistics, check, column_errors, known
 
 
 def learned_rounding(
@@ -79,7 +79,8 @@ def learned_rounding(
 @functools.partial(jax.jit, static_argnames=("format", "group_size", "steps"))
 def _learn(w, gram, start, learning_rate, weight, format, group_size, steps) -> QuantizedTensor:
     def one(w, gram, start):
-        return _matrix(w.astype(jnp.float32), gram, start, learning_rate, weight, format, group_size, steps)
+        w = known(w.astype(jnp.float32), gram)
+        return _matrix(w, gram, start, learning_rate, weight, format, group_size, steps)
 
     for _ in w.shape[:-2]:
         one = jax.vmap(one)

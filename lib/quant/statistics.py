@@ -143,6 +143,11 @@ def column_errors(d: Array, gram: Array) -> Array:
     return jnp.maximum(jnp.sum(d * product, -2), 0.0)
 
 
+def known(w: Array, gram: Array) -> Array:
+    """The matrix, or NaN where the statistics of its inputs are not finite, which no search would notice."""
+    return jnp.where(jnp.isfinite(gram).all((-2, -1), keepdims=True), w, jnp.nan)
+
+
 def check(w: Array, statistics: Statistics, name: str = "w") -> None:
     """Raise ValueError unless w [..., K, N] is floating and the statistics are of its inputs."""
     if w.ndim < 2 or 0 in w.shape or not jnp.issubdtype(w.dtype, jnp.floating):

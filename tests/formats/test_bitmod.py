@@ -54,6 +54,8 @@ def test_the_codebook_of_least_error_is_chosen(bits):
     scaling, got, plain = both(x)
     want, choice, scale = by_definition(x, bits)
     np.testing.assert_array_equal(scaling.choices[:, 0], choice)
+    far = exact.fit(jnp.asarray(x * 2.0**90, jnp.float32)[:, None])  # no float32 holds squares of these
+    np.testing.assert_array_equal(far.choices, scaling.choices)
     assert set(choice) == {0, 1, 2, 3}
     np.testing.assert_allclose(scaling.scales[:, 0], scale, rtol=1e-6)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

@@ -161,6 +161,8 @@ def test_the_least_squares_scale_is_the_best_of_its_grid():
     best = np.take_along_axis(tried, np.argmin(error, 0)[..., None], -1)[..., 0]
     assert np.mean(np.abs(scale / best - 1) < 1e-5) > 0.95  # but for ties
     assert (scale < np.abs(x).max(-1) / 3 * 0.99).mean() > 0.5
+    far = format.scale(format.fit(jnp.asarray(x * np.float32(2.0**90))))  # no float32 holds squares of these
+    np.testing.assert_array_equal(far, scale * np.float32(2.0**90))
 
 
 def test_published_errors():

@@ -60,15 +60,17 @@ def test_awq_is_a_search_and_never_worse_than_the_nearest(format):
         assert errors[0] < 0.8 * nearest
 
 
-def test_awq_of_stacked_matrices_and_dead_channels():
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), of(X), of(DEAD), of(0 * X))
-    w = jnp.stack([PAIR[0]] * 3)
+@pytest.mark.nan
+def test_awq_of_stacked_matrices_dead_channels_and_statistics_that_are_not_finite():
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), of(X), of(DEAD), of(0 * X), of(X * np.inf))
+    w = jnp.stack([PAIR[0]] * 4)
     found = jax.jit(lambda w, s: awq(w, s, "int3", group_size=G, grid=5))(w, stacked)
     alone = awq(PAIR[0], of(X), "int3", group_size=G, grid=5)
     assert_close(found.scale[0], alone.scale, "float32")
     assert_close(found.weights.dequantize()[0], alone.weights.dequantize(), "float32")
     assert found.scale[1, 2] == 1
-    assert np.isfinite(found.weights.dequantize()).all()
+    assert np.isfinite(found.weights.dequantize()[:3]).all()
+    assert np.isnan(found.weights.dequantize()[3]).all()
     np.testing.assert_array_equal(found.scale[2], 1)
     np.testing.assert_array_equal(
         found.weights.dequantize()[2], quantize(PAIR[0], "int3", group_size=G).dequantize()
