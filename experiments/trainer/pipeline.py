@@ -13,15 +13,15 @@ import frugax
 
 def make_pipeline(
     config: ConfigDict, module: Any
-) -> Callable[..., tuple[Array, dict[str, Array], Any]] | None:
+) -> Callable[..., tuple[Array, dict[str, Array], Any, Any]] | None:
     """Build the gradients of a step for `config.mesh.pipeline` devices; None for one.
 
     Returns:
-      gradients(params, parts, keys, total_weight) -> loss, report, gradients, as `make_train_step` takes it:
-      what the sum over the parts of a batch is without a pipeline.
+      gradients(params, collections, parts, keys, total_weight) -> loss, report, gradients, new collections,
+      as `make_train_step` takes it: what the sum over the parts of a batch is without a pipeline.
 
     Raises:
-      ValueError: stages don't divide the layers, or the parts; or the model has what stages can't keep.
+      ValueError: stages don't divide the layers, or the parts.
     """
     devices, chunks, parts = config.mesh.pipeline, config.pipeline.chunks, config.accumulate
     if devices == 1:
@@ -38,13 +38,6 @@ def make_pipeline(
             f"accumulate: got {parts}; expected a multiple of mesh.pipeline={devices} for "
             f"pipeline.chunks={chunks}"
         )
-    if config.model.low_bit:
-        raise ValueError(
-            f"model.low_bit: got {config.model.low_bit!r}; expected '' for mesh.pipeline above 1"
-        )
-    for axis in ("sequence", "expert"):
-        if config.mesh[axis] != 1:
-            raise ValueError(f"mesh.{axis}: got {config.mesh[axis]}; expected 1 for mesh.pipeline above 1")
     schedule = frugax.parallel.pipeline_schedule(devices, parts, chunks=chunks, in_step=True)
 
     def losses_of(head, hidden, targets):
@@ -66,16 +59,27 @@ def make_pipeline(
         loss = (losses_BT * part["weights"]).sum()
         return loss, {"loss": loss}
 
-    cut = frugax.models.decoder_stages(module, devices * chunks, last)
+    # Without few bits a stage's layers are applied as they are.
+    decoder, in_few_bits = module, {}
+    if config.model.low_bit:
+        decoder = module.module
+        in_few_bits = {"layers_as": lambda layers: module.clone(module=layers, parent=None)}
+    cut = frugax.models.decoder_stages(decoder, devices * chunks, last, **in_few_bits)
 
     def stage(*args):
-        x, auxiliary, report = cut.stage(*args)
+        x, auxiliary, report, carried = cut.stage(*args)
         if report:
             report = {"auxiliary_loss": auxiliary, **report}
         # Means over the parts, whose values add up.
-        return x, auxiliary / parts, jax.tree.map(lambda mean: mean / parts, report)
+        return x, auxiliary / parts, jax.tree.map(lambda mean: mean / parts, report), carried
 
-    def gradients(params: Any, batch: Mapping[str, Array], keys: Array, total_weight: Array):
+    def gradients(
+        params: Any,
+        collections: Mapping[str, Any],
+        batch: Mapping[str, Array],
+        keys: Array,
+        total_weight: Array,
+    ):
         microbatches = {
             "tokens": batch["tokens"],
             "targets": batch["targets"],
@@ -85,17 +89,16 @@ def make_pipeline(
         }
         shared, layers = cut.split(params)
         found = frugax.parallel.pipeline_gradients(
-            cut.first, stage, cut.last, shared, layers, microbatches, schedule=schedule
+            cut.first,
+            stage,
+            cut.last,
+            shared,
+            layers,
+            microbatches,
+            carried={name: of["layers"] for name, of in collections.items()},
+            schedule=schedule,
         )
-        return found.of_last["loss"], found.of_stages, cut.join(*found.gradients)
+        after = {name: {"layers": of} for name, of in found.carried.items()}
+        return found.of_last["loss"], found.of_stages, cut.join(*found.gradients), after
 
     return gradients
-
-
-def check_collections(collections: Mapping[str, Any]) -> None:
-    """Raise ValueError where layers carry something from part to part, which stages don't."""
-    if collections:
-        raise ValueError(
-            f"mesh.pipeline: got a model that carries {', '.join(sorted(collections))} from step to step; "
-            "expected 1 for it"
-        )

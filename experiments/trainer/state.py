@@ -12,7 +12,6 @@ import optax
 from jax import Array
 
 import frugax
-from experiments.trainer.pipeline import check_collections
 
 
 class TrainState(NamedTuple):
@@ -55,7 +54,7 @@ def make_train_step(
     axis_name: str | tuple[str, ...] | None = None,
     place_grads: Callable[[Any], Any] = lambda grads: grads,
     loss_tiles: int = 1,
-    pipeline: Callable[..., tuple[Array, dict[str, Array], Any]] | None = None,
+    pipeline: Callable[..., tuple[Array, dict[str, Array], Any, Any]] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Array]], tuple[TrainState, dict[str, Array]]]:
     """Build the function that takes one optimizer step.
 
@@ -72,7 +71,8 @@ def make_train_step(
         the whole batch.
       place_grads: says to the compiler where gradients belong (`Layout.place_grads`).
       loss_tiles: as in `token_losses`.
-      pipeline: computes loss, report and gradients of all parts, over stages of layers (`make_pipeline`).
+      pipeline: computes loss, report, gradients and collections of all parts, over stages of layers
+        (`make_pipeline`).
 
     Returns:
       step(state, batch) -> (state, metrics). The batch is what `experiments.data.make_loader` yields. The
@@ -121,8 +121,7 @@ def make_train_step(
             )
             keys = jax.random.split(rng, accumulate)
         if pipeline is not None:
-            check_collections(state.collections)
-            sums, collections = pipeline(state.params, parts, keys, total_weight), {}
+            *sums, collections = pipeline(state.params, state.collections, parts, keys, total_weight)
         elif accumulate > 1:
             first = jax.tree.map(lambda x: x[0], parts)
             shapes, _ = jax.eval_shape(loss_and_gradient, state.collections, first, keys[0])

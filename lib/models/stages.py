@@ -18,20 +18,24 @@ class Stages(NamedTuple):
     """The functions that `frugax.parallel.pipeline_gradients` calls, and the split of params that it takes.
 
     Attributes:
-      first, stage, last: as it describes them.
+      first, stage, last: as it describes them. Layers carry their part of the collections, by name.
       split: params of the decoder -> (shared, layers).
       join: (shared, layers) -> params, or their gradients.
     """
 
     first: Callable[[Any, Any], Any]
-    stage: Callable[[Any, Any, Any, Any, Array], tuple[Any, Array, Any]]
+    stage: Callable[[Any, Any, Any, Any, Any, Array], tuple[Any, Array, Any, Any]]
     last: Callable[[Any, Any, Any], tuple[Array, Any]]
     split: Callable[[Mapping[str, Any]], tuple[Any, Any]]
     join: Callable[[Any, Any], dict[str, Any]]
 
 
 def decoder_stages(
-    decoder: Decoder, stages: int, loss: Callable[[Callable[[Array], Array], Array, Any], tuple[Array, Any]]
+    decoder: Decoder,
+    stages: int,
+    loss: Callable[[Callable[[Array], Array], Array, Any], tuple[Array, Any]],
+    *,
+    layers_as: Callable[[nn.Module], nn.Module] = lambda layers: layers,
 ) -> Stages:
     """Cut a decoder into stages of consecutive repeats: the first embeds tokens, the last has norm and head.
 
@@ -44,6 +48,8 @@ def decoder_stages(
       stages: parts of the depth, v P for v chunks on each of P devices.
       loss: (head, hidden, microbatch) -> loss, report. The head makes logits [..., vocab_size] of any part of
         hidden [B, T, width].
+      layers_as: the module of a stage's layers -> the one to apply to their params, such as
+        `frugax.quant.training.LowBit`.
 
     Returns:
       Its `Stages`.
@@ -61,7 +67,7 @@ def decoder_stages(
         >>> x = cut.first(shared, batch)
         >>> for number in range(2):
         ...     mine = jax.tree.map(lambda w: w[2 * number : 2 * number + 2], layers)
-        ...     x, _, _ = cut.stage(shared, mine, x, batch, number)
+        ...     x, _, _, _ = cut.stage(shared, mine, {}, x, batch, number)
         >>> whole, _ = model.apply({"params": params}, batch["tokens"])
         >>> bool(jnp.allclose(cut.last(shared, x, batch)[0], whole.sum(), rtol=1e-4))
         True
@@ -85,7 +91,7 @@ def decoder_stages(
         announced = beside(shared, tokens)[2]
         return x, (None if announced is None else announced.logits)
 
-    def stage(shared, layers, x, microbatch, number):
+    def stage(shared, layers, carried, x, microbatch, number):
         x, logits = x
         over_depth, given, _ = beside(shared, microbatch["tokens"])
         mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, number * n, n), over_depth)
@@ -94,8 +100,8 @@ def decoder_stages(
         if "key" in microbatch:
             key = jax.random.fold_in(microbatch["key"], number)
             rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(("low_bit", "router"), 1)}
-        ((x, announced), _), sown = decoder.scanned(n, parent=None).apply(
-            {"params": layers},
+        ((x, announced), _), new = layers_as(decoder.scanned(n, parent=None)).apply(
+            {"params": layers, **carried},
             (x, announced),
             (None,) * len(decoder.blocks),
             mine,
@@ -103,10 +109,11 @@ def decoder_stages(
             None,
             given,
             rngs=rngs,
-            mutable=["moe"],
+            mutable=["moe", *carried],
         )
+        sown, carried = {"moe": new.get("moe", {})}, {name: new[name] for name in carried}
         report = jax.tree.map(lambda mean: mean / stages, load_summary(sown))
-        return (x, None if announced is None else announced.logits), total_loss(sown), report
+        return (x, None if announced is None else announced.logits), total_loss(sown), report, carried
 
     def last(shared, x, microbatch):
         x = decoder.last_norm(parent=None).apply({"params": shared.get("norm", {})}, x[0])

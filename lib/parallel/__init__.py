@@ -7,11 +7,12 @@ from .collective_matmul import all_gather_matmul, matmul_reduce_scatter, overlap
 from .experts import ExpertLoad, expert_parallel, expert_parallel_bytes, experts_over_mesh
 from .mesh import AXES, BATCH_AXES, make_mesh
 from .mesh_matmul import MeshCost, folded_ring, mesh_cost, mesh_gemm, mesh_gemv
-from .pipeline import Pipelined, Slots, pipeline_gradients, pipeline_slots
+from .pipeline import Pipelined, pipeline_gradients
 from .placement import expert_parallel_with_copies, plan_placement, route_to_copies
 from .rules import RULES, shardings, state_shardings, table
 from .schedules import Timeline, pipeline_schedule, pipeline_timeline
 from .sequence import causal_conv1d, linear_attention, linear_recurrence
+from .slots import Slots, pipeline_slots
 from .state_spaces import lmu, selective_scan, ssd, trapezoidal_ssd
 
 __all__ = [

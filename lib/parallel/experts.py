@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int, Key
 
 from ..kernels.common.sharding import vary_like
 from ..moe.dispatch import combine, dispatch, places
 from ..moe.routing import Routing
+from .activations import automatic_axes
 from .exchange import AxisNames, Transport, exchange, moved
 from .mesh import BATCH_AXES
 
@@ -225,9 +226,42 @@ def experts_over_mesh(
         return expert_parallel(x, routing, experts, params, **same, **drop, **options)
 
     split = P(token_axes)
-    by_token = jax.tree.map(lambda a: split if a is routing.indices or a is routing.weights else P(), routing)
-    in_specs = split, by_token, P(axes), P()
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(split, P()))(x, routing, params, key)
+    by_token = _by_token(routing, split)
+    kinds = zip(within.axis_names, within.axis_types, strict=True)
+    free = {
+        axis for axis, kind in kinds if kind is not AxisType.Manual
+    }  # the rest is a caller's `shard_map`'s
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(split, by_token, P(axes), P()), out_specs=(split, P()), axis_names=free
+    )
+    return run(x, routing, params, key)
+
+
+def own_tokens(
+    mix: Callable[[Array, Routing, Any], Array], x: Float[Array, "t d"], routing: Routing, params: Any
+) -> Float[Array, "t d2"]:
+    """Return mix(x, routing, params), by each device for its own tokens in a stage of a pipeline.
+
+    There a `shard_map` has one axis of the mesh, and the compiler the others. Loops over the rows of experts
+    take other numbers of steps in each stage: a collective that the compiler puts into such a loop would wait
+    for a stage that has left it. So every device has all experts' params at hand, and loops send nothing.
+    Outside of such a stage the compiler splits `mix`.
+    """
+    mesh, free = jax.sharding.get_abstract_mesh(), automatic_axes()
+    if not free or AxisType.Manual not in mesh.axis_types:
+        return mix(x, routing, params)
+    axes = tuple(free) if routing.by == "token" else ()  # experts choose from all tokens
+    while len(x) % math.prod(free[axis] for axis in axes):
+        axes = axes[:-1]
+    run = jax.shard_map(
+        mix, in_specs=(P(axes), _by_token(routing, P(axes)), P()), out_specs=P(axes), axis_names=set(free)
+    )
+    return run(x, routing, params)
+
+
+def _by_token(routing: Routing, split: P) -> Any:
+    """The places of a routing's arrays: those of each token as tokens are split, others everywhere."""
+    return jax.tree.map(lambda a: split if a is routing.indices or a is routing.weights else P(), routing)
 
 
 def _limited(routing: Routing, capacity: int, axes: tuple[str, ...], key: Array | None) -> Routing:

@@ -25,8 +25,8 @@ def definition(q, k, v, causal, segment_ids):
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
     s = jnp.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
     t = jnp.arange(s.shape[-1])
-    sees = (t[:, None] >= t) if causal else jnp.ones_like(s[0, 0], bool)
-    sees = jnp.broadcast_to(sees, (q.shape[0], *sees.shape))
+    sees = (t[:, None] >= t[None]) if causal else jnp.ones_like(s[0, 0], bool)
+    sees = jnp.broadcast_to(sees[None], (q.shape[0], *sees.shape))
     if segment_ids is not None:
         number = jnp.cumsum(jnp.diff(segment_ids, prepend=segment_ids[:, :1]) != 0, 1)
         sees = sees & (number[:, :, None] == number[:, None])

@@ -10,9 +10,11 @@ import numpy as np
 import optax
 
 import frugax
-from experiments.trainer.state import init_state, make_train_step
+from experiments.trainer.parallel import make_layout
+from experiments.trainer.runs import build_step
+from experiments.trainer.state import init_state
 from tests.errors import bound, error
-from tests.parallel.steps import layout_of
+from tests.parallel.steps import config_of
 
 optim = frugax.optim
 ROWS, TIME, VOCAB, WIDTH = 8, 16, 32, 32
@@ -30,7 +32,11 @@ FORMS: dict[str, dict[str, int]] = {
     "slice x data": dict(slice=2, data=4),
     "sequence": dict(data=2, sequence=4),
     "sequence x zero 3": dict(fsdp=4, sequence=2, zero=3),
+    "pipeline": dict(pipeline=2, data=2, tensor=2),
+    "pipeline x experts": dict(pipeline=2, fsdp=2, expert=2),
+    "pipeline x sequence x zero 3": dict(pipeline=2, fsdp=2, sequence=2, zero=3),
 }
+PARTS = 2  # of a batch, in a pipeline
 MIXERS: dict[str, dict[str, object]] = {
     "LinearAttention": {"heads": 2},
     "LightningAttention": {"heads": 2},
@@ -74,7 +80,7 @@ def impossible(mixer: str, form: str) -> bool:
 
 def model(mixer: str, form: str) -> frugax.layers.Decoder:
     channel = ("GLU", {"expand": 2.0})
-    if form == "experts":
+    if "experts" in form:
         channel = ("MoE", {"experts": 8, "k": 2, "expand": 1.0, "expert_axis": "expert"})
     block = frugax.layers.Block(mixer, channel[0], MIXERS[mixer], channel[1])
     return frugax.layers.Decoder(VOCAB, WIDTH, (block,), repeats=2, tie_embeddings=False, backend="xla")
@@ -112,16 +118,16 @@ class Step(NamedTuple):
     after: Any
 
 
-def steps(layout, module, optimizer, *units: float) -> list[Step]:
+def steps(module, optimizer, *units: float, parts: int = 1, **mesh: int) -> list[Step]:
     """Take the first step, with params that are moved by so many units in their last places."""
+    config = config_of(ROWS, accumulate=parts, repeats=module.repeats, **mesh)
+    layout = make_layout(config)
     optimizer = optax.chain(keep_gradient(), optimizer)
 
     def init():
         return init_state(module, optimizer, 0, 0.0)
 
-    train_step = make_train_step(
-        module, optimizer, accumulate=1, ema_decay=0.0, place_grads=layout.place_grads
-    )
+    train_step = build_step(config, module, optimizer, layout)
     program, found = None, []
     for unit in units:
         state, rows = layout.create(init), layout.batch(batch())
@@ -137,11 +143,11 @@ def steps(layout, module, optimizer, *units: float) -> list[Step]:
 
 
 @functools.cache
-def one_device(mixer: str, experts: bool) -> tuple[Step, list[float]]:
+def one_device(mixer: str, experts: bool, parts: int) -> tuple[Step, list[float]]:
     """The step of one device, and the error that each gradient may have: 1e-5, or four times what another
     rounding of the params does on one device, where a mixer amplifies it."""
     module = model(mixer, "experts" if experts else "")
-    one, other = steps(layout_of(ROWS), module, optax.sgd(1.0), 0, 1)
+    one, other = steps(module, optax.sgd(1.0), 0, 1, parts=parts)
     pairs = zip(jax.tree.leaves(other.grads), jax.tree.leaves(one.grads), strict=True)
     return one, [max(1e-5, 4 * error(a, b)) if np.any(b) else 0.0 for a, b in pairs]
 
@@ -157,8 +163,11 @@ def alone(mixer: str, experts: bool, optimizer: str):
 
 def main(mixer: str, form: str, optimizer: str) -> None:
     build, limit = OPTIMIZERS[optimizer]
-    one, limits = one_device(mixer, form == "experts")
-    (found,) = steps(layout_of(ROWS, **FORMS[form]), model(mixer, form), build(), 0)
+    experts = "experts" in form
+    parts = PARTS if "pipeline" in form and experts else 1  # routers balance the tokens of a part
+    one, limits = one_device(mixer, experts, parts)
+    parts = PARTS if "pipeline" in form else 1
+    (found,) = steps(model(mixer, form), build(), 0, parts=parts, **FORMS[form])
     np.testing.assert_allclose(found.loss, one.loss, rtol=1e-5)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(one.grads)]
     grads, wanted = jax.tree.leaves(found.grads), jax.tree.leaves(one.grads)
@@ -168,7 +177,7 @@ def main(mixer: str, form: str, optimizer: str) -> None:
         else:  # of what a matrix that starts at zero hides
             assert not np.any(got), name
     # The update alone, of the same gradients: a small difference of gradients is a large one of their signs.
-    after = alone(mixer, form == "experts", optimizer)(found.grads, one.before)
+    after = alone(mixer, experts, optimizer)(found.grads, one.before)
     leaves = map(jax.tree.leaves, (found.before, one.before, found.after, after))
     for name, old, same, got, want in zip(names, *leaves, strict=True):
         np.testing.assert_array_equal(old, same)

@@ -47,7 +47,10 @@ def normal(seed, *shape):
 def arguments():
     params = {"in": normal(2, E, D, 2, H), "out": normal(3, E, H, D)}
     # Skewed, so that capacities are reached.
-    return normal(0, 8 * T, D), {"router": normal(1, D, E) + 0.5 * jnp.arange(E) / E, "experts": params}
+    return normal(0, 8 * T, D), {
+        "router": normal(1, D, E) + 0.5 * jnp.arange(E, dtype=jnp.float32)[None] / E,
+        "experts": params,
+    }
 
 
 def glu(params, rows, sizes):

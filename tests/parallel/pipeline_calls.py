@@ -21,11 +21,21 @@ BLOCKS = {
     "dense": Block("GatedLinearAttention", "GLU", {"heads": 2}, {"expand": 2.0}),
     "floors": Block("HGRN2", "GLU", {"heads": 2}, {"expand": 1.0}),
     "experts": Block("MLGRU", "MoE", (), {"experts": 4, "k": 2, "expand": 1.0}),
+    "choosing experts": Block(
+        "MLGRU", "MoE", (), {"experts": 4, "k": 2, "expand": 1.0, "router": "expert_choice"}
+    ),
+    "split experts": Block(
+        "MLGRU",
+        "MoE",
+        (),
+        {"experts": 4, "k": 2, "expand": 1.0, "router": "sigmoid_top_k", "router_args": {"rate": 0.05}}
+        | {"expert_axis": "expert"},
+    ),
     "pregated": Block("MLGRU", "MoE", (), {"experts": 4, "k": 2, "expand": 1.0}, router_reads="previous"),
     "attention": Block("SlidingWindowAttention", "MLP", {"heads": 2, "window": 5}),
     "mamba": Block("Mamba", None),
 }
-ROWS, TIME, VOCAB = 2, 7, 32  # rows of a microbatch on a device
+ROWS, TIME, VOCAB = 2, 7, 32  # rows of a microbatch and tokens of a row, on a device
 
 
 def config_of(repeats, accumulate, chunks, block="dense", **mesh):
@@ -34,19 +44,22 @@ def config_of(repeats, accumulate, chunks, block="dense", **mesh):
     config.mesh.update(mesh)
     rows = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     config.batch_size, config.accumulate = ROWS * rows * accumulate, accumulate
+    config.data.sequence_length = TIME * config.mesh.sequence
     config.pipeline.chunks, config.model.repeats = chunks, repeats
     return config
 
 
-def module_of(config, block, **how):
+def module_of(config, block, low_bit="", **how):
     how = {"width": 64, "tie_embeddings": True, "backend": "xla"} | how
-    return frugax.layers.Decoder(VOCAB, blocks=(BLOCKS[block],), repeats=config.model.repeats, **how)
+    decoder = frugax.layers.Decoder(VOCAB, blocks=(BLOCKS[block],), repeats=config.model.repeats, **how)
+    config.model.low_bit = low_bit
+    return frugax.quant.training.LowBit(decoder, low_bit) if low_bit else decoder
 
 
 def batch_of(config):
     """Packed documents, and weights that differ."""
     rng = np.random.default_rng(0)
-    shape = config.batch_size, TIME
+    shape = config.batch_size, config.data.sequence_length
     return {
         "tokens": rng.integers(VOCAB, size=shape).astype(np.int32),
         "targets": rng.integers(VOCAB, size=shape).astype(np.int32),
@@ -77,16 +90,20 @@ def step_of(config, module, devices=None, shapes=None):
 
 
 def compare(block, chunks, accumulate, mesh, how):
-    """Loss, metrics and gradients over a mesh are those of one device."""
+    """Loss, metrics, gradients and biases of routers over a mesh are those of one device."""
     repeats = 2 * mesh["pipeline"] * chunks
     results = []
     for sizes in ({}, mesh):
         config = config_of(repeats, accumulate, chunks if sizes else 1, **sizes)
-        config.batch_size = config_of(repeats, accumulate, chunks, **mesh).batch_size
+        over_mesh = config_of(repeats, accumulate, chunks, **mesh)
+        config.batch_size, config.data = over_mesh.batch_size, over_mesh.data
         layout, state, rows, compiled = step_of(config, module_of(config, block, **how))
         state, metrics = compiled(state, rows)
-        results.append((jax.device_get(metrics), layout.whole(layout.take(state).optimizer[0].trace)))
-    (one, want), (many, got) = results
+        state = layout.whole(layout.take(state))
+        results.append((jax.device_get(metrics), state.optimizer[0].trace, state.collections))
+    (one, want, carried), (many, got, also_carried) = results
+    jax.tree.map(np.testing.assert_array_equal, also_carried, carried)
+    assert all(map(np.any, jax.tree.leaves(carried)))  # biases moved
     assert sorted(one) == sorted(many), (sorted(one), sorted(many))
     for name in one:
         np.testing.assert_allclose(many[name], one[name], rtol=1e-5, err_msg=name)
@@ -107,8 +124,8 @@ def memory():
     stages, width, rows = 2, 64, 32
     mesh = frugax.parallel.make_mesh(pipeline=stages, devices=jax.devices()[:stages])
 
-    def stage(shared, layers, x, microbatch, number):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0], 0.0, {}
+    def stage(shared, layers, carried, x, microbatch, number):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, layers)[0], 0.0, {}, carried
 
     def used(schedule, parts):
         run = lambda *args: frugax.parallel.pipeline_gradients(  # noqa: E731

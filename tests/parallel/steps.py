@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 import frugax
 from experiments.configs.defaults import defaults
@@ -13,13 +14,19 @@ from experiments.trainer.state import TrainState, init_state, make_train_step
 from frugax.planner.hlo import Collective, collectives
 
 
-def layout_of(rows: int, devices=None, **mesh: int) -> Layout:
-    """The trainer's layout for a batch of so many rows, by the fields of `config.mesh`."""
+def config_of(rows: int, *, accumulate: int = 1, repeats: int = 2, **mesh: int) -> ConfigDict:
+    """A config for a batch of so many rows, by the fields of `config.mesh`."""
     config = defaults()
-    config.batch_size = rows
+    config.batch_size, config.accumulate, config.model.repeats = rows, accumulate, repeats
+    config.ema_decay, config.skip_nonfinite = 0.0, 0
     config.mesh.data = 1
     config.mesh.update(mesh)
-    return make_layout(config, devices)
+    return config
+
+
+def layout_of(rows: int, devices=None, **mesh: int) -> Layout:
+    """The trainer's layout of such a config."""
+    return make_layout(config_of(rows, **mesh), devices)
 
 
 class Compiled(NamedTuple):

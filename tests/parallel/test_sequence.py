@@ -25,6 +25,7 @@ def test_split_sequence_equals_whole(case):
     run_on_eight_devices("tests.parallel.sequence_calls", case, "reference")
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(
     "case",
     [
@@ -39,6 +40,7 @@ def test_fast_form_splits_too_and_keeps_nan_in_its_document(case):
     run_on_eight_devices("tests.parallel.sequence_calls", case, "xla")
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(
     "case",
     [

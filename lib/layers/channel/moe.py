@@ -16,7 +16,7 @@ from ...formats import QuantizedTensor
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import rows
 from ...moe.experts import Kernel
-from ...parallel.experts import as_tuple, experts_over_mesh
+from ...parallel.experts import as_tuple, experts_over_mesh, own_tokens
 from ...parallel.over_time import (
     check_whole_rows,
     refuse_split_time,
@@ -155,6 +155,11 @@ class MoE(nn.Module):
         )
         B, T, D = x.shape
         tokens = tokens_of((B, T), segment_ids, lengths, token_ids)
+        if tokens.mask is not None:  # products' gradients would read a NaN that stands past a row's end
+            x, router_input, logits, next_logits = (
+                None if y is None else jnp.where(tokens.mask.reshape(B, T, 1), y, 0)
+                for y in (x, router_input, logits, next_logits)
+            )
         flat = x.reshape(-1, D)
         in_order = lambda y: rows_as_shards(y.reshape(B, T, *y.shape[1:])).reshape(y.shape)  # noqa: E731
         if routing is None:
@@ -217,7 +222,7 @@ class MoE(nn.Module):
         sorts = method == "sort" and isinstance(routing, moe.Routing) and not calibrating
         if sorts and not any(isinstance(kernel, CompressedTernary) for kernel in kernels.values()):
             routed = remat(functools.partial(moe.routed_experts, **how, backend=self.backend))
-            return routed(x, routing, kernels), jnp.zeros(())
+            return own_tokens(routed, x, routing, kernels), jnp.zeros(())
         apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
         sends: dict[str, Any] = {}
         if isinstance(routing, moe.Routing):
