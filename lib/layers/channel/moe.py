@@ -155,12 +155,13 @@ class MoE(nn.Module):
         )
         B, T, D = x.shape
         tokens = tokens_of((B, T), segment_ids, lengths, token_ids)
-        if tokens.mask is not None:  # products' gradients would read a NaN that stands past a row's end
-            x, router_input, logits, next_logits = (
-                None if y is None else jnp.where(tokens.mask.reshape(B, T, 1), y, 0)
-                for y in (x, router_input, logits, next_logits)
-            )
-        flat = x.reshape(-1, D)
+
+        def flattened(y: Array) -> Array:
+            """[B * T, width], with zeros past rows' ends: gradients of products would read a NaN there."""
+            y = y.reshape(B * T, -1)
+            return y if tokens.mask is None else jnp.where(tokens.mask[:, None], y, 0)
+
+        flat = flattened(x)
         in_order = lambda y: rows_as_shards(y.reshape(B, T, *y.shape[1:])).reshape(y.shape)  # noqa: E731
         if routing is None:
             router = Router(
@@ -170,19 +171,19 @@ class MoE(nn.Module):
             reads = x if router_input is None else router_input
             if reads.shape[:2] != (B, T):
                 raise ValueError(f"router_input: got {list(reads.shape)}; expected [{B}, {T}, width]")
-            given = None if logits is None else logits.reshape(B * T, -1)
-            routing, scores = router(reads.reshape(B * T, -1), tokens, logits=given, task=task)
+            given = None if logits is None else flattened(logits)
+            routing, scores = router(flattened(reads), tokens, logits=given, task=task)
             if isinstance(routing, moe.Routing) and (logits is not None or router_input is not None):
                 self._sow("chosen", in_order(routing.indices))  # known early: what to fetch
             if next_logits is not None and self.is_mutable_collection("moe"):
-                ahead, _ = router(flat, tokens, logits=next_logits.reshape(B * T, -1))
+                ahead, _ = router(flat, tokens, logits=flattened(next_logits))
                 self._sow("announced", in_order(ahead.indices))
         else:
             scores = None
 
         y, dropped = self._mix(flat, routing)
         if self.shared_expand:
-            y = y + self._shared()(x).reshape(-1, D)
+            y = y + self._shared()(flat.reshape(B, T, D)).reshape(-1, D)
         if tokens.mask is not None:
             y = jnp.where(tokens.mask[:, None], y, 0)
         if scores is not None:  # a token that was dropped or sent nowhere must not hide them

@@ -152,6 +152,10 @@ class Router(nn.Module):
             stacked = self.param(name, init, (self.tasks, *shape), self._dtype)
             if task is None:
                 raise ValueError(f"task: got None; expected one of {self.tasks} tasks, 0 to {self.tasks - 1}")
+            if not isinstance(task, jax.core.Tracer) and not 0 <= int(task) < self.tasks:
+                raise ValueError(
+                    f"task: got {task}; expected one of {self.tasks} tasks, 0 to {self.tasks - 1}"
+                )
             kernel = stacked[task]
         else:
             if task is not None:
