@@ -22,6 +22,7 @@ from ...parallel.over_time import (
     refuse_split_time,
     rows_as_shards,
     shards_as_rows,
+    time_shards,
     token_axes,
 )
 from ..modules.inputs import check_input
@@ -147,8 +148,8 @@ class MoE(nn.Module):
         self._check()
         x = x if self.dtype is None else x.astype(self.dtype)
         rows(x.shape[:2], segment_ids, lengths)  # checks them
-        self._check_time(lengths, routing)
-        x = shards_as_rows(x)
+        self._check_time(routing)
+        lengths, x = _lengths_of_shards(lengths, x.shape[1]), shards_as_rows(x)
         segment_ids, router_input, logits, next_logits, token_ids = (
             None if y is None else shards_as_rows(y)
             for y in (segment_ids, router_input, logits, next_logits, token_ids)
@@ -251,9 +252,9 @@ class MoE(nn.Module):
         )
         return y, load.dropped
 
-    def _check_time(self, lengths: Array | None, routing: Any) -> None:
+    def _check_time(self, routing: Any) -> None:
         """Raise ValueError for what needs whole rows, where devices share the time axis."""
-        check_whole_rows(lengths=lengths, routing=routing)
+        check_whole_rows(routing=routing)
         if self.router == "relu_route":
             refuse_split_time("MoE", "the losses of router 'relu_route' compare neighbours")
 
@@ -357,6 +358,15 @@ class StackedKernel(nn.Module):
 
     def reads(self, x: Array, group_sizes: Array) -> None:
         """Do nothing with the rows that each expert is about to multiply: calibration intercepts the call."""
+
+
+def _lengths_of_shards(lengths: Array | None, tokens: int) -> Array | None:
+    """How many tokens are real of each row [B * P] that `shards_as_rows` makes of rows [B, tokens]."""
+    P = time_shards()
+    if lengths is None or P == 1:
+        return lengths
+    before = jnp.arange(P)[None] * (tokens // P)
+    return shards_as_rows(jnp.clip(jnp.asarray(lengths)[:, None] - before, 0, tokens // P))[:, 0]
 
 
 def _pairs(items: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:

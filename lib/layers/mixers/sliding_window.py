@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from ...kernels.common.arguments import accumulator, known
 from ...kernels.common.rows import rows as rows_of
 from ...kernels.common.rows import window_at, within_reach
-from ...parallel.over_time import SEQUENCE, check_whole_rows, over_time, time_shards
-from ...parallel.shards import of_last_shard, tokens_before
+from ...parallel.over_time import SEQUENCE, over_time, time_shards
+from ...parallel.shards import state_after, tokens_before
 from ..modules.heads import head_size, merge_heads, split_heads
 from ..modules.rotary import positions, rotary
 from .mixer import Mixer, RowArguments
@@ -67,32 +67,46 @@ class SlidingWindowAttention(Mixer):
             past_k, past_v = state.k.astype(x.dtype), state.v.astype(x.dtype)
         read = rows_of((B, T), **rows)
         if time_shards() > 1:
-            check_whole_rows(lengths=rows["lengths"], segment_states=rows["segment_states"])
             names = {"q": "b t h d", "k": "b t h d", "v": "b t h d", "place": "b t"}
             names |= dict.fromkeys(("past_k", "past_v"), "b w h d")
-            attend = over_time(_attend_to_shards, names, ("b t h d", "b w h d", "b w h d"))
-            o, last_k, last_v = attend(q=q, k=k, v=v, place=place, past_k=past_k, past_v=past_v)
+            shards = {"q": q, "k": k, "v": v, "place": place, "past_k": past_k, "past_v": past_v}
+            attend = functools.partial(over_time, _attend_to_shards)
+            if read is None:
+                of_last = "b w h d"
+                o, last_k, last_v = attend(names, ("b t h d", of_last, of_last))(**shards)
+            else:
+                of_each, found = "b places w h d", []
+
+                def states_at(places: Array) -> tuple[Array, Array]:
+                    run = attend(names | {"places": "b places"}, ("b t h d", of_each, of_each))
+                    o, *last = run(**shards, places=places)
+                    found.append(o)
+                    return tuple(last)
+
+                last_k, last_v = read.states_by_place(None, states_at)
+                o = found[0]
         else:
             k, v = jnp.concatenate([past_k, k], axis=1), jnp.concatenate([past_v, v], axis=1)
             o = window_attention(q, k, v, place)
             last_k, last_v = k[:, T:], v[:, T:]
-        if read is not None:
-            last_k, last_v = read.states_by_place(
-                (last_k, last_v), lambda at: tuple(window_at(y, W - 1, place, at) for y in (k, v))
-            )
-        elif rows["segment_ids"] is not None and T != 1:  # keep what is of the last token's document
+            if read is not None:
+                last_k, last_v = read.states_by_place(
+                    (last_k, last_v), lambda at: tuple(window_at(y, W - 1, place, at) for y in (k, v))
+                )
+        if read is None and rows["segment_ids"] is not None and T != 1:  # keep the last token's document
             last_k, last_v = (within_reach(y, offset - 1) for y in (last_k, last_v))
         return self.output(merge_heads(o), D), WindowState(last_k, last_v, offset)
 
 
-def _attend_to_shards(q, k, v, place, past_k, past_v) -> tuple[Array, Array, Array]:
-    """One shard of time: its outputs, and the last keys and values of all; the window's start is sent."""
+def _attend_to_shards(q, k, v, place, past_k, past_v, places=None) -> tuple[Array, Array, Array]:
+    """One shard of time: its outputs, and the last keys and values of all, or those up to some places."""
     T, before = q.shape[1], past_k.shape[1]
     k, v = (
         jnp.concatenate([tokens_before(x, before, past, SEQUENCE), x], axis=1)
         for x, past in ((k, past_k), (v, past_v))
     )
-    last_k, last_v = (of_last_shard(x[:, T:], SEQUENCE) for x in (k, v))
+    up_to = lambda at: tuple(window_at(x, before, place, at) for x in (k, v))  # noqa: E731
+    last_k, last_v = state_after((k[:, T:], v[:, T:]), up_to, places, T, SEQUENCE)
     return window_attention(q, k, v, place), last_k, last_v
 
 
