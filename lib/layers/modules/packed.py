@@ -10,7 +10,7 @@ from flax.errors import ScopeParamShapeError
 from jax import Array
 from jax.typing import DTypeLike
 
-from ...formats import AbsMax, Asymmetric, MinMax, QuantizedTensor
+from ...formats import AbsMax, Asymmetric, MinMax, QuantizedTensor, check_storage
 from ...formats.minmax import NO_ENDS
 from ...kernels import quantized_matmul
 from ...kernels.common.arguments import accumulator
@@ -57,6 +57,7 @@ def take_rows(w: Matrix, index: Array, dtype: DTypeLike) -> Array:
     how = {"axis": 0, "mode": "fill"}
     if not isinstance(w, QuantizedTensor):
         return jnp.take(w, index, fill_value=jnp.nan, **how).astype(dtype)
+    check_storage(w)
     groups = -(-w.shape[-1] // w.group_size)
     ends = isinstance(w.format.scheme, MinMax)
     whole = ends or isinstance(w.format.scheme, Asymmetric)  # a scale alone would lose ends or zeros
