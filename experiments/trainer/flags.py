@@ -1,6 +1,7 @@
 """The flags of every runner of configs, defined once: a process may import several runners."""
 
 import ast
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,12 @@ def parse(argv: list[str]) -> list[str]:
     try:
         left = app.parse_flags_with_usage(rest)
     except (AttributeError, KeyError) as error:
-        sys.exit(f"--config.NAME: got {str(error).strip(chr(34))}; expected a field of the config")
+        unknown = re.search(r"\w+", str(error))
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        sys.exit(
+            f"--config: got {unknown.group() if unknown else error}; expected a field of the config"
+            + (f" (is it {near.group(1)}?)" if near else "")
+        )
     finally:
         sys.argv = given
     if options and CONFIG.value is not None:

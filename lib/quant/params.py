@@ -16,6 +16,7 @@ from ..optim.common.matrix_spec import leaf_path
 Packer = Callable[[str, Array], QuantizedTensor]
 Rule = Format | str | tuple[Format | str, int] | Packer | None
 
+NO_MATRIX = re.compile(r"(^|/)(bias|[^/]*norm(/weight|/scale)?)$")  # stacked over depth, they look like one
 ROWS_ARE_CONTRACTED = ("embedding", "head")  # [V, D]: their groups lie along the last axis
 
 
@@ -103,8 +104,8 @@ def quantize_params(
       The packed tree, and a table of bytes and relative errors that prints well.
 
     Raises:
-      ValueError: a rule counts for no array, names one that is no floating matrix, or is refused by
-        `frugax.formats.quantize`; the array is named.
+      ValueError: a rule counts for no array, names a bias, a norm or what else is no floating matrix, or is
+        refused by `frugax.formats.quantize`; the array is named.
 
     Example:
         >>> import frugax, jax, jax.numpy as jnp
@@ -174,6 +175,10 @@ def _bytes(x: Any) -> int:
 def _packed(name: str, x: Array, rule: Rule, partial_group: bool) -> tuple[QuantizedTensor, Array]:
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"got {x.dtype}{list(x.shape)}; expected a floating matrix [..., K, N]")
+    if NO_MATRIX.search(name):
+        raise ValueError(
+            f"got {x.dtype}{list(x.shape)}, no matrix by its name; expected a rule None before it"
+        )
     if callable(rule):
         q = rule(name, x)
         if not _is_packed(q) or q.shape != x.shape:

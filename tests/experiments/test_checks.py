@@ -3,12 +3,15 @@
 import importlib
 import numbers
 import re
+import warnings
 
 import jax
 import pytest
+from absl.testing import flagsaver
 from ml_collections import ConfigDict
 
 from experiments.configs.checks import CLASSIFICATION, TRAINING, check_classification, check_config, flatten
+from experiments.trainer.flags import parse
 from experiments.trainer.optimizers import check_optimizer, make_optimizer
 from experiments.trainer.runs import build_model, shapes_of
 from experiments.trainer.state import init_state, make_train_step
@@ -158,3 +161,18 @@ def test_every_number_of_blocks_and_options(name):
         ("adam_learning_rate", 0),  # what is no matrix stays
         ("conv_width", None),  # no convolution
     }
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("model.widht", r"got widht; .* \(is it width\?\)"),
+        ("zzz", "got zzz; expected a field of the config$"),
+    ],
+)
+def test_a_field_that_the_config_lacks_is_named(field, said):
+    file = "--config=experiments/configs/lm/quickstart.py:smoke"
+    with flagsaver.flagsaver(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ml_collections loads configs in a way that Python deprecates
+        with pytest.raises(SystemExit, match=said):
+            parse(["train", file, f"--config.{field}=3"])

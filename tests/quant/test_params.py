@@ -133,6 +133,10 @@ def test_a_rule_may_be_a_function_of_the_path_and_the_array():
         ({"(": "int4"}, r"rules: got '\('; expected a regular expression"),
         ({"kernel": "int9"}, "rules: 'kernel' found .*/kernel: format: got 'int9'"),
         ({"^norm/weight": "int4"}, r"found norm/weight: got float32\[24\]; expected a floating matrix"),
+        (
+            {"mixer_norm": "int8"},
+            r"found .*mixer_norm/weight: got .*, no matrix by its name; expected a rule",
+        ),
         ({"channel/out/kernel": lambda path, w: w}, "its function gave .*; expected a QuantizedTensor"),
     ],
 )
