@@ -108,7 +108,7 @@ def test_a_frozen_shared_expert_and_nothing_else_is_the_dense_layer():
     silent = {n: {"kernel": np.zeros_like(k["kernel"])} for n, k in params["experts"].items()}
     y = call(layer, {"params": params | {"experts": silent}}, X)
     want = jax.jit(GLU(expand=1).apply)({"params": params["shared"]}, X)
-    np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(y, want, rtol=1e-6)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(layer.apply({"params": p}, X) ** 2)))(params)
     assert not any(g.any() for g in jax.tree.leaves(grads["shared"]))
     assert all(g.any() for g in jax.tree.leaves((grads["experts"], grads["router"])))
@@ -131,7 +131,7 @@ def test_ternary_gradients_pass_straight_through():
         return jnp.sum(jnp.einsum("ted,te->td", y, weights) ** 2)
 
     got = jax.jit(jax.grad(lambda p, x: jnp.sum(layer.apply({"params": p}, x) ** 2), (0, 1)))(params, X)
-    assert_close(got, jax.jit(jax.grad(by_hand, (0, 1)))(params, X), "float32", times=4)
+    assert_close(got, jax.jit(jax.grad(by_hand, (0, 1)))(params, X), "float32")
 
 
 @pytest.mark.nan
@@ -178,8 +178,8 @@ def test_blockffn_losses_keep_to_documents():
         used += [1 - np.prod(1 - p[i : i + 4] + 1e-5, 0) for i in range(0, len(one), 4)]
         before, target = 100 * one[:-1], 1 / (1 + np.exp(-100 * one[1:]))
         crossed += [np.logaddexp(0, before) - before * target]
-    np.testing.assert_allclose(losses["chunk_sparsity"], np.mean(used), rtol=1e-4)
-    np.testing.assert_allclose(losses["activation_locality"], np.mean(np.concatenate(crossed)), rtol=1e-4)
+    np.testing.assert_allclose(losses["chunk_sparsity"], np.mean(used), rtol=1e-6)
+    np.testing.assert_allclose(losses["activation_locality"], np.mean(np.concatenate(crossed)), rtol=1e-6)
 
 
 @pytest.mark.nan
@@ -217,7 +217,8 @@ def test_the_layer_in_bfloat16_and_under_x64():
     want = call(layer, variables, X)
     y = call(layer.clone(dtype=jnp.bfloat16), variables, X)
     assert y.dtype == jnp.bfloat16
-    assert_close(y.astype(jnp.float32), want, "bfloat16", times=4)
+    # Six roundings in a row, of x, products and gates, half a unit each at most: their squares add up.
+    assert_close(y.astype(jnp.float32), want, "bfloat16", times=2)
     with jax.enable_x64(True):
         for name in ("softmax_top_k", "relu_route", "sigmoid_top_k"):
             layer, variables = make(name)

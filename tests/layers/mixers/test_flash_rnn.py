@@ -48,7 +48,7 @@ def test_recurrent_matrices_start_with_unit_gain():
     recurrent = np.asarray(born(128)["recurrent"])
     gain = np.sqrt(np.sum(recurrent**2, axis=2))  # of each gate's channels, over its 64 inputs
     assert gain.shape == (2, 4, 64)
-    np.testing.assert_allclose(gain.mean((0, 2)), 1, atol=0.1)
+    np.testing.assert_allclose(gain.mean((0, 2)), 1, atol=0.03)  # four deviations of 8,192 draws
 
 
 def test_a_cell_that_is_none(unchecked_types):

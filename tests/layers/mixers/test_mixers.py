@@ -102,7 +102,8 @@ def test_half_precision_in_half_precision_out(name):
     assert jax.eval_shape(module.apply, variables, x)[0].dtype == jnp.float32
     assert y.dtype == jnp.bfloat16
     # A dozen roundings in a row: x, the projections, q and k, the output, norm and gate, the last product.
-    assert_close(y, whole(name)[2], jnp.bfloat16, times=12)
+    # Each is half a unit at most, and their squares add up: to two units, and another for slopes above one.
+    assert_close(y, whole(name)[2], jnp.bfloat16, times=3)
     for leaf in jax.tree.leaves(state):
         assert leaf.shape[0] == 2, "every leaf of a state has the batch in front"
     forced = type(module)(**{**MIXERS[name][1], "dtype": jnp.bfloat16})
@@ -124,7 +125,9 @@ def test_sums_beyond_the_range_of_float16(name):
     apply = jax.jit(module.apply)
     y, _ = apply(variables, x)
     assert y.dtype == jnp.float16
-    assert_close(y, apply(variables, x.astype(jnp.float32))[0], jnp.float16, times=12)
+    # A logit of Based's window or a step of Mamba-2's moves by its size times its rounding: by some units.
+    times = 8 if name in ("Based", "Mamba2") else 2
+    assert_close(y, apply(variables, x.astype(jnp.float32))[0], jnp.float16, times=times)
 
 
 @pytest.mark.full

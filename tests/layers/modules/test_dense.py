@@ -44,7 +44,7 @@ def test_quantized_dense_is_a_dense_layer_of_its_weights(use_bias):
     assert_close(Dense(7, use_bias=use_bias).apply(variables, X), layer.apply(variables, X), "float32")
     half = layer.clone(dtype=jnp.bfloat16).apply(variables, X)
     assert half.dtype == jnp.bfloat16
-    assert_close(half, layer.apply(variables, X), "bfloat16", times=2)
+    assert_close(half, layer.apply(variables, X), "bfloat16")
 
 
 def test_a_kernel_of_another_format_is_refused():
@@ -73,7 +73,8 @@ def test_tables_of_a_decoder_in_few_bits(format):
     assert_close((got[0], got[1, :1]), (want[0], want[1, :1]), "float32")
     narrow, _ = model.clone(dtype=jnp.bfloat16).apply({"params": params}, tokens[:1])
     assert narrow.dtype == jnp.float32
-    assert_close(narrow, got[:1], "bfloat16", times=6)
+    # Six roundings in a row, from the embedding to the last norm, half a unit each at most: squares add up.
+    assert_close(narrow, got[:1], "bfloat16", times=2)
 
 
 def test_both_directions_share_a_packed_matrix():

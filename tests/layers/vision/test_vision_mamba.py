@@ -196,7 +196,8 @@ def test_half_precision_in_half_precision_out():
     y = jax.jit(module.apply)(variables, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     # Eight roundings in a row: x, the projection, convolution, dt, the scan, its norm, the gate, the product.
-    assert_close(y, jax.jit(module.apply)(variables, x), jnp.bfloat16, times=8)
+    # Each is half a unit at most, and they add up as their squares do.
+    assert_close(y, jax.jit(module.apply)(variables, x), jnp.bfloat16, times=2)
     assert (
         jax.eval_shape(frugax.layers.EVSS().init_with_output, jax.random.key(0), y)[0].dtype == jnp.bfloat16
     )
