@@ -246,7 +246,7 @@ def _scores(
         P, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
         ahead = (here - (here - step) % P) * k.shape[1]  # how far the queries' shard is ahead of the keys'
         t = jnp.arange(q.shape[1], dtype=jnp.int32)
-        sees = sees & (ahead + t[:, None] >= t)
+        sees = sees & (ahead + t[:, None] >= t[None])[None]
     if document is not None and shard.document is not None:
         sees = sees & (document[:, :, None] == shard.document[:, None])
     return jnp.where(sees[:, None], s, _LOWEST)

@@ -53,7 +53,8 @@ def all_gather_matmul(
             following = _send(piece, axis_name, P, way) if step + 1 < P else piece
             product = piece @ w
             owner = (here - way * step) % P
-            out = jax.lax.dynamic_update_slice(out, product[None].astype(out.dtype), (owner, start, 0))
+            at = owner, jnp.int32(start), jnp.int32(0)
+            out = jax.lax.dynamic_update_slice(out, product[None].astype(out.dtype), at)
             piece = following
         start += piece.shape[0]
     return out.reshape(P * M, -1)

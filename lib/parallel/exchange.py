@@ -99,7 +99,7 @@ def _send(x: Array, plan: Exchange) -> Array:
 
 
 def _send_padded(x: Array, plan: Exchange) -> Array:
-    place = jnp.arange(plan.places, dtype=jnp.int32)
+    place = jnp.arange(plan.places, dtype=jnp.int32)[None]
     row = jnp.where(place < plan.counts[:, None], plan.starts[:, None] + place, len(x))
     return jax.lax.all_to_all(
         x.at[row.reshape(-1)].get(mode="fill", fill_value=0), plan.axis_name, 0, 0, tiled=True

@@ -385,8 +385,8 @@ def _by_expert(counts_SE: Array, places: int) -> tuple[Array, Array]:
     expert = jax.vmap(lambda end: jnp.searchsorted(end, j, side="right"))(ends)  # [S, places], E: free
     first = jnp.cumsum(jnp.sum(counts_SE, 0)) - jnp.sum(counts_SE, 0)  # [E], an expert's first row
     before = jnp.cumsum(counts_SE, 0) - counts_SE  # of earlier senders
-    shift = first + before - (ends - counts_SE)
-    row = jnp.take_along_axis(shift, jnp.minimum(expert, E - 1), 1) + j
+    shift = first[None] + before - (ends - counts_SE)
+    row = jnp.take_along_axis(shift, jnp.minimum(expert, E - 1), 1) + j[None]
     back = jnp.where(expert < E, row, S * places).reshape(-1).astype(jnp.int32)
     to = jnp.full(S * places, S * places, jnp.int32)
     to = to.at[back].set(jnp.arange(S * places, dtype=jnp.int32), mode="drop", unique_indices=False)

@@ -57,9 +57,9 @@ def plan_placement(
         rows = share @ held
         busiest = jnp.argmax(rows)
         used = jnp.sum(copies >= 0, 1)
-        free = held[:, busiest, None] & ~held & (used < slots) & (sent[owner] < limit)  # [E, P]
+        free = held[:, busiest, None] & ~held & (used < slots)[None] & (sent[owner] < limit)  # [E, P]
         less = load / (jnp.sum(held, 1) + 1)
-        worse = jnp.maximum(rows + less[:, None], (rows[busiest] - share + less)[:, None])
+        worse = jnp.maximum(rows[None] + less[:, None], (rows[busiest] - share + less)[:, None])
         worse = jnp.where(free, worse, jnp.inf)
         e, d = jnp.unravel_index(jnp.argmin(worse), worse.shape)
         better = worse[e, d] < rows[busiest]
@@ -70,7 +70,7 @@ def plan_placement(
             sent.at[owner[e], d].add(better.astype(jnp.int32)),
         )
 
-    held, copies = owner[:, None] == jnp.arange(P), jnp.full((P, slots), -1, jnp.int32)
+    held, copies = owner[:, None] == jnp.arange(P)[None], jnp.full((P, slots), -1, jnp.int32)
     start = [vary_like(x, load) for x in (held, copies, jnp.zeros((P, P), jnp.int32))]
     return jax.lax.fori_loop(0, P * slots, step, tuple(start))[1]
 
@@ -193,17 +193,21 @@ def route_to_copies(
         raise ValueError(f"node: got {node}; expected a divisor of {P}, the number of devices")
     expert, every = jnp.arange(E), jnp.arange(P)
     # The number of an expert on a device, of own + S; -1: it is not there.
-    slot = jnp.where(expert[:, None] // own == every, expert[:, None] % own, -1)
-    slot = slot.at[jnp.where(copies < 0, E, copies), every[:, None]].set(own + jnp.arange(S), mode="drop")
+    slot = jnp.where(expert[:, None] // own == every[None], expert[:, None] % own, -1)
+    slot = slot.at[jnp.where(copies < 0, E, copies), every[:, None]].set(
+        own + jnp.arange(S)[None], mode="drop"
+    )
     held = slot >= 0
-    here = held & (every == device)
-    near = held & (every // node == device // node)
+    here = held & (every == device)[None]
+    near = held & (every // node == device // node)[None]
     held = jnp.where(here.any(1, keepdims=True), here, jnp.where(near.any(1, keepdims=True), near, held))
     turn = places(routing).reshape(routing.indices.shape) + device  # devices start at different holders
     nth = turn % jnp.sum(held, 1)[routing.indices]
     rank = jnp.cumsum(held, 1) - 1
     holder = jnp.zeros((E, P), jnp.int32)
-    holder = holder.at[expert[:, None], jnp.where(held, rank, P)].set(every.astype(jnp.int32), mode="drop")
+    holder = holder.at[expert[:, None], jnp.where(held, rank, P)].set(
+        every.astype(jnp.int32)[None], mode="drop"
+    )
     to = holder[routing.indices, nth]
     indices = to * (own + S) + slot[routing.indices, to]
     return dataclasses.replace(routing, indices=indices.astype(jnp.int32), experts=P * (own + S))

@@ -77,9 +77,9 @@ def selective_scan(
     scan = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "segment_ids": segment_ids, "backend": backend}
     _, left_BDN = kernels.selective_scan(x, dt, A, B, C, **scan)
     step = dt.astype(left_BDN.dtype)
-    step = step if dt_bias is None else step + dt_bias.astype(step.dtype)
+    step = step if dt_bias is None else step + dt_bias.astype(step.dtype)[None, None]
     step = jax.nn.softplus(step) if dt_softplus else step
-    total_BDN = jnp.exp(jnp.sum(step, axis=1)[..., None] * rates(A, step.dtype))
+    total_BDN = jnp.exp(jnp.sum(step, axis=1)[..., None] * rates(A, step.dtype)[None])
     entering = entering_state(total_BDN, left_BDN, initial_state, segment_ids, axis_name)
     y, state = kernels.selective_scan(x, dt, A, B, C, D, z=z, initial_state=entering, **scan)
 

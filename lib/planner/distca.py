@@ -342,7 +342,7 @@ def _attend(q: Array, k: Array, v: Array, ahead: int, scale: float) -> tuple[Arr
     """Outputs and log-sum-exp [T, H]; query i sees key j where j <= i + ahead."""
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
     s = scale * jnp.einsum("thd,shd->hts", q, k, preferred_element_type=accumulator(q.dtype))
-    sees = jnp.arange(s.shape[1])[:, None] + ahead >= jnp.arange(s.shape[2])
+    sees = jnp.arange(s.shape[1])[:, None] + ahead >= jnp.arange(s.shape[2])[None]
     s = jnp.where(sees, s, _LOWEST)
     lse = jax.nn.logsumexp(s, -1)
     p = jnp.where(sees, jnp.exp(s - lse[..., None]), 0)

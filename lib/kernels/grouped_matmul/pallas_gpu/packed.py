@@ -40,7 +40,9 @@ def places(group_sizes: Array, M: int, tokens: int) -> Places:
     tiles = -(-group_sizes // tokens)
     end, last = (jnp.cumsum(x, dtype=jnp.int32) for x in (group_sizes, tiles))
     row, tile = (jnp.arange(n, dtype=jnp.int32) for n in (M, most))
-    of_row, of_tile = (jnp.sum(x[:, None] >= y, 1, dtype=jnp.int32) for x, y in ((row, end), (tile, last)))
+    of_row, of_tile = (
+        jnp.sum(x[:, None] >= y[None], 1, dtype=jnp.int32) for x, y in ((row, end), (tile, last))
+    )
     start = (last - tiles) * tokens - (end - group_sizes)  # what is added to an expert's rows
     place = row + start.at[of_row].get(mode="fill", fill_value=0)
     return Places(jnp.where(of_tile < E, of_tile, -1), jnp.where(of_row < E, place, most * tokens))

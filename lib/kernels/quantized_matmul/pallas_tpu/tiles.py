@@ -81,7 +81,7 @@ def line(element: Element) -> Line | None:
         return None
     signed = element.lowest < 0
     codes = np.arange(2**element.bits, dtype=np.int32) - (signed << (element.bits - 1))
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False):  # some codes of fp8 are NaN
         values = np.asarray(element.decode(jnp.asarray(codes)), np.float64)
     found = Line(float(values[1] - values[0]), float(values[0]))
     return found if np.array_equal(values, found.gain * np.arange(len(codes)) + found.start) else None
@@ -93,7 +93,7 @@ def exact(element: Element) -> bool:
     if isinstance(element, Dependent):
         return True
     codes = np.arange(element.lowest, element.highest + 1, dtype=np.int32)
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False):  # some codes of fp8 are NaN
         values = np.asarray(element.decode(jnp.asarray(codes)), np.float32)
         rounded = np.asarray(truncated(jnp.asarray(values)))
     return bool(np.all((rounded == values) | np.isnan(values)))
@@ -109,7 +109,7 @@ def is_fp4_e2m1(element: Element) -> bool:
 def bfloat16_bits(element: Element) -> tuple[int, ...]:
     """The bits of the bfloat16 number nearest to each code's value."""
     codes = np.arange(2**element.bits, dtype=np.int32)
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), jax.debug_nans(False):  # some codes of fp8 are NaN
         values = np.asarray(element.decode(jnp.asarray(codes)).astype(BF16))
     return tuple(values.view(np.uint16).tolist())
 
