@@ -148,7 +148,7 @@ def mamba_layers(module, params, tokens_RT):
         )
         out = {name: seen["intermediates"][name]["__call__"][0] for name in watched}
         N = mixer.state_size
-        dt = jax.nn.softplus(out["dt"] + p["mixer"]["dt_bias"])
+        dt = jax.nn.softplus(out["dt"] + p["mixer"]["dt_bias"][None, None])
         B = out["dt_B_C"][..., -2 * N : -N]
         A = -jnp.exp(p["mixer"]["A_log"])
         return (

@@ -168,9 +168,9 @@ def learned(x: np.ndarray, y: np.ndarray, steps: int = 3000) -> Callable[[np.nda
     ]
 
     def predict(params, x):
-        h = (x - mean) / deviation
+        h = (x - mean[None]) / deviation[None]
         for i, (w, b) in enumerate(params):
-            h = h @ w + b
+            h = h @ w + b[None]
             h = jax.nn.gelu(h) if i < 2 else h
         return h[:, 0] + centre
 

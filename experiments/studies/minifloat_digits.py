@@ -73,7 +73,7 @@ class ViT(nn.Module):
         B, H, W, _ = images.shape
         x = images.reshape(B, H // PATCH, PATCH, W // PATCH, PATCH).swapaxes(2, 3).reshape(B, -1, PATCH**2)
         place = self.param("place", nn.initializers.normal(0.02), (x.shape[1], WIDTH))
-        x = nn.Dense(WIDTH, name="patches")(x) + place
+        x = nn.Dense(WIDTH, name="patches")(x) + place[None]
         layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=DEPTH)
         x = nn.LayerNorm(name="norm")(layers(name="layers")(x, None)[0])
         return nn.Dense(10, name="head")(x.mean(1))

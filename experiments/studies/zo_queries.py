@@ -122,7 +122,7 @@ METHODS = {
 def scores(params: Any, x: Array) -> Array:
     """The classifier."""
     for name in LAYERS:
-        x = x @ params[name]["kernel"] + params[name]["bias"]
+        x = x @ params[name]["kernel"] + params[name]["bias"][None]
         x = jax.nn.gelu(x) if name != "last" else x
     return x
 
@@ -136,7 +136,7 @@ def task(key: Array) -> tuple[Callable[[Array, int, bool], tuple[Array, Array]],
     def draw(key: Array, count: int, moved: bool) -> tuple[Array, Array]:
         which, noise = jax.random.split(key)
         cluster = jax.random.randint(which, (count,), 0, CLUSTERS if moved else CLUSTERS // 2)
-        x = centres[cluster] + moved * shift + 0.5 * jax.random.normal(noise, (count, INPUTS))
+        x = centres[cluster] + moved * shift[None] + 0.5 * jax.random.normal(noise, (count, INPUTS))
         return x, cluster % LABELS
 
     sizes = (INPUTS, WIDTH, WIDTH, LABELS)

@@ -44,7 +44,7 @@ def make_pipeline(
         logits_BTV = head(hidden)
         # Not by an index: in a program with a manual axis, XLA's partitioner ends the process where it looks
         # up logits that are split by vocabulary (jax 0.10.2).
-        is_target = jnp.arange(logits_BTV.shape[-1]) == targets[..., None]
+        is_target = jnp.arange(logits_BTV.shape[-1])[None, None] == targets[..., None]
         of_target_BT = jnp.where(is_target, logits_BTV, 0).sum(-1)
         return jax.nn.logsumexp(logits_BTV, axis=-1) - of_target_BT
 

@@ -27,7 +27,7 @@ class Context(nn.Module):
     def __call__(self, tokens, state=None, segment_ids=None):
         again = jnp.log(256 * 0.25 / 0.75 + 1)  # so that p(again) = 0.25 + 0.75 / 256
         starts = jnp.concatenate([jnp.ones_like(segment_ids[:, :1]), jnp.diff(segment_ids)], axis=1) != 0
-        one_hot = jnp.arange(self.vocab_size) == tokens[..., None]
+        one_hot = jnp.arange(self.vocab_size)[None, None] == tokens[..., None]
         return jnp.where(one_hot & ~starts[..., None], again, 0.0), state
 
 

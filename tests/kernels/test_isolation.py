@@ -56,6 +56,7 @@ def check_equal(x, y, good=slice(None), name="") -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(y).max(), err_msg=name)
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(("operation", "backend"), isolating())
 def test_a_bad_number_stays_in_its_document(operation, backend):
     row = OPERATIONS[operation]
@@ -73,6 +74,7 @@ def test_a_bad_number_stays_in_its_document(operation, backend):
         check_others(value_and_gradients(row, bad, backend), want, True, tokens)
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(("operation", "backend"), isolating())
 def test_a_bad_cotangent_stays_in_its_document(operation, backend):
     """As a loss sends it back that overflows in one document, where the operation's results are finite."""

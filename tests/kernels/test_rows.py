@@ -139,6 +139,7 @@ CASES = [
 ]
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(("packed", "padded", "reverse", "states"), CASES)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_documents_are_read_as_by_themselves(name, packed, padded, reverse, states):

@@ -16,7 +16,7 @@ B, T, D, V, TILES = 8, 22, 16, 24, 5  # a shard of 11 tokens: five tiles of 2, a
 def losses(head_VD, tile):
     x_BTD, targets_BT = tile
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD, precision="highest")
-    is_target = jnp.arange(V) == targets_BT[..., None]
+    is_target = jnp.arange(V)[None, None] == targets_BT[..., None]
     return jax.nn.logsumexp(logits_BTV, -1) - jnp.where(is_target, logits_BTV, 0).sum(-1)
 
 
@@ -27,7 +27,7 @@ def main() -> None:
 
     def total(over, head, x, targets):
         found = over(head, (x, targets))
-        return jnp.sum(found * jnp.arange(1.0, T + 1)), found
+        return jnp.sum(found * jnp.arange(1.0, T + 1)[None]), found
 
     run = jax.value_and_grad(lambda *args: total(losses, *args), (0, 1), has_aux=True)
     want = jax.jit(run)(*args)

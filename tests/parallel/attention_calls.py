@@ -17,7 +17,7 @@ SEGMENTS = jnp.array([[0] * 2 + [1] * 9 + [0] * 13, [3] * 24])
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
 def definition(q, k, v, causal, segment_ids):

@@ -41,7 +41,7 @@ def layer(mesh, per_pair, node, rematerialize):
 
 def check(mesh, per_pair, node, rematerialize) -> None:
     x, params = arguments()
-    params["router"] = params["router"] + jnp.arange(E) * 0.5  # nearly all to the last device
+    params["router"] = params["router"] + jnp.arange(E)[None] * 0.5  # nearly all to the last device
     x = jnp.abs(x)
     wanted, _ = jax.jit(both(lambda x, params: (*one_device(x, params, np.ones((8 * T, K))), ())))(x, params)
     f = layer(mesh, per_pair, node, rematerialize)

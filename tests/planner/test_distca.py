@@ -24,7 +24,7 @@ def dense(q, k, v):
     """Block-diagonal causal attention by one mask."""
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
     document, t = jnp.repeat(jnp.arange(3), jnp.array(LENGTHS), total_repeat_length=20), jnp.arange(20)
-    sees = (document[:, None] == document) & (t[:, None] >= t)
+    sees = (document[:, None] == document[None]) & (t[:, None] >= t[None])
     s = jnp.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
     return jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.where(sees, s, -jnp.inf)), v)
 

@@ -138,6 +138,7 @@ def compiled_step(mesh):
     )
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(
     "name",
     [

@@ -77,7 +77,7 @@ def test_a_random_selective_scan_never_has_a_positive_exponent():
 
     @jax.jit
     def estimate(A, inputs, key):
-        return log_growth(scan_step(A), jnp.zeros((1, CHANNELS, STATES)), inputs, key)
+        return log_growth(scan_step(A), jnp.zeros((1, CHANNELS, STATES), jnp.float32), inputs, key)
 
     for seed in range(4):
         A = -jnp.exp(jax.random.normal(jax.random.key(seed), (CHANNELS, STATES)))
@@ -93,7 +93,7 @@ def test_a_random_selective_scan_never_has_a_positive_exponent():
 def test_with_a_constant_step_it_is_the_closed_form():
     A = -jnp.arange(1.0, 1 + CHANNELS * STATES).reshape(CHANNELS, STATES)
     inputs = tokens(400, dt=0.1)
-    zeros = jnp.zeros((1, CHANNELS, STATES))
+    zeros = jnp.zeros((1, CHANNELS, STATES), jnp.float32)
     # After 200 tokens the next slowest coordinate is e^-20 of the slowest; what is left is float32's log.
     found = jax.jit(lambda i: max_lyapunov_exponent(scan_step(A), zeros, i, KEY, burn_in=200))(inputs)
     assert_close(found, -0.1, "float32")
@@ -107,7 +107,9 @@ def test_rounding_is_forgotten_where_the_exponent_is_negative_and_grows_where_it
 
     @jax.jit
     def gap(A):
-        return precision_gap(scan_step(A), jnp.zeros((1, CHANNELS, STATES)), inputs, jnp.bfloat16)
+        return precision_gap(
+            scan_step(A), jnp.zeros((1, CHANNELS, STATES), jnp.float32), inputs, jnp.bfloat16
+        )
 
     stable, unstable = np.asarray(gap(A)), np.asarray(gap(-A / 100))
 

@@ -63,6 +63,7 @@ def test_groups_of_any_size_meet_every_tile(products, sizes):
             assert_close(got, want, "float32", name=str(sizes))
 
 
+@pytest.mark.nan
 def test_what_is_not_finite_stays_with_its_expert(products):
     """An infinity of one expert's rows, NaN past all groups: other rows and experts have their numbers."""
     run, x, W, dy = products

@@ -72,6 +72,7 @@ def drawn(dtype, M=200, K=96, N=300, sizes=SIZES):
     return x, w, dy, jnp.asarray(sizes, jnp.int32), group
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=full)])
 def test_borders_and_blocks(dtype):
     """Groups that share a tile, several blocks of columns, rows that are not finite stay their own."""

@@ -37,8 +37,8 @@ def test_equals_the_masked_quadratic_form(T):
     weights = np.random.default_rng(0).standard_normal(a["v"].shape)
 
     def quadratic(q, k, v, log_decay):
-        steps = np.arange(T)[:, None] - np.arange(T)
-        decay = jnp.where(steps >= 0, jnp.exp(log_decay[:, None, None] * np.maximum(steps, 0)), 0)
+        steps = (np.arange(T)[:, None] - np.arange(T))[None, None]
+        decay = jnp.where(steps >= 0, jnp.exp(log_decay[None, :, None, None] * np.maximum(steps, 0)), 0)
         scores = jnp.einsum("bihk,bjhk->bhij", q, k, precision="highest") * decay
         return jnp.einsum("bhij,bjhv->bihv", scores, v, precision="highest")
 

@@ -180,6 +180,7 @@ def test_stacked_weights_map():
         assert_close((y[i], gradient[i]), want, "float32", times=2)
 
 
+@pytest.mark.nan
 def test_zero_and_nan_groups():
     """A group of zeros adds nothing; one of NaN spoils its own columns alone."""
     W = np.ones((64, 4), np.float32)

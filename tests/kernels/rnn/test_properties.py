@@ -118,9 +118,9 @@ def test_an_elman_network_tracks_parity():
     steep = 20.0
     h, _ = frugax.kernels.rnn(
         jnp.asarray(steep * np.stack([bits, -bits], -1)[:, :, None, None], jnp.float32),
-        jnp.full((1, 1, 2, 2), steep / 2) * jnp.array([-1.0, 1.0]),
-        steep * jnp.array([[[-1.5, 0.5]]]),
+        steep / 2 * jnp.array([[[[-1.0, 1.0]] * 2]], jnp.float32),
+        steep * jnp.array([[[-1.5, 0.5]]], jnp.float32),
         cell="elman",
-        initial_state=-jnp.ones((1, 1, 1, 2)),
+        initial_state=-jnp.ones((1, 1, 1, 2), jnp.float32),
     )
     assert ((np.asarray(h[:, :, 0]).max(-1) > 0) == (np.cumsum(bits, axis=1) % 2 == 1)).all()

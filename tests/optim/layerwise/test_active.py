@@ -70,6 +70,7 @@ def test_activations_kept_in_other_ways_take_less_memory(small):
     assert_close(got, chosen(gradient, active), "float32")
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("make", [optim.lisa, pytest.param(optim.badam, marks=pytest.mark.full)])
 def test_a_step_in_the_memory_of_the_active_layers(make):
     """Temporaries of a whole step with one of 8 layers active, of those of a step by all gradients."""
