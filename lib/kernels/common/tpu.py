@@ -268,7 +268,7 @@ class Layout:
             odd = jnp.where(2 * iota(odd.shape, 0) + 1 < left, odd, 0)
         if head % 2 == 0:
             return _from_words((even & 0xFFFF) | (odd << 16))
-        return _from_words(jax.lax.shift_right_logical(even, 16) | (odd & jnp.int32(-65536)))
+        return _from_words(jax.lax.shift_right_logical(even, jnp.int32(16)) | (odd & jnp.int32(-65536)))
 
     def store(self, ref, head: int, start, tokens: list[Array]) -> None:
         """Write float32 tokens [chunk, D'] of consecutive heads, from `start` in the block."""
