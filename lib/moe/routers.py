@@ -122,7 +122,7 @@ def updated_bias(bias: Float[Array, "e"], load: Float[Array, "e"], rate: float =
         >>> frugax.moe.updated_bias(jnp.zeros(2), jnp.array([0.8, 0.2]), 0.5).tolist()
         [-0.5, 0.5]
     """
-    return bias + rate * jnp.sign(jnp.mean(load) - load)
+    return bias + (rate * jnp.sign(jnp.mean(load) - load)).astype(bias.dtype)
 
 
 def noisy_top_k(

@@ -131,6 +131,7 @@ def test_the_bias_evens_out_loads():
     loads = np.asarray(loads)
     assert np.abs(loads[0] * E - 1).max() > 0.5
     assert np.abs(loads[-20:].mean(0) * E - 1).max() < 0.1
+    assert moe.updated_bias(jnp.zeros(E, jnp.bfloat16), jnp.ones(E, jnp.float32)).dtype == jnp.bfloat16
 
 
 def test_groups_of_softmax_keep_the_best_group():
