@@ -16,7 +16,10 @@ from ..optim.common.matrix_spec import leaf_path
 Packer = Callable[[str, Array], QuantizedTensor]
 Rule = Format | str | tuple[Format | str, int] | Packer | None
 
-NO_MATRIX = re.compile(r"(^|/)(bias|[^/]*norm(/weight|/scale)?)$")  # stacked over depth, they look like one
+# Stacked over depth, vectors look like a matrix; convolutions and rates are read entry by entry.
+NO_MATRIX = re.compile(
+    r"(^|/)((\w+_)?bias|[^/]*norm(/weight|/scale)?|conv/\w+|A_log|[BCD]|mu(_\w)?|decay|bonus|theta|gain|scale)$"
+)
 ROWS_ARE_CONTRACTED = ("embedding", "head")  # [V, D]: their groups lie along the last axis
 
 

@@ -145,6 +145,15 @@ def test_rules_that_cannot_be_right(rules, message):
         quantize_params(make()[1], rules)
 
 
+def test_what_is_read_entry_by_entry_is_refused():
+    mixer = {"A_log": jnp.ones((16, 3)), "conv": {"weight": jnp.ones((3, 16))}, "mu_k": jnp.ones((2, 16))}
+    for name in ("A_log", "conv/weight", "mu_k"):
+        with pytest.raises(
+            ValueError, match=f"found mixer/{name}: got .*, no matrix by its name; expected a"
+        ):
+            quantize_params({"mixer": mixer}, {name: "int8"})
+
+
 def test_groups_that_do_not_divide_are_refused_where_asked():
     params = {"kernel": jnp.ones((20, 4))}
     with pytest.raises(ValueError, match="found kernel: group_size: got 16 for 20 elements"):
