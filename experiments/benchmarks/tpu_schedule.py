@@ -232,6 +232,9 @@ def grouped_matmul() -> list[Kernel]:
             f = partial(outer.visited, steps=found, sizes=(E, K, N), t=t, interpret=False)
         else:
             f = partial(product.visited, steps=found, t=t, transposed=phase == "dlhs", interpret=False)
+            low, high = found.low[:V], found.high[:V]
+            border = (low > found.start[:V]) | (high % 16 != 0) | (kind == len(t.heights))
+            return f, tuple(float(np.mean(which)) for which in (*when, border, np.arange(V) == V - 1))
         return f, tuple(float(np.mean(which)) for which in (*when, kind == len(t.heights)))
 
     def array(*shape):
@@ -326,8 +329,8 @@ def count_bundles(text: str, shares: tuple[float, ...] | None = None) -> list[fl
     A loop's trips are in its exit test, which may stand in a loop inside it. The outermost loop is the grid,
     software-pipelined: its first and its last turn skip the largest region that a branch can skip, and only
     move blocks. Regions inside that one (`pl.when`) are taken to run once, as those for the first and the
-    last block of a sequence do: a kernel must have no others. With `shares`, as many of them, the longest,
-    run in those shares of the steps, in order; what else there is runs in every step.
+    last block of a sequence do: a kernel must have no others. With `shares`, as many of them, the longest
+    that lie in no other, run in those shares of the steps, in order; what else there is runs in every step.
     """
     loops: list[dict[str, Any]] = []  # depth, trips, names of the next turn's counters: of those open
     within: list[tuple[dict[str, Any], ...]] = []  # the loops around each bundle
@@ -361,7 +364,8 @@ def count_bundles(text: str, shares: tuple[float, ...] | None = None) -> list[fl
     )
     main = regions.pop() if regions else None
     if shares is not None and main is not None:
-        inside = [region for region in regions if main[1] < region[1] and region[2] < main[2]]
+        inside = [region for region in regions if main[1] < region[1] and region[2] <= main[2]]
+        inside = [x for x in inside if not any(y[1] < x[1] and x[2] <= y[2] for y in inside)]
         if len(inside) < len(shares):
             raise ValueError(f"shares: got {len(shares)}; expected one for each of {len(inside)} branches")
         longest = sorted(inside[len(inside) - len(shares) :], key=lambda region: region[1])

@@ -38,6 +38,7 @@ class Launch:
       grid: its sizes; the last axis varies fastest. One may be an int32 that is known at run time alone.
       semantics: of each axis of the grid, "parallel" or "arbitrary" (in order).
       vmem_limit: bytes of VMEM that the kernel may hold; None: the compiler's default, 16 MiB on v5e.
+      bounds_checks: whether copies between memories test their addresses, in some 20 cycles each.
     """
 
     def __init__(
@@ -48,10 +49,13 @@ class Launch:
         *,
         interpret: bool,
         vmem_limit: int | None = None,
+        bounds_checks: bool = True,
     ):
         self.name, self.grid, self.interpret = name, grid, interpret
         self.compiler_params = pltpu.CompilerParams(
-            dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_limit
+            dimension_semantics=tuple(semantics),
+            vmem_limit_bytes=vmem_limit,
+            disable_bounds_checks=not bounds_checks,
         )
         self.scalars: dict[str, Array] = {}
         self.operands: dict[str, tuple[Array, pl.BlockSpec]] = {}
