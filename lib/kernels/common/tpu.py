@@ -87,21 +87,23 @@ class Launch:
     def run(self, kernel: Callable[..., None]) -> dict[str, Array]:
         """Each result by its name."""
         names = [f"{name}_ref" for name in (*self.scalars, *self.operands, *self.results, *self.scratch)]
-        results = pl.pallas_call(
-            lambda *refs: kernel(**dict(zip(names, refs, strict=True))),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(self.scalars),
-                grid=self.grid,
-                in_specs=[spec for _, spec in self.operands.values()],
-                out_specs=[spec for _, spec in self.results.values()],
-                scratch_shapes=list(self.scratch.values()),
-            ),
-            out_shape=[shape for shape, _ in self.results.values()],
-            input_output_aliases={len(self.scalars) + at: to for at, to in self.aliases.items()},
-            compiler_params=self.compiler_params,
-            interpret=self.interpret,
-            name=self.name,
-        )(*self.scalars.values(), *(x for x, _ in self.operands.values()))
+        # Mosaic has no 64-bit loops nor indices, which Python numbers and `fori_loop` are under jax_enable_x64.
+        with jax.enable_x64(False):
+            results = pl.pallas_call(
+                lambda *refs: kernel(**dict(zip(names, refs, strict=True))),
+                grid_spec=pltpu.PrefetchScalarGridSpec(
+                    num_scalar_prefetch=len(self.scalars),
+                    grid=self.grid,
+                    in_specs=[spec for _, spec in self.operands.values()],
+                    out_specs=[spec for _, spec in self.results.values()],
+                    scratch_shapes=list(self.scratch.values()),
+                ),
+                out_shape=[shape for shape, _ in self.results.values()],
+                input_output_aliases={len(self.scalars) + at: to for at, to in self.aliases.items()},
+                compiler_params=self.compiler_params,
+                interpret=self.interpret,
+                name=self.name,
+            )(*self.scalars.values(), *(x for x, _ in self.operands.values()))
         return dict(zip(self.results, results, strict=True))
 
 
