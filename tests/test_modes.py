@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import frugax
@@ -85,6 +86,45 @@ def test_optimizers_promote_no_rank(name):
         jax.eval_shape(optimizer.update, params, state, params)
 
 
+def with_one_wide() -> list:
+    """Return (operation, name) for every float of an operation that has kernels; one operation by default."""
+    found = []
+    for row in (row for row in OPERATIONS.values() if row.choice == "backend" and not row.composed):
+        marks = [] if row.name == "causal_conv1d" else pytest.mark.full
+        floats = parts(row.arguments(row.small))[0]
+        found += [pytest.param(row.name, n, marks=marks) for n, x in floats.items() if hasattr(x, "dtype")]
+    return found
+
+
+@pytest.mark.parametrize(("operation", "name"), with_one_wide())
+def test_one_float64_beside_others_lowers_for_tpu(operation, name):
+    """Under x64 a user's bias or state may be float64: kernels take none, nor drop its digits unsaid."""
+    row = OPERATIONS[operation]
+    floats, arrays, static = parts(row.arguments(row.small))
+    with jax.enable_x64(True):
+        floats |= {name: np.asarray(floats[name], np.float64)}
+        floats, arrays = jax.tree.map(jnp.asarray, (floats, arrays))
+
+        def results(floats, backend=None):
+            return row.call(backend, **floats, **arrays, **static)
+
+        def gradients(floats):
+            out, pull = jax.vjp(results, floats)
+            return pull(out)
+
+        try:
+            jax.eval_shape(lambda x: results(x, "pallas_tpu"), floats)
+            refused = ""
+        except ValueError as error:
+            refused = str(error)
+        if refused and "can't serve" not in refused:  # every backend asks for one dtype
+            return
+        traced = jax.jit(results if row.check else gradients).trace(floats)
+        kernels = "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert kernels == (not refused)
+        assert not refused or "float64" in refused
+
+
 # All at once: each only raises or widens, so what passes under all passes under each. But for numbers of the
 # default dtype, which are of 64 bits here: what overflows in float32 alone is seen where tests say float32.
 ALL = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_DEBUG_NANS": "1"}
@@ -102,19 +142,20 @@ FOLDERS = [
     "kernels/common kernels/rnn kernels/selective_scan kernels/selective_scan_2d kernels/quantized_update "
     "kernels/grouped_matmul kernels/quantized_matmul",
 ]
-# What is in no mode: TPU programs are compiled without 64 bits, in which Mosaic has no loops; examples print
-# what JAX's own defaults make; the rest reads files, and calls no JAX.
+# What is in no mode: examples print what JAX's own defaults make; the rest reads files, and calls no JAX.
 LEFT_OUT = {
-    "kernels/test_deviceless.py",
     *(f"test_{name}.py" for name in ("colab", "modes", "package", "papers", "readme", "recipes", "tiers")),
 }
 TESTS = Path(__file__).parent
 
 
+COMPILED = ["kernels", "memory", "parallel"]  # not planner: the TPU's compiler counts no 64-bit loop
+
+
 def run_tests(marks: str, settings: dict[str, str], paths: list[str]) -> None:
     """Run tests in a process of their own."""
     files = [str(TESTS / path) for path in paths]
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", f"{marks} and not deviceless", *files]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", marks, *files]
     done = subprocess.run(
         command, cwd=TESTS.parent, env=os.environ | settings, capture_output=True, text=True
     )
@@ -124,19 +165,24 @@ def run_tests(marks: str, settings: dict[str, str], paths: list[str]) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("folders", FOLDERS)
 def test_the_default_tier_passes_in_all_modes(folders):
-    run_tests("not full and not nan", ALL, folders.split())
+    run_tests("not full and not nan and not deviceless", ALL, folders.split())
+
+
+@pytest.mark.full
+def test_kernels_compile_for_their_chips_in_all_modes():
+    run_tests("not full and deviceless", ALL, COMPILED)
 
 
 @pytest.mark.full
 def test_tests_with_nan_pass_in_the_other_modes():
     """Tests that feed NaN, that count on donation, and of Hopper's kernels: all but NaN checks."""
     settings = {name: value for name, value in ALL.items() if name != "JAX_DEBUG_NANS"}
-    run_tests("not full and nan", settings, " ".join(FOLDERS).split())
+    run_tests("not full and nan and not deviceless", settings, " ".join(FOLDERS).split())
 
 
 def test_modes_leave_no_file_out():
     """A new folder is in a mode, or among those that are left out."""
-    paths = {*" ".join(FOLDERS).split(), *LEFT_OUT}
+    paths = {*" ".join(FOLDERS).split(), "kernels/test_deviceless.py", *LEFT_OUT}
     found = [file.relative_to(TESTS) for file in TESTS.rglob("test_*.py")]
     assert not [file for file in found if not paths & {str(x) for x in (file, *file.parents)}]
     assert not [path for path in paths if not (TESTS / path).exists()]

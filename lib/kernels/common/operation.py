@@ -132,7 +132,11 @@ class Operation:
         if not all(known(size) for x in jax.tree.leaves(call) for size in x.shape):
             return "a size is a symbol, where a kernel's are numbers"
         static = {name: options[name] for name in self.static}
-        return self._module(backend).unsupported_reason(call, **static)
+        reason = self._module(backend).unsupported_reason(call, **static)
+        if reason is not None:
+            return reason
+        wide = (n for n, x in call._asdict().items() for a in jax.tree.leaves(x) if a.dtype == jnp.float64)
+        return next((f"{name} is float64, where a kernel's arrays have 32 bits" for name in wide), None)
 
     def _check_serves(self, backend: str, reason: str | None) -> None:
         if reason is not None:
