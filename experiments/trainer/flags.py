@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> list[str]:
         unknown = re.search(r"\w+", str(error))
         near = re.search(r'Did you mean "(\w+)"', str(error))
         sys.exit(
-            f"--config: got {unknown.group() if unknown else error}; expected a field of the config"
+            f"--config: got {(unknown.group() if unknown else str(error))!r}; expected a field of the config"
             + (f" (is it {near.group(1)}?)" if near else "")
         )
     finally:

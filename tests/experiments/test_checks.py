@@ -166,8 +166,8 @@ def test_every_number_of_blocks_and_options(name):
 @pytest.mark.parametrize(
     ("field", "said"),
     [
-        ("model.widht", r"got widht; .* \(is it width\?\)"),
-        ("zzz", "got zzz; expected a field of the config$"),
+        ("model.widht", r"got 'widht'; .* \(is it width\?\)"),
+        ("zzz", "got 'zzz'; expected a field of the config$"),
     ],
 )
 def test_a_field_that_the_config_lacks_is_named(field, said):
