@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 
 import frugax
+from frugax.formats.named import BY_NAME
 from tests.errors import assert_close
 from tests.kernels.harness import OPERATIONS, parts
+from tests.layers.channel.test_moe import ROUTERS, pairs
 from tests.layers.mixers.mixers import MIXERS, VARIANTS, make
 from tests.optim.optimizers import CASES as OPTIMIZERS
+
+full = pytest.mark.full
 
 
 @contextlib.contextmanager
@@ -48,10 +52,15 @@ def test_operations_trace_under_strict_promotion(operation):
         jax.eval_shape(gradients if has_gradients else results, floats)
 
 
+PARAM_DTYPES = pytest.mark.parametrize("param_dtype", ["float32", pytest.param("bfloat16", marks=full)])
+
+
+@PARAM_DTYPES
 @pytest.mark.parametrize("name", [name for name in MIXERS if name not in VARIANTS])
-def test_mixers_trace_under_strict_promotion(name):
-    """Value and gradients, packed and with a state: bfloat16 layers over float32 parameters."""
-    module = make(name, time=5, dtype=jnp.float32)[0].clone(dtype=jnp.bfloat16)
+def test_mixers_trace_under_strict_promotion(name, param_dtype):
+    """Value and gradients, packed and with a state, of bfloat16 layers."""
+    module = make(name, time=5, dtype=jnp.float32)[0]
+    module = module.clone(dtype=jnp.bfloat16, param_dtype=jnp.dtype(param_dtype))
     x, ids = jnp.ones((2, 5, 8), jnp.bfloat16), jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
     with strict():
         variables = jax.eval_shape(module.init, jax.random.key(0), x)
@@ -64,16 +73,125 @@ def test_mixers_trace_under_strict_promotion(name):
         jax.eval_shape(jax.grad(loss, (0, 1)), variables, x, state)
 
 
-def test_decoders_trace_under_strict_promotion():
+@PARAM_DTYPES
+def test_decoders_trace_under_strict_promotion(param_dtype):
     """Tied bfloat16 layers of two kinds, with remat, documents and padded rows."""
     blocks = (frugax.layers.Block("RWKV6", "RWKVChannel", {"heads": 2}), frugax.layers.Block("Mamba", "MLP"))
-    model = frugax.layers.Decoder(11, 8, blocks, 2, remat=True, dtype=jnp.bfloat16)
+    model = frugax.layers.Decoder(
+        11, 8, blocks, 2, remat=True, dtype=jnp.bfloat16, param_dtype=jnp.dtype(param_dtype)
+    )
     tokens, ids = jnp.ones((2, 5), jnp.int32), jnp.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
     how = {"segment_ids": ids, "lengths": jnp.array([5, 3])}
     with strict():
         variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
         _, state = jax.eval_shape(model.apply, variables, tokens)
         jax.eval_shape(jax.grad(lambda v, s: jnp.sum(model.apply(v, tokens, s, **how)[0])), variables, state)
+
+
+def trace(module, x, **call):
+    """Trace a layer's start, its value and the gradients of all its parameters."""
+
+    def gradients(x):
+        keys = {"params": jax.random.key(0), "router": jax.random.key(1)}
+        variables = module.init(keys, x, **call)
+
+        def loss(params):
+            given = variables | {"params": params}
+            out, _ = module.apply(given, x, **call, mutable=["moe"], rngs={"router": keys["router"]})
+            floats = [y for y in jax.tree.leaves(out) if jnp.issubdtype(y.dtype, jnp.floating)]
+            return sum((jnp.sum(y.astype(jnp.float32)) for y in floats), jnp.float32(0))
+
+        return jax.grad(loss)(variables["params"])
+
+    with strict():
+        jax.eval_shape(gradients, x)
+
+
+IDS, LENGTHS = jnp.zeros((2, 6), jnp.int32), jnp.array([6, 4])
+MIXTURE = {"experts": 4, "k": 2, "expand": 1, "shared_expand": 0.5, "jitter": 0.1}
+# Name -> (class, its attributes, arguments of the call)
+CHANNELS = {
+    "GLU": (frugax.layers.GLU, {}, {}),
+    "ternary MLP": (frugax.layers.MLP, {"ternary": True}, {}),
+    "MemoryGLU": (frugax.layers.MemoryGLU, {}, {}),
+    "RWKVChannel": (frugax.layers.RWKVChannel, {}, {}),
+    "BitLinear": (frugax.layers.BitLinear, {"features": 8}, {}),
+    "ternary MoE": (frugax.layers.MoE, MIXTURE | {"ternary": True}, {"lengths": LENGTHS}),
+    "tasks": (frugax.layers.MoE, MIXTURE | {"tasks": 2}, {"task": 1}),
+}
+for router, arguments in ROUTERS.items():
+    attributes = MIXTURE | {"router": router, "router_args": pairs(arguments)}
+    CHANNELS[router] = frugax.layers.MoE, attributes, {"lengths": LENGTHS, "token_ids": IDS}
+for dispatch in ("gather", "einsum", "dense"):
+    CHANNELS[dispatch] = frugax.layers.MoE, MIXTURE | {"dispatch": dispatch}, {"lengths": LENGTHS}
+
+
+def by_default(names, *kept) -> list:
+    """Return names as parameters, all but those kept for the full tier."""
+    return [pytest.param(name, marks=[] if name in kept else full) for name in names]
+
+
+@PARAM_DTYPES
+@pytest.mark.parametrize("name", by_default(CHANNELS, "RWKVChannel", "gather"))
+def test_channel_mixers_trace_under_strict_promotion(name, param_dtype):
+    make, attributes, call = CHANNELS[name]
+    module = make(**attributes, dtype=jnp.bfloat16, param_dtype=jnp.dtype(param_dtype))
+    trace(module, jnp.ones((2, 6, 8), jnp.bfloat16), **call)
+
+
+@full
+def test_a_router_ahead_traces_under_strict_promotion():
+    trace(frugax.layers.DecoupledRouter(10, 4, width=16, heads=2, dtype=jnp.bfloat16), IDS)
+
+
+VISION = {
+    "VSS": frugax.layers.VSS({"state_size": 2}),
+    "EVSS": frugax.layers.EVSS({"state_size": 2}),
+    "InvertedResidual": frugax.layers.InvertedResidual(8),
+    "SqueezeExcite": frugax.layers.SqueezeExcite(),
+}
+
+
+@pytest.mark.parametrize("name", by_default(VISION, "EVSS"))
+def test_vision_blocks_trace_under_strict_promotion(name):
+    """Not in bfloat16: flax's own LayerNorm widens it implicitly."""
+    trace(VISION[name], jnp.ones((1, 5, 6, 8)))
+
+
+@pytest.mark.parametrize("name", by_default(BY_NAME, "uint3", "nf4", "nvfp4", "olive4", "udynamic8"))
+def test_formats_trace_under_strict_promotion(name):
+    """Packed and unpacked in bfloat16, multiplied by it, and the product's gradient."""
+
+    def results(w, x):
+        q = frugax.formats.quantize(w, name)
+        y, pull = jax.vjp(lambda x: frugax.kernels.quantized_matmul(x, q), x)
+        return q.dequantize(jnp.bfloat16), q.dequantize(jnp.float32), pull(y)
+
+    with strict():
+        jax.eval_shape(results, jnp.ones((64, 24), jnp.bfloat16), jnp.ones((3, 64), jnp.bfloat16))
+
+
+@PARAM_DTYPES
+def test_adapters_trace_under_strict_promotion(param_dtype):
+    model = frugax.layers.Decoder(
+        *(11, 8, (frugax.layers.Block("Mamba", "GLU"),), 2),
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.dtype(param_dtype),
+    )
+
+    def gradients(tokens):
+        variables = model.init(jax.random.key(0), tokens)
+        params = variables["params"]
+        adapters = frugax.peft.lora_init(jax.random.key(1), params, targets=("in_gate", "gate_in"), rank=2)
+
+        def loss(adapters):
+            return jnp.sum(frugax.peft.lora_apply(model, variables, adapters, tokens)[0].astype(jnp.float32))
+
+        merged = frugax.peft.lora_merge(params, adapters)
+        return jax.grad(loss)(adapters), frugax.peft.lora_unmerge(merged, adapters)
+
+    with strict():
+        jax.eval_shape(gradients, jnp.ones((2, 5), jnp.int32))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -90,7 +208,7 @@ def with_one_wide() -> list:
     """Return (operation, name) for every float of an operation that has kernels; one operation by default."""
     found = []
     for row in (row for row in OPERATIONS.values() if row.choice == "backend" and not row.composed):
-        marks = [] if row.name == "causal_conv1d" else pytest.mark.full
+        marks = [] if row.name == "causal_conv1d" else full
         floats = parts(row.arguments(row.small))[0]
         found += [pytest.param(row.name, n, marks=marks) for n, x in floats.items() if hasattr(x, "dtype")]
     return found
@@ -162,18 +280,18 @@ def run_tests(marks: str, settings: dict[str, str], paths: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@pytest.mark.full
+@full
 @pytest.mark.parametrize("folders", FOLDERS)
 def test_the_default_tier_passes_in_all_modes(folders):
     run_tests("not full and not nan and not deviceless", ALL, folders.split())
 
 
-@pytest.mark.full
+@full
 def test_kernels_compile_for_their_chips_in_all_modes():
     run_tests("not full and deviceless", ALL, COMPILED)
 
 
-@pytest.mark.full
+@full
 def test_tests_with_nan_pass_in_the_other_modes():
     """Tests that feed NaN, that count on donation, and of Hopper's kernels: all but NaN checks."""
     settings = {name: value for name, value in ALL.items() if name != "JAX_DEBUG_NANS"}
@@ -190,7 +308,7 @@ def test_modes_leave_no_file_out():
 
 def first(name: str) -> list:
     """Return the operations as parameters, all but one for the full tier: each step is a program."""
-    return [pytest.param(n, marks=[] if n == name else pytest.mark.full) for n in OPERATIONS]
+    return [pytest.param(n, marks=[] if n == name else full) for n in OPERATIONS]
 
 
 @pytest.mark.parametrize("operation", first("linear_recurrence"))
@@ -215,7 +333,7 @@ def test_operations_run_without_jit(operation):
         assert_close(got, want, "float32")
 
 
-@pytest.mark.full
+@full
 @pytest.mark.parametrize("name", [name for name in MIXERS if name not in VARIANTS])
 def test_mixers_run_without_jit(name):
     module, variables, x = make(name, time=3, dtype=jnp.float32)
@@ -230,7 +348,7 @@ def test_mixers_run_without_jit(name):
         assert_close(both(variables, x)[0], want[0], "float32")
 
 
-@pytest.mark.full
+@full
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_run_without_jit(name):
     optimizer = OPTIMIZERS[name].make(1e-2)

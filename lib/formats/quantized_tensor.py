@@ -86,7 +86,8 @@ class QuantizedTensor:
     def _values(self, dtype) -> Array:
         codes, scaling = self.unpacked(), self.scaling()
         n = codes.shape[-1]
-        wide = jnp.promote_types(dtype, jnp.float32)  # the product of a value and its scale is rounded once
+        # The product of a value and its scale is rounded once.
+        wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
         x = self.format.decode(split(codes, self.group_size), scaling, wide)
         return jnp.moveaxis(x.reshape(*x.shape[:-2], -1)[..., :n], -1, self.axis).astype(dtype)
 

@@ -266,7 +266,7 @@ class Decoder(nn.Module):
             0.1, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
         )
         shape = (self.repeats * len(channels), self.width, experts)
-        return self.param("pre_gates", init, shape, jnp.promote_types(self.param_dtype, jnp.float32))
+        return self.param("pre_gates", init, shape, accumulator(jnp.dtype(self.param_dtype)))
 
     def _with_next_gates(self, over_depth: tuple[Any, ...], gates: Array) -> tuple[Any, ...]:
         """Give each pre-gated layer the gate that it applies for the next; the last one's is zeros."""

@@ -239,7 +239,7 @@ def places(routing: Routing, key: Key[Array, ""] | None = None) -> Int[Array, "n
     within = jnp.arange(n) if key is None else jax.random.permutation(key, n)
     order = jnp.lexsort((within, rank))
     sent = (weights != 0)[order]
-    mine = jax.nn.one_hot(experts[order], routing.experts, dtype=jnp.int32) * sent[:, None]
+    mine = jax.nn.one_hot(experts[order], routing.experts, dtype=jnp.int32) * sent[:, None].astype(jnp.int32)
     place = jnp.sum((jnp.cumsum(mine, 0, dtype=jnp.int32) - mine) * mine, -1, dtype=jnp.int32)
     return jnp.zeros(n, jnp.int32).at[order].set(place, unique_indices=True)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from ..kernels.common.arguments import accumulator
 from ..kernels.common.sharding import vary_like
 
 
@@ -81,7 +82,7 @@ def mesh_gemm(
     a = jax.lax.ppermute(a, axis_names, [(i * P + k, i * P + j) for (i, j), k in inner.items()])
     b = jax.lax.ppermute(b, axis_names, [(k * P + j, i * P + j) for (i, j), k in inner.items()])
     one_on = [(ring[(i + 1) % P], ring[i]) for i in range(P)]
-    wide = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    wide = accumulator(jnp.result_type(a, b))
     c = jnp.zeros((a.shape[0], b.shape[1]), wide)
     c = vary_like(c, (a, b))
     for step in range(P):
@@ -129,7 +130,7 @@ def mesh_gemv(
         raise ValueError(f"w: got {list(w.shape)} for x {list(x.shape)}; expected [{x.shape[0]}, columns]")
     P = jax.lax.axis_size(axis_name)
     here = jax.lax.axis_index(axis_name)
-    wide = jnp.promote_types(jnp.result_type(x, w), jnp.float32)
+    wide = accumulator(jnp.result_type(x, w))
     total = jnp.matmul(x, w, preferred_element_type=wide)
     strides = _strides(P, levels)
     for stride, size in strides:

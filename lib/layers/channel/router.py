@@ -12,6 +12,7 @@ from jax.experimental import checkify
 from jax.typing import DTypeLike
 
 from ... import moe
+from ...kernels.common.arguments import accumulator
 from ...kernels.common.documents import documents
 from ..modules.norms import rms_normalize
 
@@ -143,7 +144,7 @@ class Router(nn.Module):
 
     @property
     def _dtype(self) -> Any:
-        return jnp.promote_types(self.param_dtype, jnp.float32)
+        return accumulator(jnp.dtype(self.param_dtype))
 
     def _times(self, x: Array, name: str, init: Any, task: Any) -> Array:
         """Logits [T, E] in float32: routing is not to depend on the dtype of the rest."""

@@ -5,6 +5,8 @@ from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
 
+from ...kernels.common.arguments import accumulator
+
 
 class DepthwiseConv(nn.Module):
     """y[i, j] = sum_ab kernel[a, b] * x[i + a - 1, j + b - 1] + bias over x [B, H, W, C], padded with zeros.
@@ -37,7 +39,7 @@ class DepthwiseConv(nn.Module):
         dtype = self.dtype or x.dtype
         padded = jnp.pad(x.astype(dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
         # Summed in float32, as a convolution does.
-        wide = jnp.promote_types(dtype, jnp.float32)
+        wide = accumulator(jnp.dtype(dtype))
         y = jnp.zeros((), wide)
         for a in range(3):
             for b in range(3):

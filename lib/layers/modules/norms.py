@@ -36,7 +36,8 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        return (rms_normalize(x, self.epsilon) * beside(weight, x)).astype(self.dtype or x.dtype)
+        y = rms_normalize(x, self.epsilon)
+        return (y * beside(weight, y).astype(y.dtype)).astype(self.dtype or x.dtype)
 
 
 class SimpleRMSNorm(nn.Module):
@@ -82,7 +83,7 @@ class GatedNorm(nn.Module):
         y = rms_normalize(x, self.epsilon)
         if self.affine:
             weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-            y = y * beside(weight, y)
+            y = y * beside(weight, y).astype(y.dtype)
         return y.astype(x.dtype) * self.activation(gate)
 
 
@@ -107,4 +108,5 @@ class HeadLayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, x.shape[-2:], self.param_dtype)
         y = x.astype(accumulator(x.dtype))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
-        return (rms_normalize(y, self.epsilon) * beside(weight, y) + beside(bias, y)).astype(x.dtype)
+        weight, bias = (beside(p, y).astype(y.dtype) for p in (weight, bias))
+        return (rms_normalize(y, self.epsilon) * weight + bias).astype(x.dtype)
