@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import frugax
 from experiments.benchmarks.deviceless_tpu import CHIPS, compile_for, has_libtpu
@@ -99,6 +101,42 @@ def test_borders_and_blocks(dtype):
             assert not dw[e].any()
         elif e != 3:
             assert_close(dw[e], np.asarray(x, float)[mine].T @ np.asarray(dy, float)[mine], str(x.dtype))
+
+
+@full
+def test_the_program_that_a_chip_gets(monkeypatch):
+    """Copies of run-time size, in an interpreter of TPU memory: they happen when waited for, into NaN."""
+    call, memory = pl.pallas_call, pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
+    monkeypatch.setattr(
+        pl, "pallas_call", lambda *given, interpret, **named: call(*given, interpret=memory, **named)
+    )
+    M, K, N, E, heights = 104, 96, 200, 5, (16, 32)
+    x, w, dy, *_ = drawn("float32", M, K, N, [0] * E)
+    x = np.nan_to_num(x) + 1
+    t, wide = Tiling(heights, 128), OuterTiling(heights, 128, 128)
+
+    @jax.jit
+    def run(x, w, dy, sizes):
+        forward, backward = (
+            partial(multiply, t=t, transposed=back, interpret=False) for back in (False, True)
+        )
+        return forward(x, w, sizes), backward(dy, w, sizes), outer_sums(x, dy, sizes, wide, interpret=False)
+
+    for sizes in ([5, 0, 43, 2, 37], [0, 0, M, 0, 0], [0] * E):
+        y, dx, dw = map(np.asarray, run(x, w, dy, jnp.asarray(sizes, jnp.int32)))
+        group, real = np.repeat(np.arange(E), sizes), sum(sizes)
+        for found, rows, matrix in ((y, x, w), (dx, dy, np.swapaxes(w, 1, 2))):
+            assert not found[real:].any()  # NaN would be rows that no copy has reached
+            if real:
+                expected = np.einsum("mk,mkn->mn", rows[:real].astype(float), matrix[group].astype(float))
+                assert_close(found[:real], expected, "float32")
+        for e in range(E):
+            mine = group == e
+            expected = x[:real][mine].astype(float).T @ dy[:real][mine].astype(float)
+            if mine.any():
+                assert_close(dw[e], expected, "float32")
+            else:
+                assert not dw[e].any()
 
 
 @pytest.mark.parametrize(
