@@ -25,10 +25,14 @@ def gpu_params(**others: Any) -> Any:
 
 
 def gpu_load(ref: Any, layout: Any) -> jax.Array:
-    """All of `ref`, in a layout of Mosaic GPU. Before jax 0.12, `plgpu.load` takes an index besides."""
+    """Load all of `ref` in a layout of Mosaic GPU.
+
+    jax 0.10 asks for an index, 0.11 deprecates it, 0.12 has none.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    index = [()] if "idx" in inspect.signature(plgpu.load).parameters else []
+    idx = inspect.signature(plgpu.load).parameters.get("idx")
+    index = [()] if idx is not None and idx.default is inspect.Parameter.empty else []
     return plgpu.load(ref, *index, layout=layout)
 
 

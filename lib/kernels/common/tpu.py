@@ -87,7 +87,7 @@ class Launch:
     def run(self, kernel: Callable[..., None]) -> dict[str, Array]:
         """Each result by its name."""
         names = [f"{name}_ref" for name in (*self.scalars, *self.operands, *self.results, *self.scratch)]
-        # Mosaic has no 64-bit loops nor indices, which Python numbers and `fori_loop` are under jax_enable_x64.
+        # Mosaic has no 64-bit loops or indices, which Python numbers are under jax_enable_x64.
         with jax.enable_x64(False):
             results = pl.pallas_call(
                 lambda *refs: kernel(**dict(zip(names, refs, strict=True))),

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from tests.kernels.draws import ones
+
 
 def draw(
     rng,
@@ -62,20 +64,20 @@ CASES = {
     None: [LIST[5], NARROW[0]],
 }
 
-GOOD = {"x": jnp.ones((2, 8, 6)), "weight": jnp.ones((4, 6))}
+GOOD = {"x": ones((2, 8, 6)), "weight": ones((4, 6))}
 WRONG = [
-    ({"x": jnp.ones((2, 8))}, "x: got .* expected "),
-    ({"x": jnp.ones((2, 0, 6))}, "x: got .* expected "),
-    ({"x": jnp.ones((2, 8, 6), int)}, "x: got .* expected "),
-    ({"weight": jnp.ones((4, 5))}, "weight: got .* expected "),
-    ({"weight": jnp.ones((0, 6))}, "weight: got .* expected "),
-    ({"weight": jnp.ones((4, 6), int)}, "weight: got .* expected "),
-    ({"bias": jnp.ones(5)}, "bias: got .* expected "),
-    ({"bias": jnp.ones(6, int)}, "bias: got .* expected "),
-    ({"initial_state": jnp.ones((2, 4, 6))}, "initial_state: got .* expected "),
-    ({"initial_state": jnp.ones((2, 3, 6), int)}, "initial_state: got .* expected "),
-    ({"segment_ids": jnp.ones((2, 7), int)}, "segment_ids: got .* expected "),
-    ({"segment_ids": jnp.ones((2, 8))}, "segment_ids: got .* expected "),
+    ({"x": ones((2, 8))}, "x: got .* expected "),
+    ({"x": ones((2, 0, 6))}, "x: got .* expected "),
+    ({"x": ones((2, 8, 6), int)}, "x: got .* expected "),
+    ({"weight": ones((4, 5))}, "weight: got .* expected "),
+    ({"weight": ones((0, 6))}, "weight: got .* expected "),
+    ({"weight": ones((4, 6), int)}, "weight: got .* expected "),
+    ({"bias": ones(5)}, "bias: got .* expected "),
+    ({"bias": ones(6, int)}, "bias: got .* expected "),
+    ({"initial_state": ones((2, 4, 6))}, "initial_state: got .* expected "),
+    ({"initial_state": ones((2, 3, 6), int)}, "initial_state: got .* expected "),
+    ({"segment_ids": ones((2, 7), int)}, "segment_ids: got .* expected "),
+    ({"segment_ids": ones((2, 8))}, "segment_ids: got .* expected "),
     ({"activation": "relu"}, "activation: got .* expected "),
 ]
 NARROW_X = {"dtype": "bfloat16", "weight_dtype": "float32"}

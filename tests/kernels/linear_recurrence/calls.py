@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from tests.kernels.draws import document_ids, wide
+from tests.kernels.draws import document_ids, ones, wide
 
 
 def draw(
@@ -71,17 +71,17 @@ CASES = {
 }
 
 B, T, D = 2, 6, 4
-GOOD = {"a": jnp.ones((B, T, D)), "b": jnp.ones((B, T, D))}
+GOOD = {"a": ones((B, T, D)), "b": ones((B, T, D))}
 WRONG = [
-    ({"a": jnp.ones((B, T))}, r"a: got float32\[2, 6\]; expected \[batch, time, D\]"),
-    ({"b": jnp.ones((B, T, D + 1))}, r"b: got float32\[2, 6, 5\]; expected a's shape \[2, 6, 4\]"),
-    ({"b": jnp.ones((B, T, D), jnp.int32)}, r"b: got int32.* expected a floating dtype"),
-    ({"a": jnp.ones((B, T, D), jnp.complex64)}, r"a: got complex64.* expected a floating dtype"),
-    ({"a": jnp.ones((B, 0, D)), "b": jnp.ones((B, 0, D))}, r"a: got .* expected every size >= 1"),
-    ({"initial_state": jnp.ones((B, T, D))}, r"initial_state: got .* expected \[2, 4\]"),
-    ({"initial_state": jnp.ones((B, D), jnp.int32)}, r"initial_state: got int32.* expected a floating dtype"),
-    ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
-    ({"segment_ids": jnp.ones((B, T + 1), jnp.int32)}, r"segment_ids: got"),
+    ({"a": ones((B, T))}, r"a: got float32\[2, 6\]; expected \[batch, time, D\]"),
+    ({"b": ones((B, T, D + 1))}, r"b: got float32\[2, 6, 5\]; expected a's shape \[2, 6, 4\]"),
+    ({"b": ones((B, T, D), jnp.int32)}, r"b: got int32.* expected a floating dtype"),
+    ({"a": ones((B, T, D), jnp.complex64)}, r"a: got complex64.* expected a floating dtype"),
+    ({"a": ones((B, 0, D)), "b": ones((B, 0, D))}, r"a: got .* expected every size >= 1"),
+    ({"initial_state": ones((B, T, D))}, r"initial_state: got .* expected \[2, 4\]"),
+    ({"initial_state": ones((B, D), jnp.int32)}, r"initial_state: got int32.* expected a floating dtype"),
+    ({"segment_ids": ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
+    ({"segment_ids": ones((B, T + 1), jnp.int32)}, r"segment_ids: got"),
 ]
 HALF = {name: x.astype(jnp.float16) for name, x in GOOD.items()}
 REFUSED = [("pallas_tpu", HALF, "not float16"), ("pallas_gpu", HALF, "not float16")]

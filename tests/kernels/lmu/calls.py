@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tests.kernels.draws import document_ids, wide
+from tests.kernels.draws import document_ids, ones, wide
 
 
 def draw(rng, T, order=6, theta=20.0, B=2, D=3, state=False, packed=False, dtype="float32", **more):
@@ -27,14 +27,14 @@ CASES = {
     None: [{"T": 45}],
 }
 
-GOOD = {"u": jnp.ones((2, 5, 3)), "order": 4, "theta": 9.0}
+GOOD = {"u": ones((2, 5, 3)), "order": 4, "theta": 9.0}
 WRONG = [
-    ({"u": jnp.ones((2, 5))}, r"u: got float32\[2, 5\]; expected floating \[batch, time, channels\]"),
-    ({"u": jnp.ones((2, 5, 3), jnp.int32)}, "u: got int32"),
+    ({"u": ones((2, 5))}, r"u: got float32\[2, 5\]; expected floating \[batch, time, channels\]"),
+    ({"u": ones((2, 5, 3), jnp.int32)}, "u: got int32"),
     ({"order": 0}, "order: got 0"),
     ({"theta": 0.0}, "theta: got 0.0"),
     ({"method": "scan"}, "method: got 'scan'; expected 'chunks', 'fft', 'recurrent' or None"),
-    ({"initial_state": jnp.ones((2, 3, 5))}, r"initial_state: got .* expected floating \[2, 3, 4\]"),
-    ({"segment_ids": jnp.ones((2, 4), jnp.int32)}, r"segment_ids: got .* expected integers \[2, 5\]"),
-    ({"segment_ids": jnp.ones((2, 5), jnp.int32), "method": "fft"}, "segment_ids: method 'fft' knows no"),
+    ({"initial_state": ones((2, 3, 5))}, r"initial_state: got .* expected floating \[2, 3, 4\]"),
+    ({"segment_ids": ones((2, 4), jnp.int32)}, r"segment_ids: got .* expected integers \[2, 5\]"),
+    ({"segment_ids": ones((2, 5), jnp.int32), "method": "fft"}, "segment_ids: method 'fft' knows no"),
 ]

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from tests.kernels.draws import document_ids, wide
+from tests.kernels.draws import document_ids, ones, wide
 
 from .definition import CELLS
 
@@ -68,22 +68,22 @@ DEFINED = [{"cell": cell, "B": 2, "T": 5, "H": 2, "D": 3} | PACKED for cell in C
 DEFINED += [{"cell": "slstm", "B": 2, "T": 5, "H": 2, "D": 3, "bias": False}]
 
 B, T, H, D = 2, 6, 3, 4
-GOOD = {"gates": jnp.ones((B, T, H, 4, D)), "recurrent": jnp.ones((H, 4, D, D))}
+GOOD = {"gates": ones((B, T, H, 4, D)), "recurrent": ones((H, 4, D, D))}
 INTS = jnp.int32
 WRONG = [
     (
-        {"gates": jnp.ones((B, T, H, D))},
+        {"gates": ones((B, T, H, D))},
         r"gates: got float32\[2, 6, 3, 4\]; expected \[batch, time, heads, 4, D\]",
     ),
-    ({"gates": jnp.ones((B, T, H, 3, D))}, r"gates: got .* \(of 4 gates: cell='lstm'\)"),
-    ({"gates": jnp.ones((B, T, H, 4, D), INTS)}, r"gates: got int32.* expected a floating dtype"),
-    ({"gates": jnp.ones((B, 0, H, 4, D))}, r"gates: got .* expected every size >= 1"),
-    ({"recurrent": jnp.ones((H, 4, D, D + 1))}, r"recurrent: got .* expected \[3, 4, 4, 4\]"),
-    ({"recurrent": jnp.ones((H, 4, D, D), jnp.bfloat16)}, r"recurrent: got bfloat16.* gates' dtype float32"),
-    ({"bias": jnp.ones((4, H, D))}, r"bias: got float32\[4, 3, 4\]; expected \[3, 4, 4\]"),
-    ({"initial_state": jnp.ones((B, H, D))}, r"initial_state: got .* expected \[2, 2, 3, 4\] \(h, c\)"),
-    ({"initial_state": jnp.ones((B, 2, H, D), INTS)}, r"initial_state: got int32.* a floating dtype"),
-    ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
+    ({"gates": ones((B, T, H, 3, D))}, r"gates: got .* \(of 4 gates: cell='lstm'\)"),
+    ({"gates": ones((B, T, H, 4, D), INTS)}, r"gates: got int32.* expected a floating dtype"),
+    ({"gates": ones((B, 0, H, 4, D))}, r"gates: got .* expected every size >= 1"),
+    ({"recurrent": ones((H, 4, D, D + 1))}, r"recurrent: got .* expected \[3, 4, 4, 4\]"),
+    ({"recurrent": ones((H, 4, D, D), jnp.bfloat16)}, r"recurrent: got bfloat16.* gates' dtype float32"),
+    ({"bias": ones((4, H, D))}, r"bias: got float32\[4, 3, 4\]; expected \[3, 4, 4\]"),
+    ({"initial_state": ones((B, H, D))}, r"initial_state: got .* expected \[2, 2, 3, 4\] \(h, c\)"),
+    ({"initial_state": ones((B, 2, H, D), INTS)}, r"initial_state: got int32.* a floating dtype"),
+    ({"segment_ids": ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
     ({"cell": "rnn"}, r"cell: got 'rnn'; expected one of 'lstm', 'gru', 'elman', 'slstm'"),
 ]
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from tests.kernels.draws import document_ids, sizes, wide
+from tests.kernels.draws import document_ids, ones, sizes, wide
 
 
 def draw(
@@ -87,38 +87,38 @@ def has(case: dict) -> set:
 
 
 B, T, D, N = 2, 6, 4, 3
-X, ROWS = jnp.ones((B, T, D)), jnp.ones((B, T, N))
-GOOD = {"x": X, "dt": X, "A": -jnp.ones((D, N)), "B": ROWS, "C": ROWS}
+X, ROWS = ones((B, T, D)), ones((B, T, N))
+GOOD = {"x": X, "dt": X, "A": -ones((D, N)), "B": ROWS, "C": ROWS}
 WRONG = [
     ({"x": X[0]}, r"x: got float32\[6, 4\]; expected \[batch, time, D\]"),
     ({"x": X[:, :0], "dt": X[:, :0]}, r"x: got float32\[2, 0, 4\]; expected every size >= 1"),
     ({"x": X.astype(int)}, r"x: got int32\[2, 6, 4\]; expected a floating dtype"),
     ({"dt": X[:, :5]}, r"dt: got float32\[2, 5, 4\]; expected \[2, 6, 4\]"),
     ({"dt": X.astype(jnp.complex64)}, r"dt: got complex64.* expected a floating dtype"),
-    ({"A": -jnp.ones((N, D))}, r"A: got float32\[3, 4\]; expected \[4, N\] \(x's D\)"),
-    ({"A": -jnp.ones(D)}, r"A: got float32\[4\]; expected \[4, N\] \(x's D\)"),
-    ({"A": -jnp.ones((D, 0))}, r"A: got float32\[4, 0\]; expected every size >= 1"),
-    ({"B": jnp.ones((B, T, N + 1))}, r"B: got float32\[2, 6, 4\]; expected \[2, 6, 3\]"),
+    ({"A": -ones((N, D))}, r"A: got float32\[3, 4\]; expected \[4, N\] \(x's D\)"),
+    ({"A": -ones(D)}, r"A: got float32\[4\]; expected \[4, N\] \(x's D\)"),
+    ({"A": -ones((D, 0))}, r"A: got float32\[4, 0\]; expected every size >= 1"),
+    ({"B": ones((B, T, N + 1))}, r"B: got float32\[2, 6, 4\]; expected \[2, 6, 3\]"),
     ({"C": ROWS.astype(int)}, r"C: got int32\[2, 6, 3\]; expected a floating dtype"),
-    ({"D": jnp.ones((D, 1))}, r"D: got float32\[4, 1\]; expected \[4\]"),
+    ({"D": ones((D, 1))}, r"D: got float32\[4, 1\]; expected \[4\]"),
     ({"z": X[..., :3]}, r"z: got float32\[2, 6, 3\]; expected \[2, 6, 4\]"),
-    ({"dt_bias": jnp.ones(N)}, r"dt_bias: got float32\[3\]; expected \[4\]"),
-    ({"initial_state": jnp.ones((B, N, D))}, r"initial_state: got float32\[2, 3, 4\]; expected \[2, 4, 3\]"),
-    ({"segment_ids": jnp.ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
+    ({"dt_bias": ones(N)}, r"dt_bias: got float32\[3\]; expected \[4\]"),
+    ({"initial_state": ones((B, N, D))}, r"initial_state: got float32\[2, 3, 4\]; expected \[2, 4, 3\]"),
+    ({"segment_ids": ones((B, T))}, r"segment_ids: got float32\[2, 6\]; expected integers \[2, 6\]"),
 ]
 CHECKED = [
     ({}, None),
     ({"A": GOOD["A"].at[1, 2].set(0.1)}, "A: a value is positive"),
     ({"dt": X.at[1, 2, 3].set(-0.1)}, "dt: a value is negative"),
     ({"dt": X.at[1, 2, 3].set(-0.1), "dt_softplus": True}, None),
-    ({"dt_bias": -2.0 * jnp.ones(D)}, "dt: a value is negative"),
+    ({"dt_bias": -2.0 * ones(D)}, "dt: a value is negative"),
 ]
 
 
 def states(most):
     """Return the change to one state more than a kernel takes."""
-    rows = jnp.ones((B, T, most + 1))
-    return {"A": -jnp.ones((D, most + 1)), "B": rows, "C": rows}
+    rows = ones((B, T, most + 1))
+    return {"A": -ones((D, most + 1)), "B": rows, "C": rows}
 
 
 HALF = {name: x.astype(jnp.float16) for name, x in GOOD.items()}

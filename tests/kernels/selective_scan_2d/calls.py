@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from tests.kernels.draws import ones
+
 from .definition import visits
 
 
@@ -40,14 +42,14 @@ GOOD = draw(np.random.default_rng(0), (4, 6))
 WRONG = [
     ({"scan": "spiral"}, "scan: got 'spiral'; expected 'cross' or 'atrous'"),
     ({"step": 0}, "step: got 0; expected an integer >= 1"),
-    ({"x": jnp.ones((4, 6, 5))}, r"x: got float32\[4, 6, 5\]; expected \[batch, height, width, D\]"),
+    ({"x": ones((4, 6, 5))}, r"x: got float32\[4, 6, 5\]; expected \[batch, height, width, D\]"),
     (
-        {"A": -jnp.ones((3, 5, 3))},
+        {"A": -ones((3, 5, 3))},
         r"A: got float32\[3, 5, 3\]; expected a first axis of 4, one for each path",
     ),
-    ({"dt": jnp.ones((4, 2, 23, 5))}, r"dt: got .*; expected \[4, 2, 24\] and its channels"),
-    ({"dt": jnp.ones((3, 2, 24, 5))}, "dt: got"),
-    ({"B": jnp.ones((4, 2, 24, 2))}, r"B: got float32\[2, 24, 2\]; expected \[2, 24, 3\]"),
+    ({"dt": ones((4, 2, 23, 5))}, r"dt: got .*; expected \[4, 2, 24\] and its channels"),
+    ({"dt": ones((3, 2, 24, 5))}, "dt: got"),
+    ({"B": ones((4, 2, 24, 2))}, r"B: got float32\[2, 24, 2\]; expected \[2, 24, 3\]"),
 ]
 
 

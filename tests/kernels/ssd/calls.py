@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tests.kernels.draws import document_ids, wide
+from tests.kernels.draws import document_ids, ones, wide
 
 
 def draw(
@@ -55,29 +55,29 @@ CASES = {
 }
 
 GOOD = {
-    "x": jnp.ones((2, 6, 4, 5)),
-    "dt": jnp.ones((2, 6, 4)),
-    "A": -jnp.ones(4),
-    "B": jnp.ones((2, 6, 2, 3)),
-    "C": jnp.ones((2, 6, 2, 3)),
+    "x": ones((2, 6, 4, 5)),
+    "dt": ones((2, 6, 4)),
+    "A": -ones(4),
+    "B": ones((2, 6, 2, 3)),
+    "C": ones((2, 6, 2, 3)),
 }
 WRONG = [
-    ({"x": jnp.ones((2, 6, 20))}, r"x: got float32\[2, 6, 20\]; expected \[batch, time, heads, P\]"),
-    ({"dt": jnp.ones((2, 6, 5))}, r"dt: got .* \[2, 6, 4\]"),
-    ({"dt": jnp.ones((2, 6, 4), jnp.int32)}, r"dt: got int32.* expected a floating dtype"),
-    ({"A": -jnp.ones((4, 3))}, r"A: got .* expected \[4\] \(x's heads\)"),
-    ({"B": jnp.ones((2, 6, 3, 3)), "C": jnp.ones((2, 6, 3, 3))}, r"B: got .* groups that divide 4"),
-    ({"C": jnp.ones((2, 6, 2, 4))}, r"C: got .* expected B's shape \[2, 6, 2, 3\]"),
-    ({"D": jnp.ones(5)}, r"D: got .* expected \[4\] or \[4, 5\]"),
-    ({"z": jnp.ones((2, 6, 4))}, r"z: got"),
-    ({"dt_bias": jnp.ones(6)}, r"dt_bias: got .* expected \[4\]"),
-    ({"initial_state": jnp.ones((2, 4, 5, 3))}, r"initial_state: got .* expected \[2, 4, 3, 5\]"),
-    ({"segment_ids": jnp.ones((2, 6))}, r"segment_ids: got .* expected integers \[2, 6\]"),
+    ({"x": ones((2, 6, 20))}, r"x: got float32\[2, 6, 20\]; expected \[batch, time, heads, P\]"),
+    ({"dt": ones((2, 6, 5))}, r"dt: got .* \[2, 6, 4\]"),
+    ({"dt": ones((2, 6, 4), jnp.int32)}, r"dt: got int32.* expected a floating dtype"),
+    ({"A": -ones((4, 3))}, r"A: got .* expected \[4\] \(x's heads\)"),
+    ({"B": ones((2, 6, 3, 3)), "C": ones((2, 6, 3, 3))}, r"B: got .* groups that divide 4"),
+    ({"C": ones((2, 6, 2, 4))}, r"C: got .* expected B's shape \[2, 6, 2, 3\]"),
+    ({"D": ones(5)}, r"D: got .* expected \[4\] or \[4, 5\]"),
+    ({"z": ones((2, 6, 4))}, r"z: got"),
+    ({"dt_bias": ones(6)}, r"dt_bias: got .* expected \[4\]"),
+    ({"initial_state": ones((2, 4, 5, 3))}, r"initial_state: got .* expected \[2, 4, 3, 5\]"),
+    ({"segment_ids": ones((2, 6))}, r"segment_ids: got .* expected integers \[2, 6\]"),
 ]
 CHECKED = [
     ({}, None),
-    ({"A": jnp.ones(4)}, "A: a value is positive"),
-    ({"dt": -jnp.ones((2, 6, 4))}, "dt: a value is negative"),
-    ({"dt": -jnp.ones((2, 6, 4)), "dt_softplus": True}, None),
+    ({"A": ones(4)}, "A: a value is positive"),
+    ({"dt": -ones((2, 6, 4))}, "dt: a value is negative"),
+    ({"dt": -ones((2, 6, 4)), "dt_softplus": True}, None),
 ]
 COMPILED = [{"T": 200, "G": 1, "P": 64, "N": 64, "dtype": "bfloat16"}]

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 import frugax
-from tests.kernels.draws import document_ids, wide
+from tests.kernels.draws import document_ids, ones, wide
 
 
 def draw(rng, T, G=2, H=4, P=5, N=3, B=2, state=True, packed=True, skip=True, dtype="float32", **more):
@@ -40,20 +40,20 @@ CASES = {
     "pallas_tpu": [{"T": 20}],
 }
 
-ROWS = jnp.ones((2, 6, 4))
+ROWS = ones((2, 6, 4))
 GOOD = {
-    "x": jnp.ones((2, 6, 4, 5)),
+    "x": ones((2, 6, 4, 5)),
     "dt": ROWS,
     "A": -ROWS,
-    "B": jnp.ones((2, 6, 2, 3)),
-    "C": jnp.ones((2, 6, 2, 3)),
+    "B": ones((2, 6, 2, 3)),
+    "C": ones((2, 6, 2, 3)),
     "mix": 0.5 * ROWS,
 }
 WRONG = [
-    ({"mix": jnp.ones((2, 6))}, "mix: got"),
-    ({"A": -jnp.ones(4)}, "A: got"),
-    ({"dt": jnp.ones((2, 6, 3))}, "dt: got"),
-    ({"C": jnp.ones((2, 6, 2, 4))}, "C: got"),
+    ({"mix": ones((2, 6))}, "mix: got"),
+    ({"A": -ones(4)}, "A: got"),
+    ({"dt": ones((2, 6, 3))}, "dt: got"),
+    ({"C": ones((2, 6, 2, 4))}, "C: got"),
 ]
 CHECKED = [
     ({}, None),
