@@ -100,7 +100,7 @@ def sigmoid_top_k(
         [[0]]
     """
     check_logits(logits)
-    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+    scores = jax.nn.sigmoid(_whole_rows(logits.astype(jnp.float32)))
     if bias is not None and bias.shape != logits.shape[1:]:
         raise ValueError(f"bias: got {list(bias.shape)}; expected [{logits.shape[1]}], one for each expert")
     choose_by = scores if bias is None else scores + jax.lax.stop_gradient(bias)[None]
@@ -242,8 +242,9 @@ def sinkhorn_top_k(
         [[0], [1]]
     """
     check_logits(logits)
-    logits = logits.astype(jnp.float32)
-    real = logits if mask is None else jnp.where(mask[:, None], logits, 0.0)
+    logits = _whole_rows(logits.astype(jnp.float32))
+    lost = jnp.isnan(logits) if mask is None else jnp.isnan(logits) | ~mask[:, None]
+    real = jnp.where(lost, 0.0, logits)
     indices = top_k(sinkhorn(jax.lax.stop_gradient(real)) if train else real, k)
     scores = jax.nn.sigmoid(logits) if k == 1 else jax.nn.softmax(logits, -1)
     return routing(indices, _weights(scores, indices, False), jax.nn.softmax(logits, -1), {}, mask=mask)
@@ -271,8 +272,9 @@ def base(logits: Float[Array, "t e"], *, train: bool = True, mask: Mask = None) 
         [[0], [1]]
     """
     check_logits(logits)
-    logits = logits.astype(jnp.float32)
-    indices = auction(logits)[:, None] if train else top_k(logits, 1)
+    logits = _whole_rows(logits.astype(jnp.float32))
+    real = jnp.where(jnp.isnan(logits), 0.0, logits)
+    indices = auction(real)[:, None] if train else top_k(real, 1)
     weights = jnp.take_along_axis(jax.nn.sigmoid(logits), indices, 1)
     return routing(indices, weights, jax.nn.softmax(logits, -1), {}, mask=mask)
 
@@ -428,6 +430,11 @@ def check_logits(logits: Array) -> None:
     """Raise ValueError unless logits are floats [T, E] with an expert and a token."""
     if logits.ndim != 2 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits: got {logits.dtype}{list(logits.shape)}; expected floats [tokens, experts]")
+
+
+def _whole_rows(logits: Array) -> Array:
+    """Make a token's logits NaN if one of them is, so that its weight says so whichever expert it gets."""
+    return jnp.where(jnp.isnan(logits).any(-1, keepdims=True), jnp.nan, logits)
 
 
 def _weights(scores: Array, indices: Array, normalize: bool) -> Array:

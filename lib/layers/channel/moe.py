@@ -172,6 +172,11 @@ class MoE(nn.Module):
             reads = x if router_input is None else router_input
             if reads.shape[:2] != (B, T):
                 raise ValueError(f"router_input: got {list(reads.shape)}; expected [{B}, {T}, width]")
+            for name, of in (("logits", logits), ("next_logits", next_logits)):
+                if of is not None and self.router != "soft_route" and of.shape != (B, T, self.experts):
+                    raise ValueError(
+                        f"{name}: got {list(of.shape)}; expected [{B}, {T}, {self.experts}], one an expert"
+                    )
             given = None if logits is None else flattened(logits)
             routing, scores = router(flattened(reads), tokens, logits=given, task=task)
             if isinstance(routing, moe.Routing) and (logits is not None or router_input is not None):
@@ -314,7 +319,10 @@ class MoE(nn.Module):
         if self.expand <= 0 or self.shared_expand < 0:
             which = "expand" if self.expand <= 0 else "shared_expand"
             raise ValueError(f"{which}: got {getattr(self, which)}; expected a number above 0")
-        if self.capacity is not None and (self.dispatch not in ("gather", "einsum") or self.capacity <= 0):
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter: got {self.jitter}; expected a number of at least 0 and below 1")
+        limited = self.dispatch in ("gather", "einsum")
+        if self.capacity is not None and not (limited and 0 < self.capacity < float("inf")):
             raise ValueError(
                 f"capacity: got {self.capacity} with dispatch={self.dispatch!r}; expected None, or a number "
                 "above 0 with 'gather' or 'einsum'"

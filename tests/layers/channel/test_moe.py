@@ -188,6 +188,8 @@ BAD = {
     "dispatch: got 'scatter'": dict(dispatch="scatter"),
     "expert: got 'GRU'": dict(expert="GRU"),
     "expand: got 0": dict(expand=0),
+    "jitter: got -1.0": dict(jitter=-1.0),
+    "capacity: got nan": dict(dispatch="gather", capacity=float("nan")),
     "router: got 'top'; expected one of softmax_top_k": dict(router="top"),
     "router_args: softmax_top_k takes no 'rate'; expected groups": dict(router_args={"rate": 1.0}),
     "loss_weights: got 'load'; expected losses of softmax_top_k: load_balance, z": dict(
@@ -218,6 +220,9 @@ def test_states_and_shapes_are_refused_by_name():
     layer, variables = make()
     with pytest.raises(ValueError, match=r"router_input: got \[2, 5, 8\]; expected \[2, 6, width\]"):
         jax.eval_shape(lambda x: layer.apply(variables, x, router_input=x[:, 1:]), X)
+    for name in ("logits", "next_logits"):
+        with pytest.raises(ValueError, match=rf"^{name}: got \[2, 6, 3\]; expected \[2, 6, {E}\]"):
+            jax.eval_shape(lambda x, name=name: layer.apply(variables, x, **{name: x[..., :3]}), X)
     with pytest.raises(ValueError, match="lengths"):
         jax.eval_shape(lambda x: layer.apply(variables, x, lengths=jnp.ones(3, jnp.int32)), X)
     layer, variables = make(tasks=3)
