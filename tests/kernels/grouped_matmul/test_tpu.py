@@ -60,6 +60,11 @@ def test_visits_have_each_row_of_a_group_once():
                     assert low >= high or (owner[low:high] == E).all()
             assert (seen == (owner < E if every_group else 1)).all()
             assert every_group or (written == 1).all()
+            for wrong in (sizes + rows, sizes - rows):  # copies test no addresses
+                found = run(wrong.astype(np.int32), rows, heights, every_group=every_group)
+                assert 0 <= np.min(found.block) <= np.max(found.block) <= rows - heights[-1]
+                assert 0 <= np.min(found.start) <= np.max(found.start) < rows
+                assert np.max(found.high) <= rows
 
 
 SIZES = [5, 0, 40, 3, 2, 100, 0, 17]  # several groups in a stripe, one longer than a tile; 33 rows of none

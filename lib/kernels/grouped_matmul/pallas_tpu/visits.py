@@ -44,18 +44,19 @@ def visits(group_sizes: Array, rows: int, heights: tuple[int, ...], *, every_gro
     """List the visits of groups in order, and of the rows past them.
 
     Args:
-      group_sizes: int32 [E], of sum <= rows.
+      group_sizes: int32 [E], of sum <= rows. Wrong ones lead no visit past the rows: kernels test no addresses.
       rows: all there are, a multiple of STRIPE.
       heights: the numbers of rows that the kernel can multiply, multiples of STRIPE in order. The last is a
         tile's, at most `rows`.
       every_group: groups without rows have a visit too; rows past all groups have none.
     """
     E, tile = group_sizes.shape[0], heights[-1]
-    sizes = group_sizes.astype(jnp.int32)
+    sizes = jnp.clip(group_sizes.astype(jnp.int32), 0, rows)
+    ends = jnp.clip(jnp.cumsum(sizes, dtype=jnp.int32), 0, rows)
     if not every_group:
-        sizes = jnp.append(sizes, rows - sizes.sum(dtype=jnp.int32))
-    ends = jnp.cumsum(sizes, dtype=jnp.int32)
-    first = ends - sizes
+        ends = jnp.append(ends, jnp.int32(rows))
+    first = jnp.pad(ends[:-1], (1, 0))
+    sizes = ends - first
     start = first & -STRIPE
     covered = jnp.where(sizes > 0, ((ends + STRIPE - 1) & -STRIPE) - start, 0)
     tiles = (covered + tile - 1) // tile
