@@ -44,7 +44,7 @@ def visits(group_sizes: Array, rows: int, heights: tuple[int, ...], *, every_gro
     """List the visits of groups in order, and of the rows past them.
 
     Args:
-      group_sizes: int32 [E], of sum <= rows. Wrong ones lead no visit past the rows: kernels test no addresses.
+      group_sizes: int32 [E], of sum <= rows. Wrong ones lead no visit out: kernels test no addresses.
       rows: all there are, a multiple of STRIPE.
       heights: the numbers of rows that the kernel can multiply, multiples of STRIPE in order. The last is a
         tile's, at most `rows`.
