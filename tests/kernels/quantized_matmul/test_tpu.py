@@ -140,7 +140,7 @@ def test_values_on_a_line_and_values_that_round(names):
 
 @pytest.mark.nan
 def test_parts_add_up_and_even_channels_come_first():
-    x = jax.random.normal(jax.random.key(0), (3, 256))
+    x = jax.random.normal(jax.random.key(0), (3, 256), "float32")
     parts = split(x, 3)
     for part in parts:
         np.testing.assert_array_equal(part, part.astype(jnp.bfloat16).astype(jnp.float32))
