@@ -46,7 +46,7 @@ def backward(call, cotangents, scale, feature_map=None, *, interpret=True):
 def arguments(decay="h", q_heads=H, k_heads=H, v_heads=H):
     keys = jax.random.split(jax.random.key(0), 6)
     shapes = {"h": (H,), "bth": (B, T, H), "bthk": (B, T, H, K)}
-    return {
+    args = {
         "q": jax.random.normal(keys[0], (B, T, q_heads, K)),
         "k": jax.random.normal(keys[1], (B, T, k_heads, K)),
         "v": jax.random.normal(keys[2], (B, T, v_heads, V)),
@@ -54,6 +54,7 @@ def arguments(decay="h", q_heads=H, k_heads=H, v_heads=H):
         "bonus": jax.random.normal(keys[4], (H, K)),
         "initial_state": jax.random.normal(keys[5], (B, H, K, V)),
     }
+    return {name: x.astype(jnp.float32) for name, x in args.items()}  # with 64 bits on too
 
 
 SEGMENTS = jnp.array([[0, 0, 1, 1, 2]] * B)
