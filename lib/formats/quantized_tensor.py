@@ -172,7 +172,7 @@ def check_storage(q: QuantizedTensor) -> None:
 
 @functools.cache
 def _stored_alike(format: Format) -> Scaling:
-    """What the format stores of a group, as shapes and dtypes."""
+    """Return the shapes and dtypes that the format stores of a group."""
     return jax.eval_shape(format.fit, jax.ShapeDtypeStruct((1, 1, 2), jnp.float32))
 
 

@@ -228,9 +228,7 @@ def experts_over_mesh(
     split = P(token_axes)
     by_token = _by_token(routing, split)
     kinds = zip(within.axis_names, within.axis_types, strict=True)
-    free = {
-        axis for axis, kind in kinds if kind is not AxisType.Manual
-    }  # the rest is a caller's `shard_map`'s
+    free = {axis for axis, kind in kinds if kind is not AxisType.Manual}  # others are of a `shard_map` around
     run = jax.shard_map(
         local, mesh=mesh, in_specs=(split, by_token, P(axes), P()), out_specs=(split, P()), axis_names=free
     )

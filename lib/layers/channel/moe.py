@@ -369,7 +369,7 @@ class StackedKernel(nn.Module):
 
 
 def _lengths_of_shards(lengths: Array | None, tokens: int) -> Array | None:
-    """How many tokens are real of each row [B * P] that `shards_as_rows` makes of rows [B, tokens]."""
+    """Count the real tokens of each row [B * P] that `shards_as_rows` makes of rows [B, tokens]."""
     P = time_shards()
     if lengths is None or P == 1:
         return lengths
