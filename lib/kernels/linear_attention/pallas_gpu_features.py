@@ -134,7 +134,7 @@ class _Chunks:
         )
 
     def constants(self) -> tuple[Array, Array]:
-        """Make matrices that pick both factors of each tile's features [2 tiles, 64, Z], and their weights."""
+        """Make matrices that pick both factors of the features of each tile, and their weights."""
         K = self.call.q.shape[3]
         one = jnp.eye(self.depth, dtype=self.call.q.dtype)  # made in the program: it must hold no constants
         one = jnp.concatenate([one[K : K + 1], one[:K]])  # in the order of features, where 1 comes first
