@@ -23,6 +23,8 @@ from .inputs import Inputs, MixedActivations, Spec
 
 TOKENS = 2  # more are faster as a product of matrices
 LEAST = 2**18  # elements of W: smaller ones are not worth a program of so many terms
+# Rows of 4096 bytes, or of a multiple, fall into one set of a first-level cache, which holds 8 to 12 of them.
+STREAMS = 8
 
 
 class Plane(NamedTuple):
@@ -52,7 +54,7 @@ def serves(call: Inputs, spec: Spec) -> bool:
     rounded = spec.activations
     if isinstance(rounded, MixedActivations) or (rounded is not None and (rounded.group_size or K) < K):
         return False
-    every = planes_of(call, spec, _rows)
+    every = planes_of(call, spec, lambda width: STREAMS)
     return aligned(call, spec, every) and (len(every) == 1 or _is_sum(spec))
 
 
@@ -69,7 +71,7 @@ def aligned(call: Inputs, spec: Spec, every: list[Plane]) -> bool:
 def product(call: Inputs, spec: Spec) -> Array:
     """x W [M, N] in the accumulator's dtype."""
     x, stored = quantize_activations(call.x, spec), groups(call, spec)
-    every = planes_of(call, spec, _rows)
+    every = planes_of(call, spec, lambda width: STREAMS)
     tokens = []
     for token in x.values:
         of_planes = [_plane_product(token, call.codes, spec, p, stored) for p in every]
@@ -116,10 +118,6 @@ def planes_of(call: Inputs, spec: Spec, rows: Callable[[int], int]) -> list[Plan
         found.append(Plane(block, first, width, low, rows(width)))
         first += found[-1].bytes
     return found
-
-
-def _rows(width: int) -> int:
-    return max(4 * width, 8)
 
 
 def _is_sum(spec: Spec) -> bool:
