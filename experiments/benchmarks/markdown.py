@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+BY_TURNS = "Contenders run by turns; a ratio is the median over turns, not the ratio of the medians."
 
 
 def read(name: str) -> Any:
