@@ -11,6 +11,7 @@ Topologies: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4, h100:8, cpu:8; v5p:8x8
 
 import contextlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -33,9 +34,9 @@ from experiments.trainer.optimizers import check_optimizer, make_optimizer
 from experiments.trainer.parallel import Layout, make_layout
 from experiments.trainer.runs import build_model, build_step, shapes_of
 from experiments.trainer.state import init_state
-from frugax.planner import Plan, Topology, flops, plan, topology
+from frugax.parallel import AXES
+from frugax.planner import Cluster, Plan, Topology, Workload, flops, plan, search, topology
 from frugax.planner.plan import shard_bytes
-from frugax.planner.search import Cluster, Workload, search
 from frugax.planner.timeline import PHASES
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices to plan for, such as v5e:16x16.")
@@ -70,13 +71,8 @@ def plan_config(config: ConfigDict, system: Topology, say: Any = lambda text: No
     if config.parallel != "jit":
         raise ValueError(f"parallel: got {config.parallel!r}; expected 'jit' to plan for")
     config = _with_vocabulary(config)
+    _check_mesh(config, system)
     layout = make_layout(config, system.devices)
-    if layout.devices != len(system.devices):
-        sizes = ", ".join(f"{name}={n}" for name, n in config.mesh.items() if name != "zero" and n != 1)
-        raise ValueError(
-            f"mesh: got {sizes or 'sizes of 1'}, {layout.devices} devices; expected sizes that multiply to "
-            f"the {len(system.devices)} of {system.name}"
-        )
     module = build_model(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
     check_optimizer(config.optimizer, optimizer, shapes_of(module, config))
@@ -120,6 +116,18 @@ def plan_config(config: ConfigDict, system: Topology, say: Any = lambda text: No
     )
     say("read")
     return made
+
+
+def _check_mesh(config: ConfigDict, system: Topology) -> None:
+    """Raise ValueError unless the mesh has all the devices: a part of a TPU's slice is no slice."""
+    sizes = {name: config.mesh[name] for name in AXES}
+    given, devices = math.prod(n for n in sizes.values() if n != -1), len(system.devices)
+    if devices % given or (-1 not in sizes.values() and given != devices):
+        said = ", ".join(f"{name}={n}" for name, n in sizes.items() if n != 1) or "sizes of 1"
+        raise ValueError(
+            f"mesh: got {said}, {given} devices; expected sizes that multiply to the {devices} of "
+            f"{system.name}"
+        )
 
 
 def _compiled(layout: Layout, step: Any, state: Any, batch: Any, *, dumps: bool) -> tuple[Any, str]:
@@ -172,20 +180,27 @@ def _gradient_places(layout: Layout, state: Any, mesh: Any) -> Any:
 def best_mesh(config: ConfigDict, system: Topology, say: Any) -> tuple[ConfigDict, Plan]:
     """Find sizes of mesh.data, mesh.fsdp and mesh.tensor: a model ranks them, then the best few are compiled.
 
+    The config's other axes stay. In the model an axis of experts is a part of fsdp.
+
     Raises:
       ValueError: the model finds none that fits, or none of the best compiles.
     """
     cluster, work = _cluster(system), _workload(config)
-    found = search(work, cluster, axes=("data", "fsdp", "tensor"), keep=1000)
+    given = {name: max(config.mesh[name], 1) for name in ("pipeline", "sequence", "expert")}
+    expert = given.pop("expert")
+    # Places are those that the mesh gives devices: slices outermost, and links within one are equal.
+    found = search(work, cluster, axes=("data", "fsdp", "tensor"), given=given, steps=0, keep=1000)
     shapes = list(dict.fromkeys(f.configuration.axes for f in found))  # whatever the microbatch
+    shapes = [x for x in shapes if x[1] % system.slices == 0 and x[2] % expert == 0]
     say(f"{len(shapes)} meshes fit by the model of them")
     made: list[tuple[ConfigDict, Plan]] = []
     for _, data, fsdp, _, tensor in shapes:
+        if len(made) == CANDIDATES:
+            break
         tried = config.copy_and_resolve_references()
-        tried.mesh.update(slice=system.slices, data=data // system.slices, fsdp=fsdp, tensor=tensor)
-        if data % system.slices or len(made) == CANDIDATES:
-            continue
-        name = f"slice={system.slices} data={data // system.slices} fsdp={fsdp} tensor={tensor}"
+        sizes = {"slice": system.slices, "data": data // system.slices, "fsdp": fsdp // expert}
+        tried.mesh.update(sizes | {"tensor": tensor} | given | {"expert": expert})
+        name = " ".join(f"{axis}={tried.mesh[axis]}" for axis in AXES if tried.mesh[axis] > 1) or "one device"
         try:
             made.append((tried, plan_config(tried, system)))
         except (ValueError, NotImplementedError) as error:
@@ -274,7 +289,8 @@ def draw(
     at = points.index(peak)
     axes.plot([at], [height / gib], "kv")
     words = f"{height / gib:.3g} GiB at {peak.name}"
-    axes.annotate(words, (at, height / gib), (0, 7), textcoords="offset points", ha="center")
+    side = ("left", "center", "right")[3 * at // len(points)]  # so that the words stay within the picture
+    axes.annotate(words, (at, height / gib), (0, 7), textcoords="offset points", ha=side)
     axes.set_ylim(0, 1.15 * height / gib)
     if memory and memory < 2 * height:
         axes.axhline(memory / gib, color="k", linestyle="--", linewidth=1, label="the device's memory")

@@ -260,9 +260,8 @@ FOLDERS = [
     "kernels/common kernels/rnn kernels/selective_scan kernels/selective_scan_2d kernels/quantized_update "
     "kernels/grouped_matmul kernels/quantized_matmul",
 ]
-# Programs compiled for chips that are not here. Not those of planner, which on TPU reads no trips of a loop
-# with a counter of 64 bits, and then says that its plan is not exact.
-COMPILED = ["kernels", "memory", "parallel"]
+# Programs compiled for chips that are not here.
+COMPILED = ["kernels", "memory", "parallel", "planner"]
 # What is in no mode: examples print what JAX's own defaults make; the rest reads files, and calls no JAX.
 LEFT_OUT = {
     f"test_{name}.py" for name in ("colab", "modes", "package", "papers", "readme", "recipes", "tiers")

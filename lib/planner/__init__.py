@@ -22,23 +22,20 @@ from .flexsp import (
 )
 from .flops import Flops, flops
 from .hlo import Collective, collectives
-from .liveness import Liveness, liveness
-from .plan import Plan, mfu, plan
-from .search import (
+from .latency import (
     Cluster,
     Configuration,
-    Found,
     Latency,
     Traffic,
     Workload,
-    configurations,
     device_bytes,
     latency,
-    place,
-    search,
     traffic,
     transformer_workload,
 )
+from .liveness import Liveness, liveness
+from .plan import Plan, mfu, plan
+from .search import Found, configurations, place, search
 from .topology import Topology, topology
 
 __all__ = [

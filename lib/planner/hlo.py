@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .program import Computation, Instruction, Program, Visit, nbytes, parse, visits
+from .program import Computation, Instruction, Program, nbytes, parse
+from .visits import Visit, visits
 
 KINDS = (
     "all-gather",

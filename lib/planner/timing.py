@@ -8,8 +8,9 @@ from jax.sharding import Mesh
 
 from . import hlo
 from .flops import Flops
-from .program import Computation, Instruction, Program, config_of, nbytes, visits
+from .program import Computation, Instruction, Program, config_of, nbytes
 from .topology import Topology
+from .visits import visits
 
 # Names of arrays, or of what other instructions do.
 _FREE = {

@@ -78,6 +78,73 @@ def test_a_loop_that_ends_by_data_counts_once_and_says_so():
     assert (one.times, one.exact) == (1, False)
 
 
+WORDS = """HloModule m
+%cond (p: (u32[], u32[], f32[8])) -> pred[] {
+  %p = (u32[], u32[], f32[8]) parameter(0)
+  %hi = u32[] get-tuple-element(%p), index=1
+  %lo = u32[] get-tuple-element(%p), index=0
+  %nhi = u32[] constant(0)
+  %n = u32[] constant(LAST)
+  %zero = s32[] constant(0)
+  %signed = s32[] bitcast-convert(%hi)
+  %less = pred[] compare(%signed, %zero), direction=BELOW
+  %same = pred[] compare(%hi, %nhi), direction=EQ
+  %below = pred[] compare(%lo, %n), direction=BELOW
+  %both = pred[] and(%same, %below)
+  ROOT %c = pred[] or(%less, %both)
+}
+%body (q: (u32[], u32[], f32[8])) -> (u32[], u32[], f32[8]) {
+  %q = (u32[], u32[], f32[8]) parameter(0)
+  %lo.1 = u32[] get-tuple-element(%q), index=0
+  %hi.1 = u32[] get-tuple-element(%q), index=1
+  %x = f32[8] get-tuple-element(%q), index=2
+  %s = u32[] constant(STEP)
+  %shi = u32[] constant(HIGH)
+  %one = u32[] constant(1)
+  %lo.2 = u32[] add(%lo.1, %s)
+  %carry = pred[] compare(%lo.2, %lo.1), direction=LT
+  %hi.2 = u32[] add(%hi.1, %shi)
+  %hi.3 = u32[] add(%hi.2, %one)
+  %hi.4 = u32[] select(%carry, %hi.3, %hi.2)
+  %y = f32[8] all-reduce(%x), replica_groups={}, to_apply=%sum
+  ROOT %t = (u32[], u32[], f32[8]) tuple(%lo.2, %hi.4, %y)
+}
+ENTRY %main (z: f32[8]) -> f32[8] {
+  %z = f32[8] parameter(0)
+  %o = u32[] constant(FIRST)
+  %ohi = u32[] constant(0)
+  %u = (u32[], u32[], f32[8]) tuple(%o, %ohi, %z)
+  %w = (u32[], u32[], f32[8]) while(%u), condition=%cond, body=%body
+  ROOT %r = f32[8] get-tuple-element(%w), index=2
+}
+"""
+DOWN = 2**32 - 2, 2**32 - 1  # the words of -2
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "step", "below", "times"),
+    [
+        (0, 9, (1, 0), "LT", 9),
+        (2, 9, (2, 0), "LT", 4),
+        (3, 3, (1, 0), "LT", 0),
+        (0, 2**20 + 1, (1, 0), "LT", 2**20 + 1),
+        (10, 0, DOWN, "GT", 5),
+        (9, 0, DOWN, "GT", 5),  # ends below zero
+        (0, 9, (0, 0), "LT", None),  # for ever
+        (0, 9, (1, 1), "LT", 1),  # the high word ends it
+        (2**32 - 4, 2**32 - 1, (2, 0), "LT", None),  # the low word runs over: no even growth
+    ],
+)
+def test_trips_of_a_counter_in_two_words(first, last, step, below, times):
+    """As TPUs have those of 64 bits."""
+    words = {"FIRST": first, "LAST": last, "STEP": step[0], "HIGH": step[1], "BELOW": below}
+    text = WORDS
+    for name, value in words.items():
+        text = text.replace(name, str(value))
+    (one,) = hlo.collectives(text, {"x": 4})
+    assert (one.times, one.exact) == ((1, False) if times is None else (times, True))
+
+
 WRAPPED = """%scatter (i: f32[8,4]) -> f32[2,4] {
   %i = f32[8,4] parameter(0)
   %r = f32[8,4] all-reduce(%i), replica_groups={{0,1,2,3}}, to_apply=%sum

@@ -19,6 +19,7 @@ from experiments.configs.lm import quickstart
 from experiments.plan import plan_config, write
 from experiments.trainer.flags import parse
 from frugax import planner
+from frugax.kernels.common.chips import DEVICES
 from frugax.planner import program, timeline, timing
 from tests.devices import run_on_eight_devices
 
@@ -242,11 +243,10 @@ def test_slices_that_libtpu_refuses_are_told_with_its_reason():
 def test_configs_that_do_not_fit_the_devices_are_named():
     system = planner.topology("cpu:1")
     config = quickstart.get_config("smoke")
-    config.mesh.data, config.mesh.fsdp = 1, 2
-    with pytest.raises(
-        ValueError, match=r"mesh\.fsdp: got 2; expected sizes that multiply to at most 1 devices"
-    ):
-        plan_config(config, system)
+    for data, fsdp, n in ((1, 2, 2), (-1, 2, 2)):
+        config.mesh.data, config.mesh.fsdp = data, fsdp
+        with pytest.raises(ValueError, match=f"fsdp={fsdp}, {n} devices; expected .* the 1 of cpu:1"):
+            plan_config(config, system)
     config.parallel = "pmap"
     with pytest.raises(ValueError, match="parallel: got 'pmap'; expected 'jit' to plan for"):
         plan_config(config, system)
@@ -291,6 +291,28 @@ def test_the_command_finds_a_mesh(capsys, monkeypatch, tmp_path):
     assert math.prod(made["mesh"].values()) == 4
     assert "meshes fit by the model of them" in printed
     assert f"predicted MFU {made['mfu']:.1%}" in printed
+
+
+def test_a_search_leaves_the_other_axes_as_they_are(monkeypatch):
+    """Every mesh that it compiles has all the devices, and the config's own experts and parts of time."""
+    tried = []
+
+    def refuse(config, system):
+        tried.append(dict(config.mesh))
+        raise ValueError("refused")
+
+    monkeypatch.setattr(experiments.plan, "plan_config", refuse)
+    config = quickstart.get_config("smoke")
+    config.mesh.expert, config.mesh.sequence, config.batch_size = 2, 4, 16
+    chips = planner.Topology("fake:16x2", "tpu", DEVICES["v5e"], 2, tuple(range(32)))
+    with pytest.raises(ValueError, match="topology: got fake:16x2; expected one that some mesh"):
+        experiments.plan.best_mesh(config, chips, lambda text: None)
+    assert {(mesh["data"], mesh["fsdp"], mesh["tensor"]) for mesh in tried} == {
+        (1, 2, 1),
+        (2, 1, 1),
+        (1, 1, 2),
+    }
+    assert all((mesh["slice"], mesh["expert"], mesh["sequence"]) == (2, 2, 4) for mesh in tried)
 
 
 def test_the_command_says_what_is_wrong():

@@ -104,6 +104,13 @@ def test_memory_is_that_of_real_trees():
     assert search(work, cluster(8, memory=1e3)) == []
 
 
+def test_given_sizes_stay_and_free_ones_take_the_rest():
+    found = {c.axes for c in frugax.planner.configurations(WORK, 8, axes=["data"], given={"sequence": 4})}
+    assert found == {(1, 2, 1, 4, 1)}
+    for one in search(WORK, cluster(8), given={"pipeline": 2, "data": 1}, steps=0, keep=100):
+        assert one.configuration.axes[:2] == (2, 1)
+
+
 def test_what_can_not_be():
     here = cluster(4)
     with pytest.raises(
@@ -114,3 +121,5 @@ def test_what_can_not_be():
         latency(WORK, Configuration(data=4), here, [0, 0, 1, 2])
     with pytest.raises(ValueError, match="axes: got 'rows'; expected some of pipeline, data"):
         list(frugax.planner.configurations(WORK, 4, axes=["rows"]))
+    with pytest.raises(ValueError, match="axes: got 'experts'; expected some of pipeline, data"):
+        list(frugax.planner.configurations(WORK, 4, given={"experts": 2}))
