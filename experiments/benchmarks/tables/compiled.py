@@ -13,7 +13,9 @@ def tpu_schedule(operation: str) -> str:
         share = f"{100 * r['matrix_share']:.0f} %"
         rows.append([r["kernel"], r["chip"], f"{r['cycles']:,}", f"{r['copies']:,}", f"{r['floor']:,}"])
         rows[-1] += [f"{r['ratio']:.2f}x", share, f"{r['spills']:,}"]
+        rows[-1] += [f"{r['hbm_over_packed']:.3f}x"] if "hbm_over_packed" in r else []
     head = ["kernel", "chip", "cycles", "copies", "floor", "total over floor", "matrix unit", "spills"]
+    head += ["HBM over packed"] if any("hbm_over_packed" in r for r in result["rows"]) else []
     versions = f"jax {result['jax']}, libtpu {result['libtpu']}"
     about = f"{result['shapes'].splitlines()[0]} {versions}, {result['date']}."
     return f"{about}\n\n{table(head, rows)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import planning
 from ..sentences import five_numbers, what_runs_where, what_steps_take, where_it_loses
-from . import compiled, cpu, experts, formats, memory, optimizers, papers, training
+from . import compiled, cpu, experts, formats, memory, optimizers, papers, parallel, training
 
 ROOT = Path(__file__).parents[3]
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
@@ -18,6 +18,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/papers.md": {"papers": papers.every_paper},
     "docs/how-to/memory.md": {"policies": memory.policies, "memory": memory.memory},
+    "docs/how-to/parallel.md": {"collective_matmul": parallel.collective_matmul},
     "docs/operations/linear_attention.md": {"taylor_memory": compiled.taylor_memory},
     "docs/results/cpu.md": {
         "linear_attention_cpu": cpu.linear_attention_cpu,
