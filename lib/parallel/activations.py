@@ -1,6 +1,7 @@
 """Places of activations on a mesh: rows over the axes of a batch, time over "sequence"."""
 
 import math
+from typing import Any
 
 import jax
 from jax import Array
@@ -9,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from .mesh import AXES, BATCH_AXES
 
 
-def place_activations(x: Array) -> Array:
+def place_activations(x: Array, *, inner: bool = False) -> Array:
     """Tell the compiler that activations [B, T, ...] lie by rows and time; the same numbers.
 
     The mesh is that of `jax.set_mesh`. Without this the compiler may leave activations where params lie: with
@@ -19,6 +20,7 @@ def place_activations(x: Array) -> Array:
 
     Args:
       x: batch first, then time.
+      inner: the last axis is of inner channels, which "tensor" may share: the compiler may split it.
 
     Source: Xu et al. 2021, GSPMD (arXiv 2105.04663); Rajbhandari et al. 2020, ZeRO (1910.02054), stage 3.
 
@@ -40,7 +42,10 @@ def place_activations(x: Array) -> Array:
         return names if divides else PartitionSpec.UNCONSTRAINED
 
     rows, time, *rest = x.shape
-    spec = PartitionSpec(part(rows, BATCH_AXES), part(time, ("sequence",)), *(None,) * len(rest))
+    others: list[Any] = [None] * len(rest)
+    if inner:
+        others[-1] = PartitionSpec.UNCONSTRAINED
+    spec = PartitionSpec(part(rows, BATCH_AXES), part(time, ("sequence",)), *others)
     return jax.lax.with_sharding_constraint(x, spec)
 
 

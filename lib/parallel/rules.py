@@ -166,7 +166,10 @@ def _by_groups(x: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh, zero: boo
     axis = x.axis % x.ndim
     parts: list[Any] = [*spec, *(None,) * (x.ndim - len(spec))]
     if x.shape[axis] % (_size(mesh, parts[axis]) * x.group_size):
-        parts[axis] = None
+        # Over "fsdp" alone before the others alone: gradients come over it, and no other dimension may be.
+        alone = sorted(_names(parts[axis]), key=lambda name: name != "fsdp")
+        fitting = (n for n in alone if x.shape[axis] % (mesh.shape[n] * x.group_size) == 0)
+        parts[axis] = next(fitting, None)
     if zero and x.size >= SMALLEST:
         first = 1 if x.ndim > 2 else 0  # not over the layers of a stack
         open_to = [i for i in range(first, x.ndim) if parts[i] is None and i != axis]

@@ -146,6 +146,17 @@ def memory():
     assert many - few >= 12 * one, (few, many, one)
 
 
+def inner():
+    """No device has the inner channels of all rows and tokens, in a program where fsdp and sequence, which
+    share params too, would have the compiler split channels in a backward pass."""
+    config = config_of(4, 2, 1, pipeline=2, fsdp=2, sequence=2)
+    *_, compiled = step_of(config, module_of(config, "attention"))
+    rows, time, channels = config.batch_size // 2, config.data.sequence_length, 4 * 64
+    text = compiled.as_text()
+    assert f"f32[{rows // 2},{time // 2},{channels}]" in text
+    assert f"[{rows},{time},{channels}]" not in text
+
+
 def all_forward_first(stages, parts):
     """GPipe's schedule."""
     tasks = frugax.parallel.pipeline_schedule(stages, parts)[0]
@@ -174,7 +185,7 @@ def resume():
 if __name__ == "__main__":
     for case in map(json.loads, sys.argv[1:]):
         if isinstance(case, str):
-            {"memory": memory, "resume": resume}[case]()
+            {"memory": memory, "resume": resume, "inner": inner}[case]()
         else:
             compare(*case)
         print(case, "is as on one device")

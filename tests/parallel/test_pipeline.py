@@ -85,6 +85,7 @@ def test_a_pipeline_with_other_axes_trains_as_one_device_does():
         ("split experts", 2, 4, {"pipeline": 2, "fsdp": 2, "expert": 2}, {}),
         ("split experts", 1, 2, {"pipeline": 2, "expert": 2, "tensor": 2}, {"remat": "full"}),
         ("attention", 1, 2, {"pipeline": 2, "sequence": 4}, {}),
+        ("attention", 1, 2, {"pipeline": 2, "fsdp": 2, "sequence": 2}, {}),
         ("mamba", 2, 2, {"pipeline": 2, "sequence": 2, "tensor": 2}, {}),
         ("dense", 1, 3, {"pipeline": 2, "fsdp": 2, "tensor": 2}, {"low_bit": "fp8_current"}),
         ("attention", 1, 2, {"pipeline": 2, "sequence": 2}, {"low_bit": "fp8_current"}),
@@ -97,6 +98,11 @@ def test_pipelines_train_as_one_device_does(block, chunks, accumulate, mesh, how
 @pytest.mark.full
 def test_memory_follows_what_is_in_flight_and_a_run_goes_on_over_another_mesh():
     run_on_eight_devices(CALLS, '"memory"', '"resume"')
+
+
+@pytest.mark.full
+def test_inner_channels_stay_with_their_tokens():
+    run_on_eight_devices(CALLS, '"inner"')
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from ...kernels.common.operation import Backend
+from ...parallel.activations import place_activations
 from ..modules.dense import projection, projections
 from ..modules.inputs import check_input
 
@@ -60,7 +61,8 @@ class GLU(nn.Module):
         act, dense, hidden = _prepare(self, x)
         # One matrix for gate and value: one larger matmul instead of two.
         gate, value = projections((hidden, hidden), name="gate_in", **dense.keywords)(x)
-        return dense(x.shape[-1], scale=self.out_scale, name="out")(act(gate) * value)
+        inner = place_activations(act(gate) * value, inner=True)
+        return dense(x.shape[-1], scale=self.out_scale, name="out")(inner)
 
 
 class MLP(nn.Module):
@@ -90,7 +92,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         act, dense, hidden = _prepare(self, x)
-        return dense(x.shape[-1], scale=self.out_scale, name="out")(act(dense(hidden, name="in")(x)))
+        inner = place_activations(act(dense(hidden, name="in")(x)), inner=True)
+        return dense(x.shape[-1], scale=self.out_scale, name="out")(inner)
 
 
 def _prepare(module: GLU | MLP, x: Array):
