@@ -20,7 +20,6 @@ from experiments.configs.checks import TRAINING, check_fields
 from experiments.data import (
     Corpus,
     Tokenizer,
-    find_corpus,
     heldout_batches,
     limit_bytes,
     load_tokenizer,
@@ -28,7 +27,7 @@ from experiments.data import (
 )
 from experiments.data.baselines import gzip_bits_per_byte, order3_bits_per_byte
 from experiments.trainer.checkpoints import CheckpointError
-from experiments.trainer.runs import load_run, step_named
+from experiments.trainer.runs import corpus_of, load_run, step_named
 from experiments.trainer.state import bits_per_byte
 
 
@@ -127,7 +126,7 @@ def evaluate(
         if value is not None:
             check_fields({f"evaluation.{name}": value}, TRAINING)
             evaluation[name] = value
-    corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
+    corpus = corpus_of(config)
     params = variables.pop("params")
     tokenizer = load_tokenizer(tokenizer_path)
     return compare(module, params, corpus, tokenizer, evaluation, collections=variables)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from experiments import train
 from experiments.configs.checks import check_config
 from experiments.launcher import sky, slurm
-from experiments.launcher.local import Died, Stopped, commands, run_job
+from experiments.launcher.local import Died, Stopped, commands, run_job, without_run
 from experiments.launcher.sweep import Point, grid, read_summary, write_table
 from experiments.trainer.flags import CONFIG, parse, run, run_dir
 from experiments.trainer.huge_pages import use_huge_pages
@@ -93,7 +93,7 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> int:
     read_config(arguments)
     folder = Path(run_dir())
     points = grid(args.sweep, folder) if args.sweep else [Point({}, folder)]
-    jobs = [[*arguments, *point.arguments] for point in points] if args.sweep else [arguments]
+    jobs = [[*without_run(arguments), *point.arguments] for point in points] if args.sweep else [arguments]
     steps = [read_config(job).steps for job in jobs]  # all are checked before the first starts
     if args.table:
         print(write_table(points, folder), end="")

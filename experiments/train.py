@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments.configs.checks import check_config
-from experiments.data import find_corpus, heldout_batches, load_tokenizer, make_loader
+from experiments.data import heldout_batches, load_tokenizer, make_loader
 from experiments.trainer.checkpoints import CheckpointError, Checkpoints, check_same_config
 from experiments.trainer.flags import CONFIG, run, run_dir
 from experiments.trainer.huge_pages import use_huge_pages
@@ -35,7 +35,7 @@ from experiments.trainer.optimizers import check_optimizer, make_optimizer, sche
 from experiments.trainer.parallel import make_layout
 from experiments.trainer.processes import check_same_everywhere, ends_at_once, join_processes
 from experiments.trainer.report import report
-from experiments.trainer.runs import build_model, build_step, shapes_of
+from experiments.trainer.runs import build_model, build_step, corpus_of, shapes_of
 from experiments.trainer.state import bits_per_byte, init_state, params_to_use
 
 
@@ -85,7 +85,7 @@ def _train(config: ConfigDict) -> dict[str, Any] | None:
     if config.model.vocab_size < tokenizer.vocab_size:
         least = f"{tokenizer.vocab_size}, the tokenizer's, or more"
         raise ValueError(f"model.vocab_size: got {config.model.vocab_size}; expected {least}")
-    corpus = find_corpus(config.data.path or None, heldout=config.data.held_out)
+    corpus = corpus_of(config)
     check_same_everywhere({"the corpus in data.path": corpus.digest, "data.tokenizer": tokenizer.vocab_size})
     layout = make_layout(config)
     batches = make_loader(

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import signal
 import subprocess
 import sys
 from itertools import groupby
@@ -87,3 +88,14 @@ def test_the_command():
     lost = subprocess.run([*command, "xyzzy"], capture_output=True, text=True)
     assert lost.returncode != 0
     assert "no paper" in lost.stderr
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="the system has no such signal")
+def test_the_command_ends_quietly_where_nobody_reads_on():
+    command = [sys.executable, "-m", "frugax.papers"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGPIPE

@@ -32,6 +32,21 @@ def flags_of(fields: Mapping[str, Any]) -> list[str]:
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
+def without_run(arguments: Sequence[str]) -> list[str]:
+    """Leave --run out of flags, in both of its spellings.
+
+    Example:
+        >>> without_run(["--run=a", "--x=1", "--run", "b"])
+        ['--x=1']
+    """
+    kept, follows = [], False
+    for argument in arguments:
+        if not follows and argument != "--run" and not argument.startswith("--run="):
+            kept.append(argument)
+        follows = argument == "--run" and not follows
+    return kept
+
+
 def commands(arguments: Sequence[str], count: int, port: int | str = "PORT") -> list[list[str]]:
     """Command lines of the processes of one job.
 

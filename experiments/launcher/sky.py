@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.launcher.local import without_run
+
 RUNS = "/runs"  # on the machines: where the bucket is mounted
 _PORT = 8476
 _TASK = ("name", "num_nodes", "workdir", "setup")  # the other overrides are the resources'
@@ -53,7 +55,7 @@ def make_task(arguments: Sequence[str], options: Mapping[str, Any], name: str) -
         "uv venv -q --allow-existing --python 3.12 ~/frugax\n"
         f"uv pip install -q --python ~/frugax/bin/python '.[experiments,{extra}]'\n",
     )
-    kept = [x for x in arguments if not x.startswith("--run=")]
+    kept = without_run(arguments)
     _check_paths(kept)
     words = ["~/frugax/bin/python -m experiments.train", *map(shlex.quote, kept)]
     words.append(f"--run={shlex.quote(f'{RUNS}/{name}')}")

@@ -47,10 +47,15 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
     devices = jax.devices() if devices is None else list(devices)
     sizes = {name: config.mesh[name] for name in AXES}
     given = math.prod(size for size in sizes.values() if size != -1)
-    wanted = given if -1 not in sizes.values() else given * max(len(devices) // given, 1)
-    if wanted > len(devices) or (wanted != len(devices) and jax.process_count() > 1):
-        said = ", ".join(f"mesh.{name}: got {size}" for name, size in sizes.items() if size != 1)
-        raise ValueError(f"{said}; expected sizes that multiply to at most {len(devices)} devices, or -1")
+    said = ", ".join(f"mesh.{name}: got {size}" for name, size in sizes.items() if size != 1)
+    if -1 in sizes.values():
+        wanted = len(devices)
+        if len(devices) % given:
+            raise ValueError(f"{said}; expected sizes that divide {len(devices)} devices beside -1")
+    else:
+        wanted = given
+        if wanted > len(devices) or (wanted != len(devices) and jax.process_count() > 1):
+            raise ValueError(f"{said}; expected sizes that multiply to at most {len(devices)} devices, or -1")
     mesh = make_mesh(**sizes, devices=devices[:wanted])
     rows = math.prod(mesh.shape[name] for name in BATCH_AXES)
     if config.batch_size % (rows * config.accumulate):

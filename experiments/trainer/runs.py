@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import frugax
 from experiments.configs.checks import remat_name
 from experiments.configs.defaults import defaults
+from experiments.data import Corpus, find_corpus
 from experiments.trainer.checkpoints import Checkpoints
 from experiments.trainer.parallel import Layout
 from experiments.trainer.pipeline import make_pipeline
@@ -55,6 +56,19 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def step_named(text: str) -> int | str:
     """The step that a command line names: a number, or "best"; for argparse."""
     return text if text == "best" else int(text)
+
+
+def corpus_of(config: ConfigDict) -> Corpus:
+    """The text that `config.data` names.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing is there, or no text; the field is named.
+    """
+    try:
+        return find_corpus(config.data.path or None, heldout=config.data.held_out)
+    except (FileNotFoundError, ValueError) as error:  # it names an argument of find_corpus
+        told = str(error).replace("heldout", "data.held_out")
+        raise type(error)(f"data.{told}" if told.startswith("path:") else told) from error
 
 
 def build_model(config: ConfigDict) -> Any:

@@ -281,7 +281,8 @@ class Decoder(nn.Module):
         for name in ("vocab_size", "width", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a number >= 1")
-        if not self.blocks or not all(isinstance(block, Block) for block in self.blocks):
+        listed = self.blocks if isinstance(self.blocks, tuple | list) else ()  # one Block alone is none
+        if not listed or not all(isinstance(block, Block) for block in listed):
             raise ValueError(
                 f"blocks: got {self.blocks!r}; expected a tuple of at least one frugax.layers.Block"
             )

@@ -1,6 +1,7 @@
 """`python -m frugax.papers [words]`: where a paper lives in frugax, how to call it, and its test."""
 
 import argparse
+import signal
 import sys
 
 from . import describe, find
@@ -16,4 +17,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     main()

@@ -114,6 +114,7 @@ def test_dry_runs_print_what_would_start(tmp_path, start):
         assert "-m experiments.train" in line
         assert f"--config.seed={number // 3}" in line
         assert f"seed={number // 3}" in line.split("--run=")[-1]
+        assert line.count("--run") == 1
         assert f"--config.distributed.process={number % 3}" in line
     assert not list(tmp_path.iterdir())
     assert len(commands(["--config=x"], 1)) == 1

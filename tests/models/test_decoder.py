@@ -461,6 +461,7 @@ def test_blocks_that_cannot_be_right(arguments, message, unchecked_types):
         ({"vocab_size": 0}, "vocab_size: got 0"),
         ({"repeats": 0}, "repeats: got 0"),
         ({"blocks": ()}, r"blocks: got \(\)"),
+        ({"blocks": Block()}, "blocks: got Block.* a tuple of at least one"),
         ({"blocks": ("GatedLinearAttention",)}, "blocks: got .* a tuple of at least one"),
         ({"backend": "cuda"}, "backend: got 'cuda'"),
         ({"blocks": (Block(mixer_args={"heads": 5}),)}, r"heads: got 5; .* width \* expand_k = 8"),

@@ -1,7 +1,8 @@
 """The base class of sequence mixers: dtypes, backend, and how they make their projections."""
 
+import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,7 @@ class Mixer(nn.Module):
         for leaf in jax.tree.leaves(state):
             if jnp.ndim(leaf) == 0 or leaf.shape[0] != x.shape[0]:
                 reject("state", leaf, f"every leaf [{x.shape[0]}, ...], the batch of x")
+        self._check_kind(state)
         how = RowArguments(segment_ids=segment_ids, lengths=lengths, segment_states=segment_states)
         y, state = self.mix(x, state, how, **of_layer)
         return (y if read is None else read.write(y)), state
@@ -98,6 +100,17 @@ class Mixer(nn.Module):
     def mix(self, *args: Any, **of_layer: Any) -> tuple[Array, Any]:
         """(x [B, T, D], state, rows) -> (y [B, T, D], state), and what differs by layer by keyword."""
         raise NotImplementedError(f"{type(self).__name__}.mix: expected a method of this mixer")
+
+    def _check_kind(self, state: Any) -> None:
+        """Refuse a state of another class than those that `mix` names, such as another mixer's."""
+        parameter = inspect.signature(type(self).mix).parameters.get("state")
+        kinds = () if parameter is None else get_args(parameter.annotation)
+        named = tuple(kind for kind in kinds if hasattr(kind, "_fields"))  # a user's `mix` need not say
+        if state is not None and named and not isinstance(state, named):
+            expected = " or ".join(kind.__name__ for kind in named)
+            raise ValueError(
+                f"state: got {type(state).__name__}; expected {expected}, as {type(self).__name__} returns it"
+            )
 
     def prepare(self, x: Array, segment_ids: Array | None) -> Array:
         """The input in the compute dtype; ValueError where it can't be right."""

@@ -1,6 +1,7 @@
 """Properties of every sequence mixer: one call serves training, prefill, decoding and packed rows."""
 
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,12 @@ def test_forward_mode_with_xla(name):
         assert_close(forward, jnp.vdot(jax.jit(jax.grad(loss))(x), tangent), jnp.float64)
 
 
+class OtherState(NamedTuple):
+    """The state of no mixer."""
+
+    memory: jax.Array
+
+
 @pytest.mark.parametrize("name", sorted({class_name for class_name, _ in MIXERS.values()}))
 def test_inputs_that_cannot_be_right(name):
     module = getattr(frugax.layers, name)(
@@ -210,6 +217,8 @@ def test_inputs_that_cannot_be_right(name):
             module.init(jax.random.key(0), jnp.ones((2, 3, WIDTH)), segment_ids=ids)
     with pytest.raises(ValueError, match=r"state: got float32\[1, 2\]; expected every leaf \[2, \.\.\.\]"):
         module.init(jax.random.key(0), jnp.ones((2, 3, WIDTH)), state=jnp.ones((1, 2), jnp.float32))
+    with pytest.raises(ValueError, match=r"state: got OtherState; expected \w+State, as \w+ returns it"):
+        module.init(jax.random.key(0), jnp.ones((2, 3, WIDTH)), state=OtherState(jnp.ones((2, 2))))
     for heads in (3, 0) if hasattr(module, "heads") else ():
         match = f"heads: got {heads}; expected a number >= 1 that divides width"
         with pytest.raises(ValueError, match=match):
