@@ -56,7 +56,7 @@ def softmax_top_k(
         >>> routing.indices.tolist(), [round(w, 3) for w in routing.weights[0].tolist()]
         ([[0, 2]], [0.731, 0.269])
     """
-    check_logits(logits)
+    check_logits(logits, mask)
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), -1)
     choose_by = probabilities if groups is None else within_groups(probabilities, groups, top_groups, 1)
     indices = top_k(choose_by, k)
@@ -99,7 +99,7 @@ def sigmoid_top_k(
         >>> frugax.moe.sigmoid_top_k(logits, 1, bias=jnp.array([0.5, 0.0, 0.0])).indices.tolist()
         [[0]]
     """
-    check_logits(logits)
+    check_logits(logits, mask)
     scores = jax.nn.sigmoid(_whole_rows(logits.astype(jnp.float32)))
     if bias is not None and bias.shape != logits.shape[1:]:
         raise ValueError(f"bias: got {list(bias.shape)}; expected [{logits.shape[1]}], one for each expert")
@@ -158,10 +158,11 @@ def noisy_top_k(
         >>> frugax.moe.noisy_top_k(logits, 2, noise_logits=logits, key=jax.random.key(0)).indices.shape
         (1, 2)
     """
-    check_logits(logits)
+    check_logits(logits, mask)
     clean = logits.astype(jnp.float32)
-    if key is not None and noise_logits is None:
-        raise ValueError("noise_logits: got None with a key; expected the noise's size, of logits' shape")
+    if key is not None and (noise_logits is None or noise_logits.shape != logits.shape):
+        got = "None" if noise_logits is None else list(noise_logits.shape)
+        raise ValueError(f"noise_logits: got {got} with a key; expected the noise's size {[*logits.shape]}")
     noisy = clean
     if key is not None:
         deviation = jax.nn.softplus(noise_logits.astype(jnp.float32)) + 1e-2
@@ -205,9 +206,11 @@ def expert_choice(logits: Float[Array, "t e"], *, capacity: int | float = 1.0, m
         >>> frugax.moe.expert_choice(logits, capacity=1).indices.tolist()
         [[0], [2]]
     """
-    check_logits(logits)
+    check_logits(logits, mask)
     T, E = logits.shape
-    count = -int(-capacity * T // E) if isinstance(capacity, float) else capacity
+    count: Any = 0
+    if 0 < capacity < float("inf"):
+        count = -int(-capacity * T // E) if isinstance(capacity, float) else capacity
     if not 1 <= count <= T:
         raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected 1 to {T} tokens")
     scores = jax.nn.softmax(logits.astype(jnp.float32), -1)
@@ -241,7 +244,7 @@ def sinkhorn_top_k(
         >>> frugax.moe.sinkhorn_top_k(jnp.array([[2.0, 0.0], [1.0, 0.0]])).indices.tolist()
         [[0], [1]]
     """
-    check_logits(logits)
+    check_logits(logits, mask)
     logits = _whole_rows(logits.astype(jnp.float32))
     lost = jnp.isnan(logits) if mask is None else jnp.isnan(logits) | ~mask[:, None]
     real = jnp.where(lost, 0.0, logits)
@@ -271,7 +274,7 @@ def base(logits: Float[Array, "t e"], *, train: bool = True, mask: Mask = None) 
         >>> frugax.moe.base(jnp.array([[3.0, 0.0], [2.0, 1.9]])).indices.tolist()
         [[0], [1]]
     """
-    check_logits(logits)
+    check_logits(logits, mask)
     logits = _whole_rows(logits.astype(jnp.float32))
     real = jnp.where(jnp.isnan(logits), 0.0, logits)
     indices = auction(real)[:, None] if train else top_k(real, 1)
@@ -285,10 +288,13 @@ def hash_route(
     """Look each token's expert up in a table of the vocabulary; weights are 1.
 
     Args:
-      tokens: ids.
+      tokens: ids. One that the table does not have gets NaN for a weight.
       table: the expert of each id, such as `jax.random.randint(key, (V,), 0, E)`.
       experts: E.
       mask: as in `softmax_top_k`.
+
+    Raises:
+      ValueError: tokens or the table are no integers in one row, or mask is not [T].
 
     Source: Roller et al. 2021, Hash layers (arXiv 2106.04426).
 
@@ -297,9 +303,15 @@ def hash_route(
         >>> frugax.moe.hash_route(jnp.array([2, 0]), jnp.array([1, 0, 3]), 4).indices.tolist()
         [[3], [1]]
     """
-    indices = table[tokens][:, None]
-    weights = jnp.ones(indices.shape)
-    return routing(indices, weights, jax.nn.one_hot(indices[:, 0], experts), {}, mask=mask)
+    for name, x in (("tokens", tokens), ("table", table)):
+        if x.ndim != 1 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; expected integers in one row")
+    _check_mask(mask, tokens)
+    found = table.at[tokens].get(mode="clip")
+    known = (tokens >= 0) & (tokens < table.shape[0]) & (found >= 0) & (found < experts)
+    indices = jnp.clip(found, 0, experts - 1)
+    weights = jnp.where(known, 1.0, jnp.nan)[:, None]
+    return routing(indices[:, None], weights, jax.nn.one_hot(indices, experts), {}, mask=mask)
 
 
 def relu_route(
@@ -331,8 +343,10 @@ def relu_route(
         >>> [round(w, 2) for w in routing.weights[0].tolist()]
         [1.2, 0.0, 0.0, 1.6]
     """
-    check_logits(logits)
+    check_logits(logits, mask)
     T, E = logits.shape
+    if jnp.shape(gain) not in ((), (E,)):
+        raise ValueError(f"gain: got {list(jnp.shape(gain))}; expected a number or [{E}], one an expert")
     active = jax.nn.relu(logits.astype(jnp.float32))
     weights = active * jax.lax.rsqrt(jnp.mean(active**2, -1, keepdims=True) + epsilon)
     weights = weights * (gain if jnp.ndim(gain) == 0 else jnp.asarray(gain)[None])
@@ -372,7 +386,7 @@ def soft_route(logits: Float[Array, "t e s"], *, mask: Mask = None) -> SoftRouti
       mask: tokens that count; the others are in no slot and get nothing.
 
     Raises:
-      ValueError: logits are no floats [T, E, S].
+      ValueError: logits are no floats [T, E, S], or mask is not [T].
 
     Source: Puigcerver et al. 2023, Soft MoE (arXiv 2308.00951).
 
@@ -385,6 +399,7 @@ def soft_route(logits: Float[Array, "t e s"], *, mask: Mask = None) -> SoftRouti
     if logits.ndim != 3 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
         got = f"{logits.dtype}{list(logits.shape)}"
         raise ValueError(f"logits: got {got}; expected floats [tokens, experts, slots]")
+    _check_mask(mask, logits)
     logits = logits.astype(jnp.float32)
     real = jnp.ones(logits.shape[:1], bool) if mask is None else mask
     seen = jnp.where(real[:, None, None], logits, -jnp.inf)
@@ -426,10 +441,16 @@ def route(logits: Float[Array, "t e"], router: str | Any = "softmax_top_k", **op
     return functools.partial(router, logits)(**options)
 
 
-def check_logits(logits: Array) -> None:
-    """Raise ValueError unless logits are floats [T, E] with an expert and a token."""
+def check_logits(logits: Array, mask: Mask) -> None:
+    """Raise ValueError unless logits are floats [T, E] with an expert and a token, and mask is [T]."""
     if logits.ndim != 2 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits: got {logits.dtype}{list(logits.shape)}; expected floats [tokens, experts]")
+    _check_mask(mask, logits)
+
+
+def _check_mask(mask: Mask, tokens: Array) -> None:
+    if mask is not None and mask.shape != tokens.shape[:1]:
+        raise ValueError(f"mask: got {list(mask.shape)}; expected {[*tokens.shape[:1]]}, one for each token")
 
 
 def _whole_rows(logits: Array) -> Array:

@@ -281,7 +281,11 @@ def test_gradients_of_weights_and_losses(name):
 @every
 def test_a_token_that_is_not_a_number_is_seen(name):
     """Its weights are not numbers either: nothing is routed as if it were right."""
-    if name == "hash_route":
+    if name == "hash_route":  # an id that the table has not, or an expert that there is not
+        ids, table = jnp.array([0, 3, 1, -1, 4, 4]), jnp.array([2, E, 0, 1])
+        mask = jnp.arange(6) < 5
+        weights = compiled(moe.hash_route, ids, table=table, experts=E, mask=mask).weights
+        np.testing.assert_array_equal(np.asarray(weights)[:, 0], [1, 1, *[np.nan] * 3, 0])
         return
     for where in (3, (3, 1)):
         bad = LOGITS.copy()
@@ -309,6 +313,12 @@ def test_by_name():
         (lambda x: moe.noisy_top_k(x, 1, key=KEY), "noise_logits: got None"),
         (lambda x: moe.expert_choice(x, capacity=0), "capacity: got 0"),
         (lambda x: moe.expert_choice(x, capacity=14), "capacity: got 14"),
+        (lambda x: moe.expert_choice(x, capacity=float("nan")), "capacity: got nan"),
+        (lambda x: moe.softmax_top_k(x, 1, mask=jnp.ones(3, bool)), r"mask: got \[3\]; expected \[13\]"),
+        (lambda x: moe.soft_route(x[..., None], mask=jnp.ones(3, bool)), r"mask: got \[3\]"),
+        (lambda x: moe.noisy_top_k(x, 1, noise_logits=x[:, :1], key=KEY), r"noise_logits: got \[13, 1\]"),
+        (lambda x: moe.relu_route(x, gain=jnp.ones(1)), r"gain: got \[1\]; expected a number or \[6\]"),
+        (lambda x: moe.hash_route(x[:, 0], jnp.arange(6), 6), "tokens: got float32"),
         (lambda x: moe.base(x), "scores: got 13 tokens for 6 experts"),
         (lambda x: moe.route(x, "switch"), "router: got 'switch'; expected one of softmax_top_k"),
     ],

@@ -79,12 +79,13 @@ def _run(kind: str, decode: Decode | None, maps: Maps, x: Array, sizes: Array, *
         return tiles.by_groups(x, y, sizes, read_x=of_x, read_y=of_y)
 
     def matrix(e: Array) -> Array:
-        w = decode(e, *experts) if decode else lax.dynamic_index_in_dim(*experts, e, keepdims=False)
-        return w if kind == "rows" else w.T
+        return decode(e, *experts) if decode else lax.dynamic_index_in_dim(*experts, e, keepdims=False)
 
-    read, add = (of_x, of_y) if kind == "rows" else (of_y, of_x)
-    width = jax.eval_shape(matrix, sizes[0]).shape[1]
-    return tiles.by_rows(x, matrix, sizes, width, read=read, add=add, out_rows=maps.rows)
+    transposed = kind == "transposed"
+    read, add = (of_y, of_x) if transposed else (of_x, of_y)
+    width = jax.eval_shape(matrix, sizes[0]).shape[0 if transposed else 1]
+    how: dict[str, Any] = {"read": read, "add": add, "out_rows": maps.rows}
+    return tiles.by_rows(x, matrix, sizes, width, transposed=transposed, **how)
 
 
 def _split(maps: Maps, rest: Sequence[Any]) -> tuple[Any, Any, tuple[Any, ...]]:

@@ -191,11 +191,12 @@ def _within(sizes: Array, M: int) -> Array:
         if (np.asarray(sizes) < 0).any() or total > M:
             raise ValueError(f"group_sizes: got {sizes.tolist()}; expected sizes >= 0, {M} rows at most")
         return sizes
+    ends = jnp.cumsum(jnp.clip(sizes, 0, M), dtype=jnp.int32)
+    ends = jnp.where(jnp.cumsum(ends > M) > 0, M, ends)  # what comes after the first past M may be wrapped
     checkify.debug_check(
-        jnp.all(sizes >= 0) & (jnp.sum(sizes, dtype=jnp.int32) <= M),
+        jnp.all(sizes >= 0) & jnp.all(jnp.diff(ends, prepend=0) == sizes),
         "group_sizes: a size is negative, or their sum is past the rows; expected >= 0 and at most M",
     )
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(sizes, 0), dtype=jnp.int32), M)
     return jnp.diff(ends, prepend=jnp.zeros_like(ends[:1]))
 
 

@@ -41,6 +41,7 @@ def by_rows(
     sizes: Array,
     N: int,
     *,
+    transposed: bool = False,
     read: Array | None = None,
     add: Array | None = None,
     out_rows: Any = None,
@@ -52,6 +53,7 @@ def by_rows(
       matrix: e -> [K, N], for groups that have rows.
       sizes: int32 [E].
       N: columns of the result.
+      transposed: the matrices are [N, K], multiplied by as they lie: XLA on CPU would write W^T down, twice.
       read: row i is x[read[i]], int32 [M]; zeros where that is past the last.
       add: row i is added to the result's row add[i], int32 [M], if there is one.
       out_rows: rows of the result with `add`.
@@ -69,13 +71,13 @@ def by_rows(
         w = matrix(e)
 
         def whole(at: Array, count: int, y: Array) -> Array:
-            part = _product(_rows(x, read, at, count), w)
+            part = _product(_rows(x, read, at, count), w, (1, 1 if transposed else 0))
             if add is None:
                 return lax.dynamic_update_slice_in_dim(y, part, at, 0)
             return y.at[_part(add, at, count)].add(part, mode="drop")
 
         def last(at: Array, count: int, mine: Array, y: Array) -> Array:
-            part = _product(_rows(x, read, at, count), w)
+            part = _product(_rows(x, read, at, count), w, (1, 1 if transposed else 0))
             if add is None:
                 part = jnp.where(mine[:, None], part, _part(y, at, count))
                 return lax.dynamic_update_slice_in_dim(y, part, at, 0)
@@ -103,14 +105,14 @@ def by_groups(
 
     def group(e: Array, sums: Array) -> Array:
         def whole(at: Array, count: int, sums: Array) -> Array:
-            more = _product(_rows(x, read_x, at, count).T, _rows(y, read_y, at, count))
+            more = _product(_rows(x, read_x, at, count), _rows(y, read_y, at, count), (0, 0))
             return put(sums, lax.dynamic_index_in_dim(sums, e, keepdims=False) + more)
 
         def last(at: Array, count: int, mine: Array, sums: Array) -> Array:
             # Both: what isn't finite in another group's row stays there.
             left, right = _rows(x, read_x, at, count), _rows(y, read_y, at, count)
             left, right = (jnp.where(mine[:, None], a, 0) for a in (left, right))
-            return put(sums, _product(left.T, right))  # the first of the group's: nothing to add to
+            return put(sums, _product(left, right, (0, 0)))  # the first of the group's: nothing to add to
 
         def put(sums: Array, total: Array) -> Array:
             return lax.dynamic_update_index_in_dim(sums, total, e, 0)
@@ -203,8 +205,9 @@ def _part(x: Array, at: Array, count: int) -> Array:
     return lax.dynamic_slice_in_dim(x, at, count, 0)
 
 
-def _product(x: Array, y: Array) -> Array:
+def _product(x: Array, y: Array, over: tuple[int, int]) -> Array:
+    """The product that sums over one axis of x and one of y."""
     operand = operand_dtype(x.dtype)
-    dtype = accumulator(operand)
     x, y = x.astype(operand), y.astype(operand)
-    return jnp.matmul(x, y, precision="highest", preferred_element_type=dtype)
+    axes = tuple((axis,) for axis in over), ((), ())
+    return lax.dot_general(x, y, axes, precision="highest", preferred_element_type=accumulator(operand))

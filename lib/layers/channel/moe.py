@@ -77,7 +77,8 @@ class MoE(nn.Module):
         capacities or losses, and give zeros.
       routing: a ready `frugax.moe.Routing` of the B * T tokens: the layer then has no router.
       router_input: what the router reads [B, T, any width]; None: x.
-      logits: the router's logits [B, T, E], from elsewhere: it then has no matrix of its own.
+      logits: the router's logits [B, T, E], from elsewhere: it then has no matrix of its own. Of "soft_route"
+        [B, T, E, slots].
       next_logits: those of another layer, whose experts are announced in "moe" as "announced".
       token_ids: for "hash_route", [B, T].
       task: which router, a number or a traced scalar.
@@ -172,12 +173,18 @@ class MoE(nn.Module):
             reads = x if router_input is None else router_input
             if reads.shape[:2] != (B, T):
                 raise ValueError(f"router_input: got {list(reads.shape)}; expected [{B}, {T}, width]")
+            soft = self.router == "soft_route"
+            if soft and next_logits is not None:
+                raise ValueError(
+                    "next_logits: got some for soft_route, which chooses no experts; expected None"
+                )
+            width = (self.experts, *[dict(_pairs(self.router_args)).get("slots", 1)] * soft)
             for name, of in (("logits", logits), ("next_logits", next_logits)):
-                if of is not None and self.router != "soft_route" and of.shape != (B, T, self.experts):
-                    raise ValueError(
-                        f"{name}: got {list(of.shape)}; expected [{B}, {T}, {self.experts}], one an expert"
-                    )
+                if of is not None and of.shape != (B, T, *width):
+                    got = f"{name}: got {list(of.shape)}"
+                    raise ValueError(f"{got}; expected {[B, T, *width]}, one an expert{' and slot' * soft}")
             given = None if logits is None else flattened(logits)
+            given = given.reshape(B * T, *width) if soft and given is not None else given
             routing, scores = router(flattened(reads), tokens, logits=given, task=task)
             if isinstance(routing, moe.Routing) and (logits is not None or router_input is not None):
                 self._sow("chosen", in_order(routing.indices))  # known early: what to fetch
@@ -185,6 +192,7 @@ class MoE(nn.Module):
                 ahead, _ = router(flat, tokens, logits=flattened(next_logits))
                 self._sow("announced", in_order(ahead.indices))
         else:
+            self._check_routing(routing, B * T)
             scores = None
 
         y, dropped = self._mix(flat, routing)
@@ -307,6 +315,15 @@ class MoE(nn.Module):
             self.sow("moe", name, value, reduce_fn=jnp.add, init_fn=lambda: jnp.zeros(()))
         else:
             self.sow("moe", name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+    def _check_routing(self, routing: moe.Routing | moe.SoftRouting, tokens: int) -> None:
+        soft = isinstance(routing, moe.SoftRouting)
+        experts = routing.into.shape[1] if soft else routing.experts
+        if experts != self.experts:
+            raise ValueError(f"routing: got {experts} experts; expected {self.experts}, those of the layer")
+        routed = routing.into.shape[0] if soft else len(routing.indices) if routing.by == "token" else tokens
+        if routed != tokens:
+            raise ValueError(f"routing: got {routed} tokens; expected {tokens}, those of x")
 
     def _check(self) -> None:
         if self.experts < 1:

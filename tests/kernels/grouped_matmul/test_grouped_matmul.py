@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 import frugax
 from frugax.kernels import grouped_matmul
+from frugax.kernels.grouped_matmul.inputs import _within
 from tests.errors import assert_close
 from tests.kernels.harness import OPERATIONS
 from tests.seeds import generator
@@ -109,6 +111,22 @@ def test_traced_values_out_of_range_have_no_rows():
     out_rows = arguments.pop("out_rows")
     run = jax.jit(partial(grouped_matmul, out_rows=out_rows))
     assert_close(run(**arguments | wrong), want, "float32")
+
+
+def test_traced_sizes_whose_sum_wraps_are_seen():
+    """Of 32 bits: their groups end at the last row too, and a check of `checkify` fails."""
+    checked = checkify.checkify(jax.jit(lambda sizes: _within(sizes, 5)), errors=checkify.user_checks)
+    cases = {
+        (2, 0, 3, 0): [2, 0, 3, 0],
+        (1, 1, 0, 0): [1, 1, 0, 0],
+        (1, 2**30, 2**30, 2**31 - 1): [1, 4, 0, 0],
+        (2**30, 2**30, 2**30, 2**30): [5, 0, 0, 0],
+        (-1, 3, 3, 3): [0, 3, 2, 0],
+    }
+    for sizes, want in cases.items():
+        failed, found = checked(jnp.array(sizes, jnp.int32))
+        assert found.tolist() == want
+        assert (failed.get() is None) == (list(sizes) == want)
 
 
 def test_a_mixture_by_gather_and_scatter_is_dispatch_and_combine():

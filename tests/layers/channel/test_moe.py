@@ -225,9 +225,39 @@ def test_states_and_shapes_are_refused_by_name():
             jax.eval_shape(lambda x, name=name: layer.apply(variables, x, **{name: x[..., :3]}), X)
     with pytest.raises(ValueError, match="lengths"):
         jax.eval_shape(lambda x: layer.apply(variables, x, lengths=jnp.ones(3, jnp.int32)), X)
+    for shape, says in (((12, 3), "3 experts; expected 4"), ((9, E), "9 tokens; expected 12")):
+
+        def routed(x, shape=shape):
+            return layer.apply(variables, x, routing=frugax.moe.softmax_top_k(jnp.zeros(shape), 2))
+
+        with pytest.raises(ValueError, match=f"^routing: got {says}"):
+            jax.eval_shape(routed, X)
     layer, variables = make(tasks=3)
     with pytest.raises(ValueError, match="task: got 3; expected one of 3 tasks, 0 to 2"):
         jax.eval_shape(lambda x: layer.apply(variables, x, task=3), X)
+
+
+def test_logits_of_slots_may_come_from_elsewhere():
+    """For the paper's own logits the layer gives what it gives without; others are refused by their shape."""
+    layer, variables = make("soft_route")
+    kernel, scale = (np.asarray(variables["params"]["router"][n], np.float64) for n in ("kernel", "scale"))
+    x = np.asarray(X, np.float64)
+    x, kernel = x / np.linalg.norm(x, axis=-1, keepdims=True), kernel / np.linalg.norm(kernel, axis=0)
+    logits = scale * np.einsum("btd,des->btes", x, kernel)
+
+    @jax.jit
+    def run(x, logits):
+        return layer.apply(variables, x), layer.apply(variables, x, logits=logits)
+
+    own, given = run(X, logits.astype(np.float32))
+    assert_close(given, own, "float32")
+    refused = {
+        "logits": (logits[..., 0], rf"logits: got \[2, 6, {E}\]; expected \[2, 6, {E}, 2\]"),
+        "next_logits": (logits, "next_logits: got some for soft_route"),
+    }
+    for name, (array, says) in refused.items():
+        with pytest.raises(ValueError, match=f"^{says}"):
+            jax.eval_shape(lambda x, **named: layer.apply(variables, x, **named), X, **{name: array})
 
 
 @pytest.mark.nan
