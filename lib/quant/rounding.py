@@ -90,7 +90,10 @@ def _learn(w, gram, start, learning_rate, weight, format, group_size, steps) -> 
 def _matrix(w, gram, first, learning_rate, weight, format: Format, g: int, steps: int) -> QuantizedTensor:
     K, N = w.shape
     x = split(w.T, g)  # [N, G, g]
-    scaling = format.fit(x) if first is None else first.scaling()
+    scaling = format.fit(x)
+    if first is not None:  # where the statistics aren't known, w is NaN, and so are the scales that fit it
+        is_known = jnp.isfinite(gram).all()
+        scaling = jax.tree.map(lambda own, nan: jnp.where(is_known, own, nan), first.scaling(), scaling)
     near = format.encode(x, scaling) if first is None else split(first.unpacked(), g)
     other = format.next(near, x > format.decode(near, scaling), scaling)
 

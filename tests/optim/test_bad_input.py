@@ -115,6 +115,27 @@ def test_refreshes_that_are_none():
         optim.q_galore(1e-3, rank=2, threshold=1.5)
 
 
+def test_more_active_layers_than_there_are():
+    params = {"layers": {"w": jnp.ones((4, 3, 2)), "b": jnp.ones((6, 3))}}
+    with pytest.raises(ValueError, match=r"^active: got 5; expected 1 to 4, the layers of params$"):
+        optim.lisa(1e-3, active=5).init(params)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_keys_that_are_none():
+    step = dict(learning_rate=0.1, epsilon=1e-3)
+    for key, got in (
+        (0, "0"),
+        (jnp.arange(2), r"int\d\d\[2\]"),
+        (jax.random.split(jax.random.key(0)), r"key.*\[2\]"),
+    ):
+        with pytest.raises(ValueError, match=f"^key: got {got}; expected one key, such as jax.random.key"):
+            optim.mezo_step(jnp.sum, jnp.ones(3), key, **step)
+        with pytest.raises(ValueError, match=f"^key: got {got}"):
+            optim.zeroth_order.zo2_step([jnp.dot], [jnp.ones(3)], jnp.ones(3), key, pending=None, **step)
+    optim.mezo_step(jnp.sum, jnp.ones(3), jax.random.PRNGKey(0), **step)  # the older kind
+
+
 def test_a_fisher_of_what_is_no_matrix():
     with pytest.raises(ValueError, match=r"params: got \[3\] at b; expected \[\.\.\., m, n\]"):
         optim.scale_by_fisher().init({"w": jnp.ones((2, 3)), "b": jnp.ones(3)})

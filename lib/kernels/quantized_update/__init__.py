@@ -35,7 +35,8 @@ def quantized_update(
 
     Returns:
       The update (what a learning rate is to be multiplied with) in grad's dtype, and the new moments. Moments
-      are never whole in float32: a chunk at a time is dequantized.
+      are never whole in float32: a chunk at a time is dequantized. A group of which a number is not finite
+      becomes NaN, as of `frugax.formats.quantize`.
 
     Raises:
       ValueError: naming the argument that can't be right, or the reason why a named backend can't serve.

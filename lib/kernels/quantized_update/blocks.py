@@ -40,7 +40,10 @@ def update_blocks(
     update, moments = RULES[spec.rule].apply(grad.astype(jnp.float32), moments, hyper, sqrt)
     new_codes, new_scales = [], []
     for f, c, m in zip(spec.elements, codes, moments, strict=True):
-        scale = largest(jnp.abs(m)) * (1 / f.largest)
+        size = jnp.abs(m)
+        # A maximum keeps or drops NaN, as the chip has it; and codes times an infinite scale are anything.
+        scale = largest(jnp.where(size < jnp.inf, size, jnp.inf)) * (1 / f.largest)
+        scale = jnp.where(scale < jnp.inf, scale, jnp.nan)
         unit = m * (1 / jnp.where(scale < SMALLEST, 1.0, scale))
         new_codes.append(f.encode(unit).astype(c.dtype))
         new_scales.append(scale)

@@ -26,6 +26,7 @@ def forward(call: Inputs, spec: Spec) -> tuple[Array, tuple[Array, ...], tuple[A
     for f, m, old in zip(spec.elements, moments, call.scales, strict=True):
         largest = [jnp.max(jnp.abs(m[:, group == n]), axis=1) for n in range(group[-1] + 1)]
         scale = jnp.stack(largest, axis=1) / f.largest
+        scale = jnp.where(jnp.isfinite(scale), scale, jnp.nan)
         unit = m / jnp.where(scale == 0, 1, scale)[:, group]
         table = _table(f, dtype)
         code = jnp.searchsorted((table[1:] + table[:-1]) / 2, unit) + f.lowest

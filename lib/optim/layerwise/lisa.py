@@ -80,16 +80,27 @@ def lisa(
         turn = state[0].step // jnp.asarray(update_interval, jnp.int32)
         return slots.down(jnp.arange(count), (), jax.random.fold_in(jax.random.key(seed), turn))
 
-    return Layerwise(rule, drawn, layers)
+    def init(params: Any) -> Any:
+        if jax.tree.leaves(params):  # else a placeholder, by which Optax asks where params are in a state
+            fewest = min(len(x) for x in _stacks(params, layers))
+            if slots.rank > fewest:
+                raise ValueError(f"active: got {active}; expected 1 to {fewest}, the layers of params")
+        return rule.init(params)
+
+    return Layerwise(optax.GradientTransformation(init, rule.update), drawn, layers)
 
 
 def depth(params: Any, layers: str) -> int:
     """The number of stacked layers, the same in all leaves that `layers` finds."""
-    pairs = zip(jax.tree.leaves(params), is_stacked(params, layers), strict=True)
-    found = sorted({len(x) for x, is_one in pairs if is_one})
+    found = sorted({len(x) for x in _stacks(params, layers)})
     if len(found) > 1:
         raise ValueError(f"params: got stacks of {found} layers; expected one number for all")
     return found[0]
+
+
+def _stacks(params: Any, layers: str) -> list[Array]:
+    pairs = zip(jax.tree.leaves(params), is_stacked(params, layers), strict=True)
+    return [x for x, is_one in pairs if is_one]
 
 
 def layerwise(

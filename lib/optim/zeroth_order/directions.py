@@ -138,8 +138,19 @@ def leaves_with_paths(params: Any) -> list[tuple[str, Array]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), jnp.asarray(x)) for path, x in leaves]
 
 
+def check_key(key: Any) -> None:
+    """Raise unless this is one key of jax.random, of either kind."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and shape == () and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return
+    if dtype != jnp.uint32 or len(shape) != 1:
+        got = key if dtype is None else f"{dtype}{list(shape)}"
+        raise ValueError(f"key: got {got}; expected one key, such as jax.random.key(0)")
+
+
 def check_moves(params: Any, key: Array, direction: Direction) -> None:
     """Raise where the direction moves no leaf at all: such a step would do nothing, in silence."""
+    check_key(key)
     found = leaves_with_paths(params)
     for i, (path, x) in enumerate(found):
         if jax.eval_shape(lambda key, i=i, path=path, x=x: direction(key, i, path, x, 0), key) is not None:

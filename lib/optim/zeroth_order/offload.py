@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Key
 
 from ...formats import QuantizedTensor
 from ..low_bit.stochastic_rounding import apply_updates_stochastic
-from .directions import displace
+from .directions import check_key, displace
 from .distributed import check_sides
 from .step import Rate, StepInfo, rate_of, taken
 
@@ -101,6 +101,7 @@ def zo2_step(
     """
     if len(functions) != len(blocks) or not blocks:
         raise ValueError(f"blocks: got {len(blocks)}; expected one for each of {len(functions)} functions")
+    check_key(key)
     devices = None if mesh is None else Devices(mesh, pert_axis, data_axis)
     if mesh is not None:
         check_sides(mesh, pert_axis)

@@ -63,7 +63,8 @@ def zo_step(
       New params and a `StepInfo`.
 
     Raises:
-      ValueError: the direction moves no leaf; a schedule without `count`; a loss that is no scalar.
+      ValueError: the direction moves no leaf; a schedule without `count`; a loss that is no scalar; a key
+        that is none of jax.random's.
 
     Source: Zhang et al. 2024, the ZO benchmark (arXiv 2402.11592).
 

@@ -68,3 +68,23 @@ def test_numbers_below_the_normal_ones(backend, formats):
     assert np.isfinite(update).all()
     np.testing.assert_allclose(m.dequantize(), 0.1 * g, rtol=1e-5)
     np.testing.assert_allclose(v.dequantize(), 0.001 * g * g, rtol=1e-5, atol=1e-38)
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize(
+    "backend", ["reference", "xla", "pallas_tpu", pytest.param("pallas_gpu", marks=pytest.mark.full)]
+)
+@pytest.mark.parametrize("bad", [np.inf, pytest.param(np.nan, marks=pytest.mark.full)])
+def test_a_group_with_a_number_that_is_not_finite_is_nan(backend, bad):
+    """As `quantize` has it, whatever the codes; the other groups are finite."""
+    g = jnp.ones((3, 256), jnp.float32).at[1, 7].set(bad)
+    zeros = jnp.zeros((3, 256), jnp.float32)
+    moments = tuple(
+        frugax.formats.quantize(zeros, name, axis=-1, group_size=128) for name in ("mulaw8", "ufp8_e4m4")
+    )
+    _, new = frugax.kernels.quantized_update("adam", g, moments, HYPER["adam"], backend=backend)
+    for moment, like in zip(new, ("mulaw8", "ufp8_e4m4"), strict=True):
+        scales, values = np.asarray(moment.scales), np.asarray(moment.dequantize())
+        want = frugax.formats.quantize(g, like, axis=-1, group_size=128).dequantize()
+        np.testing.assert_array_equal(np.isnan(values), np.isnan(want))
+        assert np.isnan(scales).tolist() == [[False] * 2, [True, False], [False] * 2]

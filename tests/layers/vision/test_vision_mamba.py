@@ -95,8 +95,8 @@ def dense(x, p):
     return x @ p["kernel"] + p.get("bias", 0)
 
 
-def weighed(x, p, act):
-    mean = (layer_norm(x, p["norm"]) if "norm" in p else x).mean((1, 2), keepdims=True)
+def weighed(x, p, act, normed):
+    mean = (layer_norm(x, p["norm"]) if normed else x).mean((1, 2), keepdims=True)
     return x / (1 + np.exp(-dense(act(dense(mean, p["squeeze"])), p["excite"])))
 
 
@@ -109,7 +109,8 @@ def evss(p, x):
     scanned = scan_by_hand(p["scan"], normed, "atrous", 2, 2, 1)
     local = gelu(layer_norm(depthwise(normed, p["conv"]), p["conv_norm"]))
     local = dense(local, p["conv_out"])
-    return with_mlp(p, x + weighed(scanned, p["weigh"], gelu) + weighed(local, p["weigh"], gelu))
+    scanned, local = (weighed(y, p["weigh"], gelu, normed=True) for y in (scanned, local))
+    return with_mlp(p, x + scanned + local)
 
 
 def with_mlp(p, x):
@@ -119,7 +120,7 @@ def with_mlp(p, x):
 def inverted_residual(p, x):
     y = np.maximum(layer_norm(dense(x, p["in"]), p["in_norm"]), 0)
     y = np.maximum(layer_norm(depthwise(y, p["conv"]), p["conv_norm"]), 0)
-    y = weighed(y, p["weigh"], lambda y: np.maximum(y, 0))
+    y = weighed(y, p["weigh"], lambda y: np.maximum(y, 0), normed=False)
     return x + layer_norm(dense(y, p["out"]), p["out_norm"])
 
 

@@ -43,6 +43,31 @@ def test_activations_in_few_bits_give_the_gradient_to_their_precision(small, kee
     assert max(errors) > 1e-4  # they are in few bits
 
 
+def test_no_weight_gradient_of_a_frozen_layer_is_computed():
+    """Each layer's own number passes by when its weights' gradient is taken: those of the active ones do."""
+    seen = []
+
+    @jax.custom_vjp
+    def told(w, number):
+        return w
+
+    def tell(number, g):
+        back = lambda n, g: (seen.append(int(n)), np.asarray(g))[1]  # noqa: E731
+        return jax.pure_callback(back, jax.ShapeDtypeStruct(g.shape, g.dtype), number, g), None
+
+    told.defvjp(lambda w, number: (w, number), tell)
+    w = jnp.ones((5, 3, 3), jnp.float32) / 4
+
+    def loss(p):
+        layer = lambda h, x: (jnp.tanh(h @ told(x[0], x[1])), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(layer, jnp.ones(3, jnp.float32), (p["layers"]["w"], jnp.arange(5)))[0])
+
+    part = jax.jit(lambda p, active: optim.active_value_and_grad(loss, p, active)[1])
+    got = jax.block_until_ready(part({"layers": {"w": w}}, jnp.array([1, 3])))
+    assert sorted(seen) == [1, 3]
+    assert got["layers"]["w"].any((1, 2)).all()
+
+
 def memory_of_one_block(slim=False, **how):
     """Temporaries with 7 of 8 layers frozen, of those that training all takes."""
     params, loss = transformer(width=64, time=32)

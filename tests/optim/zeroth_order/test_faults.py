@@ -183,6 +183,14 @@ def test_qzo_keeps_scales_positive():
     np.testing.assert_array_equal(after.codes, q.codes)
 
 
+def test_qzo_clips_by_default():
+    """At the authors' 100."""
+    q = {"scales": jnp.ones(3)}
+    step = jax.jit(lambda q: zo.qzo_step(lambda q: 1e4 * jnp.sum(q["scales"]), q, KEY, learning_rate=1e-3,
+                                         epsilon=1e-3)[1])  # fmt: skip
+    assert abs(step(q).slope) == 100
+
+
 def test_qzo_tunes_the_scales_of_codebooks():
     """AQLM's form: w = scale * (codebook 1[code 1] + codebook 2[code 2]); codes and codebooks stay."""
     rng = np.random.default_rng(0)

@@ -74,6 +74,20 @@ def test_sparse_mezo_has_a_threshold_for_each_leaf():
         np.testing.assert_array_equal(after[name] != x, moves, err_msg=name)
 
 
+def test_sparse_mezo_takes_its_mask_from_weights_that_did_not_move():
+    """Far to either side is over thresholds: the slope is that of the first mask, and no bit drifts."""
+    w, loss = problem()
+    threshold, key = zo.magnitude_thresholds(w, 0.5), jax.random.key(0)
+    after, info = jax.jit(
+        lambda w: zo.sparse_mezo_step(loss, w, key, learning_rate=0.0, epsilon=0.5, thresholds=threshold)
+    )(w)
+    np.testing.assert_array_equal(after, w)
+    z = jax.random.normal(jax.random.fold_in(key, 0), w.shape, jnp.float32)
+    z = np.where(np.abs(w) <= threshold, z, 0)
+    above, below = (float(loss(w + side * 0.5 * z)) for side in (1, -1))
+    assert_close(info.slope, above - below, "float32", times=10)  # a difference of losses over 1
+
+
 def test_sparse_mezo_masks_inside_the_forward_pass():
     """Beyond a forward pass of four scanned layers: one layer of weights, no copy of all and no mask."""
     params, loss = network(layers=4, width=256)
