@@ -45,6 +45,7 @@ class Kernel:
     donated: tuple[int, ...] = ()  # arguments whose memory the results take
     launch: str = ""  # how the names of its launches begin; "": as the operation's
     shares: tuple[float, ...] | None = None  # of the grid steps, in which each long branch of the body runs
+    packed: int = 0  # bytes of packed weights, if traffic is compared with them
 
 
 def linear_attention() -> list[Kernel]:
@@ -198,9 +199,10 @@ def quantized_matmul() -> list[Kernel]:
         x, y = (jax.ShapeDtypeStruct((M, size), jnp.bfloat16) for size in (K, N))
         flops = 2 * M * K * N / (1 if activations is None else 2)
         label = f"{format} g{group} M={M}" + (f" {activations}" if activations else "")
-        kernels.append(Kernel(label, partial(product, activations=activations), (x, w), flops))
+        forward = partial(product, activations=activations)
+        kernels.append(Kernel(label, forward, (x, w), flops, packed=w.nbytes))
         if M == 256 and activations is None:
-            kernels.append(Kernel(f"backward {label}", backward, (x, w, y), flops))
+            kernels.append(Kernel(f"backward {label}", backward, (x, w, y), flops, packed=w.nbytes))
     return kernels
 
 
@@ -440,6 +442,28 @@ def outside_bytes(hlo: str) -> int:
     return moved
 
 
+def hbm_bytes(hlo: str) -> int:
+    """Bytes of HBM that the program reads and writes: its kernels' operands and results, and XLA's around.
+
+    Not counted: what XLA places in fast memory, S(1) in its layouts. A kernel's operand counts once, so that
+    the kernel must read no block of it twice.
+    """
+    entry = hlo[hlo.index("\nENTRY") :]
+    shapes, moved = {}, 0
+    for line in entry.splitlines():
+        match = re.match(r"\s*(?:ROOT )?(%\S+) = (.*?) (\w[\w-]*)\((.*)", line)
+        if not match:
+            continue
+        name, result, op, operands = match.groups()
+        arrays = re.findall(r"\w+\[[\d,]*\](?:{[^}]*})?", result)
+        shapes[name] = sum(_bytes(array) for array in arrays if "S(" not in array)
+        if op == "copy-start":  # to fast memory, ahead of a kernel: (copy, original, ...)
+            moved += _bytes(arrays[0])
+        elif op not in NO_TRAFFIC - {"custom-call"} and not op.endswith("-done"):
+            moved += shapes[name] + sum(shapes.get(x, 0) for x in set(re.findall(r"%[\w.-]+", operands)))
+    return moved
+
+
 def _bytes(shapes: str) -> int:
     bits = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "s32": 32, "u32": 32, "s8": 8, "u8": 8}
     total = 0
@@ -469,7 +493,8 @@ def measure(operation: str, label: str, chip: str, folder: Path) -> dict[str, An
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
     memory = moved / info.mem_bw_bytes_per_second * hertz
     matrix = kernel.flops / info.bf16_ops_per_second * hertz
-    outside = outside_bytes(compiled.as_text()) / info.mem_bw_bytes_per_second * hertz
+    hlo = compiled.as_text()
+    outside = outside_bytes(hlo) / info.mem_bw_bytes_per_second * hertz
     bounds = {"memory": memory, "matrix unit": matrix, "vector unit": kernel.vector_operations / VECTOR[chip]}
     bound, floor = max(bounds.items(), key=lambda item: item[1])
     capacity = found.pop("capacity")
@@ -478,6 +503,7 @@ def measure(operation: str, label: str, chip: str, folder: Path) -> dict[str, An
         "chip": chip,
         "cycles": found["cycles"],
         "copies": round(outside),
+        **({"hbm_over_packed": round(hbm_bytes(hlo) / kernel.packed, 3)} if kernel.packed else {}),
         "floor": round(floor),
         "bound": bound,
         "ratio": round((max(found["cycles"], memory) + outside) / floor, 3),

@@ -87,7 +87,7 @@ def format_named(format: Format | str) -> Format:
     """
     if isinstance(format, Format):
         return format
-    if format not in BY_NAME:
+    if not isinstance(format, str) or format not in BY_NAME:
         raise ValueError(f"format: got {format!r}; expected one of {', '.join(BY_NAME)}")
     return BY_NAME[format]
 

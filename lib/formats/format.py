@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -66,10 +67,10 @@ class Format:
         """The elements of a group on an axis of n: `group_size`, or the format's own, or all.
 
         Raises:
-          ValueError: group_size is below 1, or given where a matrix has one scale.
+          ValueError: group_size is no integer, below 1, or given where a matrix has one scale.
         """
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"group_size: got {group_size}; expected at least 1, or None")
+        if group_size is not None and not (isinstance(group_size, int | np.integer) and group_size >= 1):
+            raise ValueError(f"group_size: got {group_size!r}; expected an integer of at least 1, or None")
         if group_size is not None and isinstance(self.scheme, AbsMean):
             raise ValueError(
                 f"group_size: got {group_size}; expected None: {self.name} has one scale a matrix"

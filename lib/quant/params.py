@@ -189,6 +189,8 @@ def _packed(name: str, x: Array, rule: Rule, partial_group: bool) -> tuple[Quant
                 f"its function gave {type(q).__name__}; expected a QuantizedTensor {list(x.shape)}"
             )
         return q, _error(x, q)
+    if isinstance(rule, tuple) and len(rule) != 2:
+        raise ValueError(f"got {rule}; expected a pair of a format and a group size")
     format, group_size = rule if isinstance(rule, tuple) else (rule, None)
     axis = -1 if name.rpartition("/")[2] in ROWS_ARE_CONTRACTED else -2
     return _quantized(x, format_named(format), axis, group_size, partial_group)

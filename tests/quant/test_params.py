@@ -132,6 +132,8 @@ def test_a_rule_may_be_a_function_of_the_path_and_the_array():
         ({"kernel": "int4", "out/kernel": None}, "rules: 'out/kernel' counts for no array"),
         ({"(": "int4"}, r"rules: got '\('; expected a regular expression"),
         ({"kernel": "int9"}, "rules: 'kernel' found .*/kernel: format: got 'int9'"),
+        ({"kernel": ("int4", "32")}, "rules: 'kernel' found .*/kernel: group_size: got '32'"),
+        ({"kernel": ("int4",)}, r"rules: 'kernel' found .*/kernel: got \('int4',\); expected a pair"),
         ({"^norm/weight": "int4"}, r"found norm/weight: got float32\[24\]; expected a floating matrix"),
         (
             {"mixer_norm": "int8"},
@@ -140,6 +142,7 @@ def test_a_rule_may_be_a_function_of_the_path_and_the_array():
         ({"channel/out/kernel": lambda path, w: w}, "its function gave .*; expected a QuantizedTensor"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_rules_that_cannot_be_right(rules, message):
     with pytest.raises(ValueError, match=message):
         quantize_params(make()[1], rules)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import frugax
 from experiments.benchmarks.deviceless_tpu import CHIPS, compile_for, has_libtpu
+from experiments.benchmarks.tpu_schedule import hbm_bytes
 from frugax.formats import Minifloat, SpecialValue, format_named, quantize
 from frugax.kernels.quantized_matmul import pallas_tpu, reference
 from frugax.kernels.quantized_matmul.inputs import check
@@ -204,6 +206,22 @@ def test_memory_traffic_is_that_of_packed_weights(format):
 
     packed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(w))
     assert packed <= blocks_read(product, x, w) <= 1.1 * packed
+
+
+@pytest.mark.deviceless
+@pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed (the `deviceless` extra)")
+@pytest.mark.parametrize("chip", [pytest.param(chip, marks=pytest.mark.full) for chip in CHIPS])
+def test_memory_traffic_of_the_whole_program_is_that_of_packed_weights(chip):
+    """XLA's operations around the kernel counted too, which lay out x and decode scales of bitmod."""
+    for format, group in (("int2", 128), ("int3", 128), ("int4", 32), ("nvfp4", 16), ("bitmod3", 128)):
+        w = jax.eval_shape(
+            partial(quantize, format=format, group_size=group), jax.ShapeDtypeStruct((4096, 4096), "float32")
+        )
+        x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16)
+        product = partial(frugax.kernels.quantized_matmul, backend="pallas_tpu")
+        found = hbm_bytes(compile_for(chip, product, x, w).as_text())
+        packed = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(w))
+        assert packed < found < 1.1 * packed, (format, found / packed)
 
 
 COMPILED = [

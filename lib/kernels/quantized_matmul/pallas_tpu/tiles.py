@@ -35,7 +35,8 @@ BF16 = jnp.bfloat16
 
 def even_first(x: Array) -> Array:
     """Put even channels of x [..., K] before odd ones, within each 128."""
-    return jnp.swapaxes(x.reshape(*x.shape[:-1], -1, TILE // 2, 2), -1, -2).reshape(x.shape)
+    tiles = x.reshape(*x.shape[:-1], -1, TILE)
+    return jnp.concatenate([tiles[..., ::2], tiles[..., 1::2]], -1).reshape(x.shape)
 
 
 def truncated(x: Array) -> Array:
