@@ -235,8 +235,9 @@ def grouped_matmul() -> list[Kernel]:
         else:
             f = partial(product.visited, steps=found, t=t, transposed=phase == "dlhs", interpret=False)
             low, high = found.low[:V], found.high[:V]
-            border = (low > found.start[:V]) | (high % 16 != 0) | (kind == len(t.heights))
-            return f, tuple(float(np.mean(which)) for which in (*when, border, np.arange(V) == V - 1))
+            alone = (low == found.start[:V]) & (high % 16 == 0) & when[t.usual(M, E)] & (np.arange(V) < V - 1)
+            when = [*(here & ~alone for here in when), alone, ~alone]
+            return f, tuple(float(np.mean(which)) for which in when)
         return f, tuple(float(np.mean(which)) for which in (*when, kind == len(t.heights)))
 
     def array(*shape):
@@ -446,7 +447,7 @@ def hbm_bytes(hlo: str) -> int:
     """Bytes of HBM that the program reads and writes: its kernels' operands and results, and XLA's around.
 
     Not counted: what XLA places in fast memory, S(1) in its layouts. A kernel's operand counts once, so that
-    the kernel must read no block of it twice.
+    the kernel must read no block of it twice; nor is there a loop around one.
     """
     entry = hlo[hlo.index("\nENTRY") :]
     shapes, moved = {}, 0

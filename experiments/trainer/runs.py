@@ -67,8 +67,10 @@ def corpus_of(config: ConfigDict) -> Corpus:
     try:
         return find_corpus(config.data.path or None, heldout=config.data.held_out)
     except (FileNotFoundError, ValueError) as error:  # it names an argument of find_corpus
-        told = str(error).replace("heldout", "data.held_out")
-        raise type(error)(f"data.{told}" if told.startswith("path:") else told) from error
+        argument, colon, told = str(error).partition(":")
+        field = {"path": "data.path", "heldout": "data.held_out"}.get(argument, argument)
+        told = told.replace("or heldout=0", "or data.held_out=0")
+        raise type(error)(field + colon + told) from error
 
 
 def build_model(config: ConfigDict) -> Any:

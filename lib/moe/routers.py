@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Integer, Key
 
 from .losses import load_balance, squared_variation, z_loss
 from .routing import Routing, routing
@@ -283,7 +283,7 @@ def base(logits: Float[Array, "t e"], *, train: bool = True, mask: Mask = None) 
 
 
 def hash_route(
-    tokens: Int[Array, "t"], table: Int[Array, "v"], experts: int, *, mask: Mask = None
+    tokens: Integer[Array, "t"], table: Integer[Array, "v"], experts: int, *, mask: Mask = None
 ) -> Routing:
     """Look each token's expert up in a table of the vocabulary; weights are 1.
 
@@ -307,6 +307,7 @@ def hash_route(
         if x.ndim != 1 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; expected integers in one row")
     _check_mask(mask, tokens)
+    tokens, table = (jnp.asarray(x).astype(jnp.int32) for x in (tokens, table))  # bytes can't count to 256
     found = table.at[tokens].get(mode="clip")
     known = (tokens >= 0) & (tokens < table.shape[0]) & (found >= 0) & (found < experts)
     indices = jnp.clip(found, 0, experts - 1)

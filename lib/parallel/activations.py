@@ -43,7 +43,7 @@ def place_activations(x: Array, *, inner: bool = False) -> Array:
 
     rows, time, *rest = x.shape
     others: list[Any] = [None] * len(rest)
-    if inner:
+    if inner and rest:
         others[-1] = PartitionSpec.UNCONSTRAINED
     spec = PartitionSpec(part(rows, BATCH_AXES), part(time, ("sequence",)), *others)
     return jax.lax.with_sharding_constraint(x, spec)

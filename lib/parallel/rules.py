@@ -1,5 +1,6 @@
 """Shardings of params and of an optimizer's state, from rules that place logical axes on a mesh's axes."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -166,9 +167,11 @@ def _by_groups(x: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh, zero: boo
     axis = x.axis % x.ndim
     parts: list[Any] = [*spec, *(None,) * (x.ndim - len(spec))]
     if x.shape[axis] % (_size(mesh, parts[axis]) * x.group_size):
-        # Over "fsdp" alone before the others alone: gradients come over it, and no other dimension may be.
-        alone = sorted(_names(parts[axis]), key=lambda name: name != "fsdp")
-        fitting = (n for n in alone if x.shape[axis] % (mesh.shape[n] * x.group_size) == 0)
+        # Over as many devices as can have whole groups, and over "fsdp" first: gradients come over it.
+        names = [name for name in _names(parts[axis]) if mesh.shape[name] > 1]
+        some = [part for n in range(1, len(names)) for part in itertools.combinations(names, n)]
+        some.sort(key=lambda part: (-_size(mesh, part), "fsdp" not in part))
+        fitting = (part for part in some if x.shape[axis] % (_size(mesh, part) * x.group_size) == 0)
         parts[axis] = next(fitting, None)
     if zero and x.size >= SMALLEST:
         first = 1 if x.ndim > 2 else 0  # not over the layers of a stack
@@ -187,12 +190,14 @@ def _by_groups(x: Any, spec: PartitionSpec, mesh: Mesh | AbstractMesh, zero: boo
 def _spread(
     parts: list[Any], shape: tuple[int, ...], dimensions: list[int], mesh: Mesh | AbstractMesh
 ) -> None:
-    if any("fsdp" in _names(part) for part in parts):
+    used = {name for part in parts for name in _names(part)}
+    if "fsdp" in used:
         return
     # The last dimension last: its numbers lie side by side, in a chip's registers and in groups of codes.
     order = sorted(dimensions, key=lambda i: (i == len(shape) - 1, _size(mesh, parts[i]) > 1, -shape[i]))
     both = ("fsdp", "sequence")
-    for over in (both, both[:1]) if mesh.shape.get("sequence", 1) > 1 else (both[:1],):
+    with_time = mesh.shape.get("sequence", 1) > 1 and "sequence" not in used
+    for over in (both, both[:1]) if with_time else (both[:1],):
         for i in order:
             beside = (*(name for name in _names(parts[i]) if mesh.shape[name] > 1), *over)
             if shape[i] % _size(mesh, beside) == 0:

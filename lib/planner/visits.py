@@ -60,9 +60,15 @@ class _Scope:
     ):
         self.computation, self.outer, self.caller, self.program = computation, outer, caller, program
         self.given = given
+        self.known: dict[tuple[str, int | None], int | None] = {}
 
     def value(self, name: str, index: int | None = None, depth: int = 0) -> int | None:
         """The integer that a scalar (or a tuple's element) always has; None if that can't be told."""
+        if (name, index) not in self.known:  # or what is used twice at each step takes 2^steps
+            self.known[name, index] = self._value(name, index, depth)
+        return self.known[name, index]
+
+    def _value(self, name: str, index: int | None, depth: int) -> int | None:
         x = self.computation.instructions.get(name)
         if x is None or depth > 60:
             return None
@@ -93,6 +99,8 @@ class _Scope:
                 return self.outer.value(self.caller.operands[0], index, depth + 1)
             return self.outer.value(self.caller.operands[int(x.literal)], index, depth + 1)
         if x.opcode == "bitcast-convert":
+            if self.computation.instructions[first].shape[:4] not in ("s32[", "u32["):
+                return None  # the bits of a float
             return _wrapped(self.value(first, index, depth + 1), x.shape)
         if x.opcode == "select":
             chosen = self.value(first, None, depth + 1)

@@ -323,7 +323,7 @@ def test_a_run_goes_on_over_other_devices(corpus, tmp_path):
         (dict(optimizer__warmup_steps=12), "optimizer.warmup_steps: got 12; expected 0 to 11"),
         (dict(model__pattern=("gru", "mlp")), "model.pattern: .*expected names of model.blocks"),
         (dict(model__vocab_size=7), "model.vocab_size: got 7; expected 256"),
-        (dict(data__path="/nowhere"), "^data.path: got '/nowhere', which is not there"),
+        (dict(data__path="/no/heldout"), "^data.path: got '/no/heldout', which is not there"),
         (dict(mesh__fsdp=64), "mesh.data: got -1, mesh.fsdp: got 64; expected sizes that divide . devices"),
         (dict(evaluation__batch_size=0), "evaluation.batch_size: got 0"),
         (dict(sample__temperature=-1.0), "sample.temperature: got -1.0"),

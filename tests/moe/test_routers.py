@@ -286,6 +286,10 @@ def test_a_token_that_is_not_a_number_is_seen(name):
         mask = jnp.arange(6) < 5
         weights = compiled(moe.hash_route, ids, table=table, experts=E, mask=mask).weights
         np.testing.assert_array_equal(np.asarray(weights)[:, 0], [1, 1, *[np.nan] * 3, 0])
+        letters, table = jnp.array([0, 97, 255], jnp.uint8), jnp.arange(256, dtype=jnp.uint8)
+        routed = compiled(moe.hash_route, letters, table=table, experts=256)  # no byte counts to 256
+        assert routed.indices[:, 0].tolist() == [0, 97, 255]
+        assert routed.weights[:, 0].tolist() == [1, 1, 1]
         return
     for where in (3, (3, 1)):
         bad = LOGITS.copy()

@@ -1,6 +1,7 @@
 """Logical axes of every layer's arrays, their places on a mesh, and training over eight devices."""
 
 import json
+import math
 import re
 
 import jax
@@ -69,6 +70,23 @@ def test_a_state_lies_as_its_params():
             )  # never over the layers
             assert x.size < 4096 or "fsdp" in place.spec, (x.shape, place.spec)
         assert spread >= 2
+
+
+@pytest.mark.parametrize("axes", [dict(sequence=8), dict(sequence=4, tensor=2), dict(fsdp=2, sequence=4)])
+def test_groups_of_codes_lie_on_as_many_devices_as_can_have_whole_ones(axes):
+    """Twelve groups in a row: on four devices, where eight share the params."""
+    shapes = {"out": {"kernel": jax.ShapeDtypeStruct((1024, 3072), jnp.float32)}}
+    state = jax.eval_shape(frugax.optim.q_galore(0.1, rank=16).init, shapes)
+    places = frugax.parallel.state_shardings(state, shapes, mesh(**axes))
+    seen = 0
+    for x, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+        if x.dtype == jnp.uint8 and x.size >= 4096:
+            names = [
+                name for part in place.spec for name in ([part] if isinstance(part, str) else part or ())
+            ]
+            assert math.prod(axes.get(name, 1) for name in names) >= 4, (x.shape, place.spec)
+            seen += 1
+    assert seen
 
 
 @pytest.mark.parametrize(

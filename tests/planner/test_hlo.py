@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from frugax.planner import hlo
 from frugax.planner.program import nbytes, parse
+from frugax.planner.visits import visits
 from tests.devices import run_on_eight_devices
 
 
@@ -143,6 +144,33 @@ def test_trips_of_a_counter_in_two_words(first, last, step, below, times):
         text = text.replace(name, str(value))
     (one,) = hlo.collectives(text, {"x": 4})
     assert (one.times, one.exact) == ((1, False) if times is None else (times, True))
+
+
+def test_a_number_that_doubles_at_each_step_is_read_once():
+    """Each of sixty sums reads the one before twice; the end of the loop is not known."""
+    doubled = "\n".join(f"  %d.{i + 1} = s32[] add(%d.{i}, %d.{i})" for i in range(60))
+    text = f"""%cond (p: (s32[], s32[])) -> pred[] {{
+  %p = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}}
+%body (q: (s32[], s32[])) -> (s32[], s32[]) {{
+  %q = (s32[], s32[]) parameter(0)
+  %d.0 = s32[] get-tuple-element(%q), index=0
+  %m = s32[] get-tuple-element(%q), index=1
+{doubled}
+  ROOT %t = (s32[], s32[]) tuple(%d.60, %m)
+}}
+ENTRY %main (n.1: s32[]) -> s32[] {{
+  %n.1 = s32[] parameter(0)
+  %o = s32[] constant(1)
+  %u = (s32[], s32[]) tuple(%o, %n.1)
+  %w = (s32[], s32[]) while(%u), condition=%cond, body=%body
+  ROOT %r = s32[] get-tuple-element(%w), index=0
+}}
+"""
+    assert [(x.times, x.exact) for x in visits(parse(text))][1] == (1, False)
 
 
 WRAPPED = """%scatter (i: f32[8,4]) -> f32[2,4] {

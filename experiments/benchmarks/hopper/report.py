@@ -86,7 +86,7 @@ def worst(errors: dict[str, float], limit: float) -> str:
 
 
 def measured(outcomes: Sequence[Outcome]) -> list[str]:
-    """Return a line for each row of the benchmarks: milliseconds, and who was not timed for which reason."""
+    """Return a line for each row of the benchmarks: milliseconds, ratios, and who was not timed and why."""
     files = {o.job.output: o.result for o in outcomes if not is_conformance(o) and isinstance(o.result, dict)}
     lines = []
     for name, result in files.items():
@@ -95,7 +95,8 @@ def measured(outcomes: Sequence[Outcome]) -> list[str]:
             named = {k: v for k, v in row.items() if not isinstance(v, dict | float) and "copy" not in k}
             shape = " ".join(f"{k}={v}" for k, v in named.items())
             times = ", ".join(f"{who} {ms}" for who, ms in row.get("median_ms", {}).items()) or "not timed"
-            lines.append(f"    {shape}: {times} ms")
+            others = "".join(f"; {k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
+            lines.append(f"    {shape}: {times} ms{others}")
             untimed = [who for who in row.get("errors", {}) if who not in row["median_ms"]]
             lines += [f"        {who}: {str(row['errors'][who])[:150]}" for who in untimed]
     return lines

@@ -78,7 +78,7 @@ def check(
         M = gather.shape[0] if gather.ndim == 1 else M
         _check_integers("gather", gather, M)
     _check_scatter(M, scatter, weights, out_rows)
-    group_sizes = _within(group_sizes.astype(jnp.int32), M)
+    group_sizes = _within(group_sizes, M)
     gather = _indices("gather", gather, lhs.shape[0])
     scatter = _indices("scatter", scatter, out_rows)
     arrays: dict[str, Any] = dict.fromkeys(Inputs._fields)
@@ -185,12 +185,15 @@ def _check_rows_of(rows_of: Array | None, call: dict[str, Any], out_rows: int | 
 
 
 def _within(sizes: Array, M: int) -> Array:
-    """Sizes whose groups lie in M rows: an error outside of jit where they do not, cut to fit inside."""
+    """Sizes in int32 of groups within M rows: an error outside of jit where they are not, cut inside."""
     if not isinstance(sizes, jax.core.Tracer):
         total = int(np.sum(np.asarray(sizes), dtype=np.int64))
         if (np.asarray(sizes) < 0).any() or total > M:
             raise ValueError(f"group_sizes: got {sizes.tolist()}; expected sizes >= 0, {M} rows at most")
-        return sizes
+        return sizes.astype(jnp.int32)
+    if jnp.iinfo(sizes.dtype).max > jnp.iinfo(jnp.int32).max:  # the cast could wrap
+        sizes = jnp.clip(sizes, -1 if jnp.issubdtype(sizes.dtype, jnp.signedinteger) else 0, M + 1)
+    sizes = sizes.astype(jnp.int32)
     ends = jnp.cumsum(jnp.clip(sizes, 0, M), dtype=jnp.int32)
     ends = jnp.where(jnp.cumsum(ends > M) > 0, M, ends)  # what comes after the first past M may be wrapped
     checkify.debug_check(

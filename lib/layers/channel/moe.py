@@ -197,7 +197,8 @@ class MoE(nn.Module):
 
         y, dropped = self._mix(flat, routing)
         if self.shared_expand:
-            y = y + self._shared()(flat.reshape(B, T, D)).reshape(-1, D)
+            shared = self._shared()(rows_as_shards(flat.reshape(B, T, D)))
+            y = y + shards_as_rows(shared).reshape(-1, D)
         if tokens.mask is not None:
             y = jnp.where(tokens.mask[:, None], y, 0)
         if scores is not None:  # a token that was dropped or sent nowhere must not hide them

@@ -1,8 +1,9 @@
 """The base class of sequence mixers: dtypes, backend, and how they make their projections."""
 
 import inspect
+import types
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -102,11 +103,17 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__}.mix: expected a method of this mixer")
 
     def _check_kind(self, state: Any) -> None:
-        """Refuse a state of another class than those that `mix` names, such as another mixer's."""
+        """Refuse a state of another class than those that `mix` names: `state: MambaState | None`.
+
+        A `mix` of the user's may say anything else, or nothing: its state is then not checked.
+        """
         parameter = inspect.signature(type(self).mix).parameters.get("state")
-        kinds = () if parameter is None else get_args(parameter.annotation)
-        named = tuple(kind for kind in kinds if hasattr(kind, "_fields"))  # a user's `mix` need not say
-        if state is not None and named and not isinstance(state, named):
+        annotation = None if parameter is None else parameter.annotation
+        kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+        named = tuple(kind for kind in kinds if kind is not type(None))
+        if state is None or not all(isinstance(kind, type) and hasattr(kind, "_fields") for kind in named):
+            return
+        if named and not isinstance(state, named):
             expected = " or ".join(kind.__name__ for kind in named)
             raise ValueError(
                 f"state: got {type(state).__name__}; expected {expected}, as {type(self).__name__} returns it"

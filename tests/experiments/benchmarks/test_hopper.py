@@ -121,6 +121,12 @@ def test_the_exit_code_and_the_summary_say_what_failed(tmp_path):
     assert len(json.loads((tmp_path / "hopper.json").read_text())["jobs"]) == 1  # nothing but the first
 
 
+def test_the_summary_has_times_and_ratios_of_each_row():
+    row = {"format": "int4", "M": 1, "median_ms": {"pallas_gpu": 0.01}, "errors": {}, "times_bfloat16": 3.21}
+    done = jobs.Outcome(job("quick", "", output="gpu_x_measured.json"), result={"rows": [row]})
+    assert "    format=int4 M=1: pallas_gpu 0.01 ms; times_bfloat16 3.21" in report.measured([done])
+
+
 @pytest.mark.parametrize(
     ("name", "whole", "code"),
     [

@@ -129,6 +129,18 @@ def test_traced_sizes_whose_sum_wraps_are_seen():
         assert (failed.get() is None) == (list(sizes) == want)
 
 
+def test_sizes_of_64_bits_do_not_wrap():
+    with jax.enable_x64(True):
+        sizes = jnp.array([2**32 + 3, 1, 0])
+        assert sizes.dtype == jnp.int64
+        with pytest.raises(
+            ValueError, match=r"group_sizes: got \[4294967299, 1, 0\]; expected sizes >= 0, 7"
+        ):
+            _within(sizes, 7)
+        assert jax.jit(lambda sizes: _within(sizes, 7))(sizes).tolist() == [7, 0, 0]
+        assert _within(jnp.array([3, 1, 0]), 7).dtype == jnp.int32
+
+
 def test_a_mixture_by_gather_and_scatter_is_dispatch_and_combine():
     rng = generator(6)
     x, W = (rng.standard_normal(s).astype(np.float32) for s in ((9, 4), (3, 4, 5)))

@@ -108,6 +108,17 @@ def test_borders_and_blocks(dtype):
             assert_close(dw[e], np.asarray(x, float)[mine].T @ np.asarray(dy, float)[mine], str(x.dtype))
 
 
+def test_groups_that_share_no_stripe():
+    """Two of the three visits copy their rows as they are multiplied, and one after."""
+    M, K, N, E = 96, 64, 128, 3
+    x, w, *_ = drawn("bfloat16", M, K, N, [M // E] * E)
+    x = np.nan_to_num(x)
+    t = Tiling((16, 32, 48), 128)
+    y = jax.jit(partial(multiply, t=t, interpret=True))(x, w, jnp.full(E, M // E, jnp.int32))
+    want = np.einsum("emk,ekn->emn", np.asarray(x, float).reshape(E, -1, K), np.asarray(w, float))
+    assert_close(y, want.reshape(M, N), "bfloat16")
+
+
 @full
 def test_the_program_that_a_chip_gets(monkeypatch):
     """Copies of run-time size, in an interpreter of TPU memory: they happen when waited for, into NaN."""

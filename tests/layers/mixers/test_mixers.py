@@ -200,6 +200,20 @@ class OtherState(NamedTuple):
     memory: jax.Array
 
 
+@pytest.mark.parametrize(
+    "annotation",
+    [list[OtherState], tuple[OtherState, OtherState], OtherState | jax.Array | None, "OtherState"],
+)
+def test_a_mixer_of_ones_own_may_say_anything_of_its_state(annotation):
+    class Mine(frugax.layers.Mixer):
+        def mix(self, x, state: annotation, rows):
+            return x, state
+
+    x = jnp.ones((1, 2, WIDTH), jnp.float32)
+    for state in ([OtherState(x)], (OtherState(x),) * 2, x):
+        assert Mine().apply({}, x, state=state)[1] is state
+
+
 @pytest.mark.parametrize("name", sorted({class_name for class_name, _ in MIXERS.values()}))
 def test_inputs_that_cannot_be_right(name):
     module = getattr(frugax.layers, name)(

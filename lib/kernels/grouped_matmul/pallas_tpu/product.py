@@ -51,11 +51,12 @@ def visited(
     grid, semantics = (across, steps.total[0]), ("parallel", "arbitrary")
     # Every visit lies within the arrays, whatever the group sizes: addresses need no tests.
     launch = Launch(name, grid, semantics, interpret=interpret, vmem_limit=VMEM_LIMIT, bounds_checks=False)
-    for field, scalars in steps.scalars().items():
+    usual = t.usual(M, w.shape[0])
+    for field, scalars in _scalars(steps, t, usual).items():
         launch.prefetch(field, scalars)
     rows = pl.BlockSpec(
         (pl.Element(t.rows), pl.Element(K)),
-        lambda n, v, group, block, *_: (pl.multiple_of(block[v], STRIPE), 0),
+        lambda n, v, group, block, *_: (pl.multiple_of(block[v] * STRIPE, STRIPE), 0),
     )
     launch.add("x", x, rows)
     decode = None
@@ -68,37 +69,55 @@ def visited(
     launch.write("y", (M, across * t.columns), x.dtype, pl.BlockSpec(memory_space=pl.ANY))
     launch.hold("tile", (2, t.rows, t.columns), x.dtype)
     launch.hold("border", (STRIPE, t.columns), x.dtype)
-    launch.scratch["sent"] = pltpu.SemaphoreType.DMA((2,))
-    return launch.run(partial(_kernel, t, transposed, decode, interpret))["y"]
+    launch.scratch["arrived"] = pltpu.SemaphoreType.DMA((2,))
+    return launch.run(partial(_kernel, t, usual, transposed, decode, interpret))["y"]
+
+
+def _scalars(steps: Visits, t: Tiling, usual: int) -> dict[str, Array]:
+    """The visits for the kernel's scalar memory.
+
+    A visit that shares no stripe, is not the last, and has the usual height gets a kind behind all others.
+    `sent` counts the rows that are copied, behind two visits that copy none; `offset` the rows of a block
+    that are before the first one multiplied.
+    """
+    alone = (steps.low == steps.start) & (steps.high % STRIPE == 0) & (steps.kind == usual)
+    alone &= np.arange(len(steps.low)) < steps.total[0] - 1
+    kind = jnp.where(alone, len(t.heights) + 1, steps.kind)
+    sent = jnp.pad((steps.high & -STRIPE) - steps.start, (2, 0))
+    offset = steps.base - steps.block
+    steps = steps._replace(kind=kind, block=steps.block // STRIPE)
+    return steps.scalars() | {"sent": sent, "offset": offset}
 
 
 def _kernel(
-    t: Tiling, transposed: bool, decode: Callable[..., None] | None, interpret: bool, *, group_ref, block_ref,
-    base_ref, start_ref, low_ref, high_ref, kind_ref, x_ref, w_ref, y_ref, tile_ref, border_ref, sent_ref,
-    **packed,
+    t: Tiling, usual: int, transposed: bool, decode: Callable[..., None] | None, interpret: bool, *,
+    group_ref, block_ref, base_ref, start_ref, low_ref, high_ref, kind_ref, sent_ref, offset_ref, x_ref,
+    w_ref, y_ref, tile_ref, border_ref, arrived_ref, **packed,
 ):  # fmt: skip
     """Grid (columns, visits)."""
     n, v, last = pl.program_id(0), pl.program_id(1), pl.num_programs(1) - 1
     column = pl.multiple_of(n * t.columns, LANES)
 
-    def copies(v: Any, act: Callable[[Any], None]) -> None:
-        """Start the copy of a visit's whole stripes, or wait for it."""
-        slot, start = v & 1, start_ref[v]
-        first, rows = start - base_ref[v], (high_ref[v] & -STRIPE) - start
+    def copies(act: Callable[[Any], None], slot: Any, rows: Any, first: Any = 0, start: Any = 0) -> None:
+        """Start the copy of whole stripes from row `first` of a tile to `start`, or wait for one as long."""
 
         def copy(at: Any, rows: Any) -> None:
             tile = tile_ref.at[slot, pl.ds(pl.multiple_of(first + at, STRIPE), rows)]
             there = y_ref.at[pl.ds(pl.multiple_of(start + at, STRIPE), rows), pl.ds(column, t.columns)]
-            act(pltpu.make_async_copy(tile, there, sent_ref.at[slot]))
+            act(pltpu.make_async_copy(tile, there, arrived_ref.at[slot]))
 
         if interpret:  # knows copies of a fixed size alone
             lax.fori_loop(0, rows // STRIPE, lambda i, _: copy(i * STRIPE, STRIPE), None)
         else:
-            pl.when(rows > 0)(lambda: copy(0, pl.multiple_of(rows, STRIPE)))
+            copy(0, pl.multiple_of(rows, STRIPE))
 
-    @pl.when(v >= 2)
-    def _():
-        copies(v - 2, lambda copy: copy.wait())
+    def arrived(before: int) -> None:
+        """Wait for the copy of the visit that was so many before."""
+        rows = sent_ref[v + 2 - before]
+        pl.when(rows > 0)(lambda: copies(lambda copy: copy.wait(), (v - before) & 1, rows))
+
+    slot, kind = v & 1, kind_ref[v]
+    arrived(2)
 
     if decode is not None:
 
@@ -106,21 +125,29 @@ def _kernel(
         def _():
             decode(n=n, w_ref=w_ref, **packed)
 
-    slot, start, low, high = v & 1, start_ref[v], low_ref[v], high_ref[v]
-    for kind, height in enumerate(t.heights):
+    def multiply(height: int) -> None:
+        x = x_ref[pl.ds(pl.multiple_of(offset_ref[v], STRIPE), height), :]
+        y = dot(x, w_ref[...], "nt" if transposed else "nn")
+        tile_ref[slot, pl.ds(0, height), :] = y.astype(tile_ref.dtype)
 
-        @pl.when(kind_ref[v] == kind)
-        def _(height=height):
-            x = x_ref[pl.ds(pl.multiple_of(base_ref[v] - block_ref[v], STRIPE), height), :]
-            y = dot(x, w_ref[...], "nt" if transposed else "nn")
-            tile_ref[slot, pl.ds(0, height), :] = y.astype(tile_ref.dtype)
+    for i, height in enumerate(t.heights):
+        pl.when(kind == i)(partial(multiply, height))
 
-    first = pl.multiple_of(start - base_ref[v], STRIPE)  # row of the first stripe in the tile
-    none, border = kind_ref[v] == len(t.heights), high & (STRIPE - 1) != 0
+    none, alone = len(t.heights), len(t.heights) + 1
 
-    @pl.when(none | (low > start) | border)
+    @pl.when(kind == alone)
     def _():
-        @pl.when(none)
+        multiply(t.heights[usual])
+        # Here, not below: addresses are then computed while rows are multiplied.
+        copies(lambda copy: copy.start(), slot, sent_ref[v + 2], start_ref[v] - base_ref[v], start_ref[v])
+
+    @pl.when(kind != alone)
+    def _():
+        start, low, high = start_ref[v], low_ref[v], high_ref[v]
+        first = pl.multiple_of(start - base_ref[v], STRIPE)  # row of the first stripe in the tile
+        whole = (high & -STRIPE) - start
+
+        @pl.when(kind == none)
         def _():
             tile_ref[slot] = jnp.zeros(tile_ref.shape[1:], tile_ref.dtype)
 
@@ -131,17 +158,13 @@ def _kernel(
             merged = jnp.where(earlier, border_ref[...].astype(F32), stripe)
             tile_ref[slot, pl.ds(first, STRIPE)] = merged.astype(tile_ref.dtype)
 
-        @pl.when(border)
+        @pl.when(high & (STRIPE - 1) != 0)
         def _():
-            whole = (high & -STRIPE) - start
             border_ref[...] = tile_ref[slot, pl.ds(pl.multiple_of(first + whole, STRIPE), STRIPE)]
 
-    copies(v, lambda copy: copy.start())
+        pl.when(whole > 0)(lambda: copies(lambda copy: copy.start(), slot, whole, first, start))
 
-    @pl.when(v == last)
-    def _():
-        def wait(v, carry):
-            copies(v, lambda copy: copy.wait())
-            return carry
-
-        lax.fori_loop(jnp.maximum(v - 1, 0), v + 1, wait, np.int32(0))
+        @pl.when(v == last)
+        def _():
+            arrived(1)
+            arrived(0)

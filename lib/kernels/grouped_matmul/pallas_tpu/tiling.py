@@ -5,6 +5,7 @@ given a matrix once for each visit, which takes it as long as some 128 rows: so 
 group if that is small. Tiles of a few heights are multiplied, each by code of its own.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,6 +33,10 @@ class Tiling:
     def rows(self) -> int:
         """The rows of a tile."""
         return self.heights[-1]
+
+    def usual(self, M: int, groups: int) -> int:
+        """The place in `heights` of what a group's share of M rows takes, or a whole tile of it."""
+        return bisect_left(self.heights[:-1], -(-M // groups))
 
 
 @dataclass(frozen=True)
