@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -430,16 +430,11 @@ def outside_bytes(hlo: str) -> int:
     Not counted: asynchronous copies and slices (-start, -done), by which XLA fetches operands into VMEM ahead
     of a kernel, beside the one that runs.
     """
-    entry = hlo[hlo.index("\nENTRY") :]
     shapes, moved = {}, 0
-    for line in entry.splitlines():
-        match = re.match(r"\s*(?:ROOT )?(%\S+) = (.*?) (\w[\w-]*)\((.*)", line)
-        if not match:
-            continue
-        name, result, op, operands = match.groups()
+    for name, result, op, operands in _entry(hlo):
         shapes[name] = _bytes(result)
         if op not in NO_TRAFFIC and not op.endswith(("-start", "-done")):
-            moved += shapes[name] + sum(shapes.get(x, 0) for x in set(re.findall(r"%[\w.-]+", operands)))
+            moved += shapes[name] + sum(shapes.get(x, 0) for x in operands)
     return moved
 
 
@@ -449,20 +444,24 @@ def hbm_bytes(hlo: str) -> int:
     Not counted: what XLA places in fast memory, S(1) in its layouts. A kernel's operand counts once, so that
     the kernel must read no block of it twice; nor is there a loop around one.
     """
-    entry = hlo[hlo.index("\nENTRY") :]
     shapes, moved = {}, 0
-    for line in entry.splitlines():
-        match = re.match(r"\s*(?:ROOT )?(%\S+) = (.*?) (\w[\w-]*)\((.*)", line)
-        if not match:
-            continue
-        name, result, op, operands = match.groups()
+    for name, result, op, operands in _entry(hlo):
         arrays = re.findall(r"\w+\[[\d,]*\](?:{[^}]*})?", result)
         shapes[name] = sum(_bytes(array) for array in arrays if "S(" not in array)
         if op == "copy-start":  # to fast memory, ahead of a kernel: (copy, original, ...)
             moved += _bytes(arrays[0])
         elif op not in NO_TRAFFIC - {"custom-call"} and not op.endswith("-done"):
-            moved += shapes[name] + sum(shapes.get(x, 0) for x in set(re.findall(r"%[\w.-]+", operands)))
+            moved += shapes[name] + sum(shapes.get(x, 0) for x in operands)
     return moved
+
+
+def _entry(hlo: str) -> Iterator[tuple[str, str, str, set[str]]]:
+    """Each operation of a program's entry: its name, its result's shape, what it is, and its operands."""
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        match = re.match(r"\s*(?:ROOT )?(%\S+) = (.*?) (\w[\w-]*)\((.*)", line)
+        if match:
+            name, result, op, operands = match.groups()
+            yield name, result, op, set(re.findall(r"%[\w.-]+", operands))
 
 
 def _bytes(shapes: str) -> int:
