@@ -144,12 +144,16 @@ def steps(module, optimizer, *units: float, parts: int = 1, **mesh: int) -> list
 
 @functools.cache
 def one_device(mixer: str, experts: bool, parts: int) -> tuple[Step, list[float]]:
-    """The step of one device, and the error that each gradient may have: 1e-5, or four times what another
-    rounding of the params does on one device, where a mixer amplifies it."""
-    module = model(mixer, "experts" if experts else "")
-    one, other = steps(module, optax.sgd(1.0), 0, 1, parts=parts)
-    pairs = zip(jax.tree.leaves(other.grads), jax.tree.leaves(one.grads), strict=True)
-    return one, [max(1e-5, 4 * error(a, b)) if np.any(b) else 0.0 for a, b in pairs]
+    """The step of one device, and the error that each gradient may have.
+
+    It is 1e-5, or four times what the worse of two other roundings of the params does on one device, where a
+    mixer amplifies it.
+    """
+    one, *others = steps(model(mixer, "experts" if experts else ""), optax.sgd(1.0), 0, 1, -1, parts=parts)
+    limits = []
+    for b, *moved in zip(*(jax.tree.leaves(step.grads) for step in (one, *others)), strict=True):
+        limits.append(max(1e-5, *(4 * error(a, b) for a in moved)) if np.any(b) else 0.0)
+    return one, limits
 
 
 @functools.cache
