@@ -1,4 +1,4 @@
-"""How often a compiled program runs its computations: the trips of loops, read off their conditions."""
+"""The visits of a compiled program to its computations: trips of loops, read off their conditions."""
 
 import math
 import operator

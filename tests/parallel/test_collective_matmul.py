@@ -11,8 +11,8 @@ from experiments.benchmarks.deviceless_tpu import has_libtpu
 @pytest.mark.skipif(not has_libtpu(), reason="libtpu is not installed (the `deviceless` extra)")
 @pytest.mark.parametrize("kind", WAYS)
 def test_messages_hide_behind_products_on_a_tpu(kind):
-    """Of a product of 350 us on each of four chips, whose input takes 250 us to arrive: by the cycles
-    of the compiler and the speed of links.
+    """A product takes 350 us on each of four chips, and its input 250 us to arrive, by the compiler's
+    cycles and the links' speed.
 
     Nothing of a gather is left for copies of our own to hide, and 7 % of a scatter; rings take a third, or a
     sixth, less time than collectives by themselves.

@@ -81,7 +81,7 @@ def test_it_goes_on_from_gptq(format):
 @pytest.mark.nan
 @pytest.mark.parametrize("format", ["int3", pytest.param("mxfp4", marks=pytest.mark.full)])
 def test_statistics_that_are_not_finite_leave_no_codes_of_the_start(format):
-    """Of two matrices, the one whose inputs are known goes on from its start; the other is NaN."""
+    """The matrix whose inputs are known goes on from its start; the other is NaN."""
     begun = jax.jit(jax.vmap(lambda w: quantize(w, format, axis=-2)))(jnp.stack([W, W]))
     unknown = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, STATISTICS)
     both = jax.tree.map(lambda *x: jnp.stack(x), STATISTICS, unknown)

@@ -54,7 +54,7 @@ def serves(call: Inputs, spec: Spec) -> bool:
     rounded = spec.activations
     if isinstance(rounded, MixedActivations) or (rounded is not None and (rounded.group_size or K) < K):
         return False
-    every = planes_of(call, spec, lambda width: STREAMS)
+    every = _planes(call, spec)
     return aligned(call, spec, every) and (len(every) == 1 or _is_sum(spec))
 
 
@@ -71,7 +71,7 @@ def aligned(call: Inputs, spec: Spec, every: list[Plane]) -> bool:
 def product(call: Inputs, spec: Spec) -> Array:
     """x W [M, N] in the accumulator's dtype."""
     x, stored = quantize_activations(call.x, spec), groups(call, spec)
-    every = planes_of(call, spec, lambda width: STREAMS)
+    every = _planes(call, spec)
     tokens = []
     for token in x.values:
         of_planes = [_plane_product(token, call.codes, spec, p, stored) for p in every]
@@ -108,6 +108,10 @@ def summed(parts: Array) -> Array:
     """The sum [1, N] of parts [n, N], as a product that waits for all of them."""
     parts = lax.optimization_barrier(parts)
     return jnp.ones((1, parts.shape[0]), parts.dtype) @ parts
+
+
+def _planes(call: Inputs, spec: Spec) -> list[Plane]:
+    return planes_of(call, spec, lambda width: STREAMS)
 
 
 def planes_of(call: Inputs, spec: Spec, rows: Callable[[int], int]) -> list[Plane]:

@@ -114,7 +114,7 @@ def test_traced_values_out_of_range_have_no_rows():
 
 
 def test_traced_sizes_whose_sum_wraps_are_seen():
-    """Of 32 bits: their groups end at the last row too, and a check of `checkify` fails."""
+    """Groups of sizes in 32 bits end at the last row too, and a check of `checkify` fails."""
     checked = checkify.checkify(jax.jit(lambda sizes: _within(sizes, 5)), errors=checkify.user_checks)
     cases = {
         (2, 0, 3, 0): [2, 0, 3, 0],
