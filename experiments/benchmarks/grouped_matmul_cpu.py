@@ -1,5 +1,7 @@
 """Products of rows with their experts on CPU, and a mixture's step against the dense one of equal FLOPs.
 
+In huge pages where Linux has them, as `experiments.train` runs: a mixture's gradients are much new memory.
+
 python -m experiments.benchmarks.grouped_matmul_cpu
 """
 
@@ -23,6 +25,7 @@ from experiments.benchmarks.interleaved import (
     with_gradient,
     worst_error,
 )
+from experiments.trainer.huge_pages import use_huge_pages
 
 RESULTS = Path(__file__).parent / "results" / "grouped_matmul_cpu.json"
 BOUND = 1e-5  # rmse over rms
@@ -166,15 +169,16 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="sizes that take a second: a rehearsal")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
     args = parser.parse_args()
+    use_huge_pages()
     scale = 16 if args.small else 1
     M, K, N = 4096 // scale, 512 // scale, 1024 // scale
     results = {}
     for E, skewed in ((8, False), (8, True), (32, True)):
         what = f"{M} rows, {E} experts of {K} x {N}, {'skewed' if skewed else 'balanced'}"
         results[what] = measure_products(M, K, N, E, skewed, args.repeats)
-    for E, k, H in ((8, 2, K), (32, 4, K // 2)):
-        what = f"a step of {M // 2} tokens, {k} of {E} gated experts of {K} x {H}"
-        results[what] = measure_step(M // 2, K, H, E, k, 4 * args.repeats)
+    for T, E, k, H in ((M // 2, 8, 2, K), (M // 2, 32, 4, K // 2), (2 * M, 32, 4, K // 2)):
+        what = f"a step of {T} tokens, {k} of {E} gated experts of {K} x {H}"
+        results[what] = measure_step(T, K, H, E, k, 4 * args.repeats)
     save(args.out, about() | {"repeats": args.repeats, "results": results})
 
 

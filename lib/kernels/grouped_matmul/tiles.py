@@ -16,7 +16,7 @@ from ..common.arguments import accumulator, known, operand_dtype, trim
 from ..common.sharding import vary_like
 from ..common.tiling import round_up
 
-STEP = 32  # rows by which tiles differ
+STEP = 16  # rows by which tiles differ
 # Most rows of a tile, by measurement: of more rows the last tiles multiply more for nothing, of fewer a
 # product is slower. A sum over rows adds a matrix for each tile.
 OF_ROWS, OF_SUMS = 384, 512
@@ -30,8 +30,9 @@ def heights(M: int, groups: int, most: int) -> tuple[int, ...]:
     """
     share = M / groups if known(M) else most
     tile = min(most, round_up(int(1.5 * share) + 1, STEP))
-    near = (0.25, 0.5, 0.75, 0.875, 1, 1.125, 1.25) if share < tile else (0.125, 0.25, 0.375, 0.5, 0.75)
-    some = (min(tile, round_up(int(part * min(share, tile)) + 1, STEP)) for part in near)
+    near = (0.5, 0.75, 0.875, 0.9375, 1, 1.0625, 1.125, 1.25)
+    parts = near if share < tile else (0.125, 0.25, 0.375, 0.5, 0.75)
+    some = (min(tile, round_up(int(part * min(share, tile)) + 1, STEP)) for part in parts)
     return tuple(sorted({*some, tile}))
 
 
