@@ -54,9 +54,10 @@ def visited(
     usual = t.usual(M, w.shape[0])
     for field, scalars in _scalars(steps, t, usual).items():
         launch.prefetch(field, scalars)
+    # The mask keeps every row: it tells the compiler that none is negative, and a division is one shift.
     rows = pl.BlockSpec(
         (pl.Element(t.rows), pl.Element(K)),
-        lambda n, v, group, block, *_: (pl.multiple_of(block[v] * STRIPE, STRIPE), 0),
+        lambda n, v, group, block, *_: ((block[v] & (2**27 - 1)) * STRIPE, 0),
     )
     launch.add("x", x, rows)
     decode = None
@@ -77,13 +78,13 @@ def _scalars(steps: Visits, t: Tiling, usual: int) -> dict[str, Array]:
     """The visits for the kernel's scalar memory.
 
     A visit that shares no stripe, is not the last, and has the usual height gets a kind behind all others.
-    `sent` counts the rows that are copied, behind two visits that copy none; `offset` the rows of a block
+    `sent` counts the stripes that are copied, behind two visits that copy none; `offset` the rows of a block
     that are before the first one multiplied.
     """
     alone = (steps.low == steps.start) & (steps.high % STRIPE == 0) & (steps.kind == usual)
     alone &= np.arange(len(steps.low)) < steps.total[0] - 1
     kind = jnp.where(alone, len(t.heights) + 1, steps.kind)
-    sent = jnp.pad((steps.high & -STRIPE) - steps.start, (2, 0))
+    sent = jnp.pad((steps.high - steps.start) // STRIPE, (2, 0))
     offset = steps.base - steps.block
     steps = steps._replace(kind=kind, block=steps.block // STRIPE)
     return steps.scalars() | {"sent": sent, "offset": offset}
@@ -98,7 +99,7 @@ def _kernel(
     n, v, last = pl.program_id(0), pl.program_id(1), pl.num_programs(1) - 1
     column = pl.multiple_of(n * t.columns, LANES)
 
-    def copies(act: Callable[[Any], None], slot: Any, rows: Any, first: Any = 0, start: Any = 0) -> None:
+    def copies(act: Callable[[Any], None], slot: Any, stripes: Any, first: Any = 0, start: Any = 0) -> None:
         """Start the copy of whole stripes from row `first` of a tile to `start`, or wait for one as long."""
 
         def copy(at: Any, rows: Any) -> None:
@@ -107,14 +108,14 @@ def _kernel(
             act(pltpu.make_async_copy(tile, there, arrived_ref.at[slot]))
 
         if interpret:  # knows copies of a fixed size alone
-            lax.fori_loop(0, rows // STRIPE, lambda i, _: copy(i * STRIPE, STRIPE), None)
+            lax.fori_loop(0, stripes, lambda i, _: copy(i * STRIPE, STRIPE), None)
         else:
-            copy(0, pl.multiple_of(rows, STRIPE))
+            copy(0, stripes * STRIPE)
 
     def arrived(before: int) -> None:
         """Wait for the copy of the visit that was so many before."""
-        rows = sent_ref[v + 2 - before]
-        pl.when(rows > 0)(lambda: copies(lambda copy: copy.wait(), (v - before) & 1, rows))
+        stripes = sent_ref[v + 2 - before]
+        pl.when(stripes > 0)(lambda: copies(lambda copy: copy.wait(), (v - before) & 1, stripes))
 
     slot, kind = v & 1, kind_ref[v]
     arrived(2)
@@ -143,9 +144,8 @@ def _kernel(
 
     @pl.when(kind != alone)
     def _():
-        start, low, high = start_ref[v], low_ref[v], high_ref[v]
+        start, low, stripes = start_ref[v], low_ref[v], sent_ref[v + 2]
         first = pl.multiple_of(start - base_ref[v], STRIPE)  # row of the first stripe in the tile
-        whole = (high & -STRIPE) - start
 
         @pl.when(kind == none)
         def _():
@@ -158,11 +158,11 @@ def _kernel(
             merged = jnp.where(earlier, border_ref[...].astype(F32), stripe)
             tile_ref[slot, pl.ds(first, STRIPE)] = merged.astype(tile_ref.dtype)
 
-        @pl.when(high & (STRIPE - 1) != 0)
+        @pl.when(high_ref[v] & (STRIPE - 1) != 0)
         def _():
-            border_ref[...] = tile_ref[slot, pl.ds(pl.multiple_of(first + whole, STRIPE), STRIPE)]
+            border_ref[...] = tile_ref[slot, pl.ds(pl.multiple_of(first + stripes * STRIPE, STRIPE), STRIPE)]
 
-        pl.when(whole > 0)(lambda: copies(lambda copy: copy.start(), slot, whole, first, start))
+        pl.when(stripes > 0)(lambda: copies(lambda copy: copy.start(), slot, stripes, first, start))
 
         @pl.when(v == last)
         def _():
