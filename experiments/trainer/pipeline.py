@@ -9,6 +9,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 import frugax
+from experiments.trainer.state import model_rngs
 
 
 def make_pipeline(
@@ -85,7 +86,7 @@ def make_pipeline(
             "targets": batch["targets"],
             "segment_ids": batch["segment_ids"],
             "weights": batch["weights"] / total_weight,
-            "key": keys,
+            "rngs": jax.vmap(model_rngs)(keys),
         }
         shared, layers = cut.split(params)
         found = frugax.parallel.pipeline_gradients(

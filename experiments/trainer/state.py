@@ -86,11 +86,9 @@ def make_train_step(
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
     def weighted_loss(params, collections, batch, total_weight, rng):
-        rngs = {"dropout": rng} | {
-            n: jax.random.fold_in(rng, i) for i, n in enumerate(("low_bit", "router"), 1)
-        }
         variables, mutable = {"params": params, **collections}, ["moe", *collections]
-        losses_BT, new = token_losses(module, variables, batch, tiles=loss_tiles, rngs=rngs, mutable=mutable)
+        how = {"tiles": loss_tiles, "rngs": model_rngs(rng), "mutable": mutable}
+        losses_BT, new = token_losses(module, variables, batch, **how)
         loss = jnp.sum(losses_BT * batch["weights"]) / total_weight
         sown = {n: x for n, x in new.items() if n not in collections}
         report = frugax.moe.load_summary(sown)
@@ -119,7 +117,7 @@ def make_train_step(
             parts = jax.tree.map(
                 lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), dict(batch)
             )
-            keys = jax.random.split(rng, accumulate)
+            keys = jax.random.split(rng, accumulate) if accumulate > 1 else rng[None]
         if pipeline is not None:
             *sums, collections = pipeline(state.params, state.collections, parts, keys, total_weight)
         elif accumulate > 1:
@@ -175,6 +173,12 @@ def make_train_step(
         return TrainState(taken, params, optimizer_state, ema, state.rng, skipped, collections), metrics
 
     return step
+
+
+def model_rngs(key: Array) -> dict[str, Array]:
+    """The keys that a model draws with in training, from that of a part of a batch."""
+    names = enumerate(("low_bit", "router"), 1)
+    return {"dropout": key} | {name: jax.random.fold_in(key, i) for i, name in names}
 
 
 def token_losses(

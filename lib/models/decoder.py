@@ -1,12 +1,13 @@
 """A causal language model assembled from data: a tuple of blocks, repeated, scanned over depth."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core.scope import LazyRng
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -141,7 +142,7 @@ class Decoder(nn.Module):
         over_depth = self.over_depth(lambda kind: kind(param_dtype=self.param_dtype, name=kind.__name__))
         gates = self._gates() if self._pre_gated else None
         over_depth, shared, announced = self.beside_layers(over_depth, gates, tokens)
-        layers = self.scanned(self.repeats, segment_states, name="layers")
+        layers = self._scanned(segment_states, name="layers")
         before = (None,) * len(self.blocks) if state is None else state.layers
         given: dict[str, Any] = {"segment_ids": segment_ids}
         given |= {} if lengths is None else {"lengths": lengths}
@@ -188,19 +189,32 @@ class Decoder(nn.Module):
         known = jnp.where(tokens < 0, self.vocab_size, tokens)  # -1 is no id, not the last one
         return place_activations(take_rows(embedding, known, self.dtype))
 
-    def scanned(self, repeats: int, segment_states: int | None = None, **module: Any) -> nn.Module:
-        """The module of `repeats` repeats of the blocks: all of them, or those of a stage."""
+    def repeat(self, **module: Any) -> nn.Module:
+        """The module of one repeat of the blocks, whose variables are slices of those of "layers"."""
+        return _Layers(*self._of_repeat(None), **module)
+
+    def repeat_rngs(self, rngs: Mapping[str, Array]) -> dict[str, LazyRng]:
+        """The keys [repeats] that each repeat draws with, where `apply` is given these `rngs`."""
+        split = {name: key for name, key in rngs.items() if STACKED["split_rngs"].get(name)}
+        return {
+            name: LazyRng.create(jax.random.split(key, self.repeats), "layers") for name, key in split.items()
+        }
+
+    def _scanned(self, segment_states: int | None, **module: Any) -> nn.Module:
         scan = nn.scan(
             _Layers,
             **STACKED,
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=repeats,
-            unroll=repeats if self.unroll else 1,
+            length=self.repeats,
+            unroll=self.repeats if self.unroll else 1,
             check_constancy_invariants=False,  # a second trace of the layers, to find nothing
         )
+        return scan(*self._of_repeat(segment_states), **module)
+
+    def _of_repeat(self, segment_states: int | None) -> tuple[Any, ...]:
         memory = (self._remat, self.offload, self.mlp_tiles)
         how = (self.dtype, self.param_dtype, self.backend, segment_states)
-        return scan(self.blocks, len(self.blocks) * self.repeats, *memory, *how, **module)
+        return (self.blocks, len(self.blocks) * self.repeats, *memory, *how)
 
     def last_norm(self, **module: Any) -> nn.Module:
         """The norm before the head."""

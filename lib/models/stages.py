@@ -39,16 +39,17 @@ def decoder_stages(
 ) -> Stages:
     """Cut a decoder into stages of consecutive repeats: the first embeds tokens, the last has norm and head.
 
-    A microbatch is a dict: "tokens" [B, T], "segment_ids" [B, T] or None, what `loss` reads, and a "key" of
-    `jax.random` if layers draw; a stage draws other numbers than the whole decoder does. Experts' balance
-    losses are part of the stages' losses, and their `frugax.moe.load_summary` is what stages report.
+    A microbatch is a dict: "tokens" [B, T], "segment_ids" [B, T] or None, what `loss` reads, and if layers
+    draw "rngs", keys by name: those that the whole decoder would be applied with, whose draws stages share.
+    Experts' balance losses are part of the stages' losses, and their `frugax.moe.load_summary` is what stages
+    report.
 
     Args:
       decoder: its params lie as always: `stages` is no part of a checkpoint.
       stages: parts of the depth, v P for v chunks on each of P devices.
       loss: (head, hidden, microbatch) -> loss, report. The head makes logits [..., vocab_size] of any part of
         hidden [B, T, width].
-      layers_as: the module of a stage's layers -> the one to apply to their params, such as
+      layers_as: the module of a repeat of the blocks -> the one to apply to its params, such as
         `frugax.quant.training.LowBit`.
 
     Returns:
@@ -94,24 +95,29 @@ def decoder_stages(
     def stage(shared, layers, carried, x, microbatch, number):
         x, logits = x
         over_depth, given, _ = beside(shared, microbatch["tokens"])
-        mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, number * n, n), over_depth)
+        of_repeats = over_depth, decoder.repeat_rngs(microbatch.get("rngs", {}))
+        mine = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, number * n, n), of_repeats)
         announced = None if logits is None else Announced(jnp.asarray(number > 0), logits)
-        rngs = {}
-        if "key" in microbatch:
-            key = jax.random.fold_in(microbatch["key"], number)
-            rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(("low_bit", "router"), 1)}
-        ((x, announced), _), new = layers_as(decoder.scanned(n, parent=None)).apply(
-            {"params": layers, **carried},
-            (x, announced),
-            (None,) * len(decoder.blocks),
-            mine,
-            {"segment_ids": microbatch["segment_ids"]},
-            None,
-            given,
-            rngs=rngs,
-            mutable=["moe", *carried],
+        one = layers_as(decoder.repeat(parent=None))
+
+        def repeat(x, of_one):
+            params, carried, (over_depth, rngs) = of_one
+            (x, _), new = one.apply(
+                {"params": params, **carried},
+                x,
+                (None,) * len(decoder.blocks),
+                over_depth,
+                {"segment_ids": microbatch["segment_ids"]},
+                None,
+                given,
+                rngs=rngs,
+                mutable=["moe", *carried],
+            )
+            return x, ({"moe": new.get("moe", {})}, {name: new[name] for name in carried})
+
+        (x, announced), (sown, carried) = jax.lax.scan(
+            repeat, (x, announced), (layers, carried, mine), unroll=n if decoder.unroll else 1
         )
-        sown, carried = {"moe": new.get("moe", {})}, {name: new[name] for name in carried}
         report = jax.tree.map(lambda mean: mean / stages, load_summary(sown))
         return (x, None if announced is None else announced.logits), total_loss(sown), report, carried
 

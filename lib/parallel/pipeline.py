@@ -74,9 +74,9 @@ def pipeline_gradients(
         stage number c P + r is chunk c of rank r. Placed over `axis_name` in their order, they need no
         message to get there where v is 1; else each step moves them, and their gradients, once.
       microbatches: trees of arrays, M in front, the same on every rank.
-      carried: what layers carry from microbatch to microbatch, such as biases of routers: a tree with L in
-        front, as `layers`. It gets no gradient. A device keeps it M + 1 times, since a backward pass reads
-        what its forward pass read. None: nothing.
+      carried: what layers carry from microbatch to microbatch, in the order of the schedule's forward passes,
+        such as biases of routers: a tree with L in front, as `layers`. It gets no gradient. A backward pass
+        reads what its forward pass read, which a device keeps for the microbatches in flight. None: nothing.
       schedule: from `pipeline_schedule`, or your own in its form.
       mesh: has `axis_name`, with a device for each row of the schedule; None: that of `jax.set_mesh`.
 
@@ -147,8 +147,9 @@ def pipeline_gradients(
 def _run(first, stage, last, slots, P, v, axis_name, shared, layers, carried, microbatches) -> Pipelined:
     """The program of one rank: layers and what they carry [v, 1, n, ...] are its own."""
     rank = jax.lax.axis_index(axis_name)
+    ring = [(i, (i + 1) % P) for i in range(P)] if v > 1 else [(i, i + 1) for i in range(P - 1)]
+    back = [(j, i) for i, j in ring]
     layers, carried = jax.tree.map(lambda x: x.squeeze(1), (layers, carried))
-    M = len(jax.tree.leaves(microbatches)[0])
     shapes = jax.eval_shape(first, shared, _at(microbatches, 0))
     _, loss, of_stage, _ = jax.eval_shape(
         stage, shared, _at(layers, 0), _at(carried, 0), shapes, _at(microbatches, 0), rank
@@ -164,22 +165,22 @@ def _run(first, stage, last, slots, P, v, axis_name, shared, layers, carried, mi
         x = _at(inputs, task.reads)
         return microbatch, number, mine, _where(number == 0, first(shared, microbatch), x)
 
-    def before(task):
-        """The place of what the stage's layers carry to the microbatch; that after it is the next."""
-        return task.chunk * (M + 1) + task.microbatch
-
-    def forward(task, inputs, carried):
+    def forward(task, inputs, carried, kept):
         microbatch, number, mine, x = read(task, inputs)
-        x, _, _, after = stage(shared, mine, _at(carried, before(task)), x, microbatch, number)
-        return x, _keep(carried, after, jnp.where(task.active, before(task) + 1, -1))
+        before = _at(carried, task.chunk)
+        x, _, _, after = stage(shared, mine, before, x, microbatch, number)
+        inputs = _keep(inputs, jax.lax.ppermute(x, axis_name, ring), task.writes)
+        carried = _keep(carried, after, jnp.where(task.active, task.chunk, -1))
+        return inputs, carried, _keep(kept, before, task.carried)
 
-    def backward(task, any_first, any_last, inputs, carried, gradients, sums):
+    def backward(task, any_first, any_last, inputs, kept, gradients, sums):
         microbatch, number, mine, x = read(task, inputs)
+        before = _at(kept, task.carried)
         is_first, is_last = task.active & (number == 0), task.active & (number == P * v - 1)
         of_shared, of_layers = sums.gradients
 
         def own(shared, mine, x):
-            y, loss, report, _ = stage(shared, mine, _at(carried, before(task)), x, microbatch, number)
+            y, loss, report, _ = stage(shared, mine, before, x, microbatch, number)
             return (y, jnp.asarray(loss, wide)), report
 
         def from_loss(total, dy):
@@ -210,53 +211,44 @@ def _run(first, stage, last, slots, P, v, axis_name, shared, layers, carried, mi
         of_layers = jax.tree.map(
             lambda total, g: total.at[chunk].add(g.astype(total.dtype)), of_layers, d_layers
         )
-        return dx, Pipelined(
+        sums = Pipelined(
             sums.loss + loss + loss_last,
             _add(sums.of_stages, report),
             _add(sums.of_last, report_last),
             (of_shared, of_layers),
             None,
         )
-
-    ring = [(i, (i + 1) % P) for i in range(P)] if v > 1 else [(i, i + 1) for i in range(P - 1)]
-    back = [(j, i) for i, j in ring]
+        return _keep(gradients, jax.lax.ppermute(dx, axis_name, back), task.writes), sums
 
     def slot(carry, tables):
-        inputs, carried, gradients, sums = carry
+        inputs, carried, kept, gradients, sums = carry
         ahead, behind, any_ahead, any_behind, any_first, any_last = tables
+        unchanged = lambda *arrays: arrays  # noqa: E731
+        go_ahead = functools.partial(forward, ahead)
+        inputs, carried, kept = jax.lax.cond(any_ahead, go_ahead, unchanged, inputs, carried, kept)
+        go_back = functools.partial(backward, behind, any_first, any_last, inputs, kept)
+        gradients, sums = jax.lax.cond(any_behind, go_back, unchanged, gradients, sums)
+        return (inputs, carried, kept, gradients, sums), None
 
-        def go_ahead(inputs, carried):
-            x, carried = forward(ahead, inputs, carried)
-            return _keep(inputs, jax.lax.ppermute(x, axis_name, ring), ahead.writes), carried
-
-        inputs, carried = jax.lax.cond(any_ahead, go_ahead, lambda *same: same, inputs, carried)
-
-        def go_back(gradients, sums):
-            dx, sums = backward(behind, any_first, any_last, inputs, carried, gradients, sums)
-            return _keep(gradients, jax.lax.ppermute(dx, axis_name, back), behind.writes), sums
-
-        gradients, sums = jax.lax.cond(any_behind, go_back, lambda *same: same, gradients, sums)
-        return (inputs, carried, gradients, sums), None
-
-    def places(count):
-        return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), shapes)
+    def places(count, like):
+        return jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), like)
 
     widened = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), (shared, layers)
     )
     sums = Pipelined(jnp.zeros((), wide), _zeros(of_stage), _zeros(of_last), widened, None)
     f, b = slots.forward, slots.backward
-    mine = jax.tree.map(lambda table: jnp.asarray(table)[:, rank], (f, b))
+    tables = jax.tree.map(lambda table: jnp.asarray(table)[:, rank], (f, b))
     is_first = b.active[:, 0] & (b.chunk[:, 0] == 0)
     is_last = b.active[:, -1] & (b.chunk[:, -1] == v - 1)
     # The same on every device, so that all take the same branch.
     common = tuple(jnp.asarray(x) for x in (f.active.any(1), b.active.any(1), is_first, is_last))
-    every = jax.tree.map(lambda x: jnp.repeat(x, M + 1, axis=0), carried)
-    begin = places(slots.places), every, places(slots.gradient_places), sums
-    (_, every, _, sums), _ = jax.lax.scan(slot, begin, (*mine, *common))
-    carried = jax.tree.map(lambda x: x[M :: M + 1, None], every)
+    kept = places(slots.carried_places, _at(carried, 0))  # what passes in flight read of it
+    begin = places(slots.places, shapes), carried, kept, places(slots.gradient_places, shapes), sums
+    (_, carried, _, _, sums), _ = jax.lax.scan(slot, begin, (*tables, *common))
     of_shared, of_layers = sums.gradients
-    of_layers = jax.tree.map(lambda x: x[:, None], of_layers)  # they stay; the rest is added up over ranks
+    # These stay; the rest is added up over ranks.
+    of_layers, carried = jax.tree.map(lambda x: x[:, None], (of_layers, carried))
     whole = jax.lax.psum((sums.loss, sums.of_stages, sums.of_last, of_shared), axis_name)
     return Pipelined(whole[0], whole[1], whole[2], (whole[3], of_layers), carried)
 

@@ -16,6 +16,8 @@ class Passes(NamedTuple):
       chunk, microbatch: of the pass.
       reads: the place of the stage's input; the first stage has none and embeds its microbatch again.
       reads_gradient: the place of the gradient that a backward pass goes on from.
+      carried: the place of what the stage's layers carried into the forward pass, which puts it there for
+        the backward pass to read; -1: no such pass.
       writes: the place for the message that comes after the pass; -1: none comes.
     """
 
@@ -24,6 +26,7 @@ class Passes(NamedTuple):
     microbatch: Any
     reads: Any
     reads_gradient: Any
+    carried: Any
     writes: Any
 
 
@@ -35,7 +38,8 @@ class Slots(NamedTuple):
 
     Attributes:
       forward, backward: tables of the passes.
-      places, gradient_places: how many a device needs for stage inputs, and for gradients.
+      places, gradient_places, carried_places: how many a device needs for stage inputs, for gradients, and
+        for what layers carry.
 
     Example:
         >>> import frugax
@@ -50,6 +54,7 @@ class Slots(NamedTuple):
     backward: Passes
     places: int
     gradient_places: int
+    carried_places: int
 
 
 def pipeline_slots(schedule: Sequence[Sequence[Task]]) -> Slots:
@@ -75,32 +80,51 @@ def pipeline_slots(schedule: Sequence[Sequence[Task]]) -> Slots:
     when = _times(schedule, P, v)
     shape = (1 + max(when.values()) // 2, P)
     tables = {direction: _no_passes(shape) for direction in ("forward", "backward")}
-    waits: list[tuple[int, int, int, Task]] = []  # a message's arrival, last reading, rank and task
+    # What waits on a device until a task reads it for the last time: since when, till when, where, for which.
+    inputs, gradients, carried = ([] for _ in range(3))
     for (rank, task), time in when.items():
         table, at = tables[task.direction], (time // 2, rank)
         table.active[at], table.chunk[at], table.microbatch[at] = True, task.chunk, task.microbatch
         before = task_before(rank, task, P, v)
-        if before is None or before == (rank, task._replace(direction="forward")):
-            continue  # the first stage's forward pass and the last one's backward pass get no message
-        until = time if task.direction == "backward" else when[rank, task._replace(direction="backward")]
-        waits.append((when[before], until, rank, task))
-
-    free: dict[tuple[str, int], list[int]] = {}  # for each place the time of its last reading
-    for arrives, until, rank, task in sorted(waits, key=lambda wait: wait[:3]):
-        times = free.setdefault((task.direction, rank), [])
-        place = next((i for i, time in enumerate(times) if time <= arrives), len(times))
-        times[place : place + 1] = [until]
-        tables[task.direction].writes[arrives // 2, rank] = place
+        # Nobody sends the first stage an input, nor the last one a gradient.
         if task.direction == "forward":
-            tables["forward"].reads[when[rank, task] // 2, rank] = place
-            tables["backward"].reads[until // 2, rank] = place
-        else:
-            tables["backward"].reads_gradient[until // 2, rank] = place
-    most = {
-        direction: max([1, *(len(times) for (of, _), times in free.items() if of == direction)])
-        for direction in tables
-    }
-    return Slots(tables["forward"], tables["backward"], most["forward"], most["backward"])
+            until = when[rank, task._replace(direction="backward")]
+            carried.append(_Wait(time, until, rank, task))
+            if before is not None:
+                inputs.append(_Wait(when[before], until, rank, task))
+        elif before is not None and before != (rank, task._replace(direction="forward")):
+            gradients.append(_Wait(when[before], time, rank, task))
+
+    f, b = tables["forward"], tables["backward"]
+    for wait, place in (inputs_at := _places(inputs)).items():
+        slot = when[wait.rank, wait.task] // 2
+        f.writes[wait.since // 2, wait.rank] = f.reads[slot, wait.rank] = place
+        b.reads[wait.until // 2, wait.rank] = place
+    for wait, place in (gradients_at := _places(gradients)).items():
+        b.writes[wait.since // 2, wait.rank] = b.reads_gradient[wait.until // 2, wait.rank] = place
+    for wait, place in (carried_at := _places(carried)).items():
+        f.carried[wait.since // 2, wait.rank] = b.carried[wait.until // 2, wait.rank] = place
+    return Slots(f, b, *(1 + max(at.values(), default=0) for at in (inputs_at, gradients_at, carried_at)))
+
+
+class _Wait(NamedTuple):
+    """A message that a device keeps for a task, from its arrival to its last reading, in half slots."""
+
+    since: int
+    until: int
+    rank: int
+    task: Task
+
+
+def _places(waits: Sequence[_Wait]) -> dict[_Wait, int]:
+    """The first place of its rank that is free when a message arrives, for each."""
+    places: dict[_Wait, int] = {}
+    free: dict[int, list[int]] = {}  # when each place of a rank was read for the last time
+    for wait in sorted(waits):
+        times = free.setdefault(wait.rank, [])
+        places[wait] = next((i for i, time in enumerate(times) if time <= wait.since), len(times))
+        times[places[wait] : places[wait] + 1] = [wait.until]
+    return places
 
 
 def _times(schedule: Sequence[Sequence[Task]], P: int, v: int) -> dict[tuple[int, Task], int]:
@@ -127,5 +151,5 @@ def _times(schedule: Sequence[Sequence[Task]], P: int, v: int) -> dict[tuple[int
 
 def _no_passes(shape: tuple[int, int]) -> Passes:
     chunk, microbatch, reads, reads_gradient = (np.zeros(shape, np.int32) for _ in range(4))
-    active, writes = np.zeros(shape, bool), np.full(shape, -1, np.int32)
-    return Passes(active, chunk, microbatch, reads, reads_gradient, writes)
+    carried, writes = (np.full(shape, -1, np.int32) for _ in range(2))
+    return Passes(np.zeros(shape, bool), chunk, microbatch, reads, reads_gradient, carried, writes)
