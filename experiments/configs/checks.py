@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from frugax.memory import POLICIES
+from frugax.parallel.activations import TENSOR_MESSAGES
 
 
 class Field(NamedTuple):
@@ -93,6 +94,7 @@ TRAINING = {
     },
     "mesh.pipeline": integer(1),
     "pipeline.chunks": integer(1),
+    "mesh.tensor_messages": one_of(*TENSOR_MESSAGES),
     "mesh.zero": one_of(0, 1, 2, 3),
     "distributed.enabled": SWITCH,
     "distributed.coordinator": TEXT,

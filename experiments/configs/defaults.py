@@ -27,6 +27,7 @@ def defaults() -> ConfigDict:
     config.mesh.sequence = 1  # the tokens of a row, for rows of many; see docs/how-to/parallel.md
     config.mesh.pipeline = 1  # stages of layers; the parts that `accumulate` makes go through one by one
     config.mesh.tensor = 1  # each matrix
+    config.mesh.tensor_messages = "sums"  # or "rings", in pieces beside products: see docs/how-to/parallel.md
     config.mesh.zero = 3  # over fsdp: 1 the optimizer's state, 2 gradients too, 3 params too; 0 nothing
 
     config.pipeline = ConfigDict()
@@ -122,5 +123,5 @@ def shrink(config: ConfigDict) -> None:
     config.evaluation.sequence_length = 128
     config.evaluation.max_bytes = 4096
     config.sample.tokens = 40
-    for axis in config.mesh:
-        config.mesh[axis] = {"data": -1, "zero": config.mesh.zero}.get(axis, 1)
+    sizes = [name for name in config.mesh if name not in ("zero", "tensor_messages")]
+    config.mesh.update(dict.fromkeys(sizes, 1) | {"data": -1})

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from experiments.trainer.state import TrainState
-from frugax.parallel import AXES, BATCH_AXES, make_mesh, shardings, state_shardings
+from frugax.parallel import AXES, BATCH_AXES, make_mesh, shardings, state_shardings, tensor_messages
 
 AXIS = "data"  # of pmap
 COPIES = ("slice", "data")  # of a mesh: devices that share the rows of a batch and nothing else
@@ -69,7 +69,8 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
             f"mesh.sequence={mesh.shape['sequence']}"
         )
     if config.parallel == "jit":
-        return _jit_over_mesh(mesh, config.mesh.zero, config.batch_size, joined=_joins(config, mesh))
+        how = {"joined": _joins(config, mesh), "messages": config.mesh.tensor_messages}
+        return _jit_over_mesh(mesh, config.mesh.zero, config.batch_size, **how)
     if config.parallel == "pmap":
         if jax.process_count() > 1:
             raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
@@ -94,7 +95,9 @@ def _joins(config: ConfigDict, mesh: jax.sharding.Mesh) -> bool:
     return several and copies and apart
 
 
-def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int, *, joined: bool) -> Layout:
+def _jit_over_mesh(
+    mesh: jax.sharding.Mesh, zero: int, batch_size: int, *, joined: bool, messages: str
+) -> Layout:
     everywhere = NamedSharding(mesh, PartitionSpec())
     by_row = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     by_row_and_time = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
@@ -126,7 +129,7 @@ def _jit_over_mesh(mesh: jax.sharding.Mesh, zero: int, batch_size: int, *, joine
                 out_specs=PartitionSpec(),
                 check_vma=False,
             )
-        with jax.set_mesh(mesh):  # where a layer names the axis of its experts
+        with jax.set_mesh(mesh), tensor_messages(messages):  # layers find their axes by themselves
             return jax.jit(step, donate_argnums=0, out_shardings=out).lower(state, batch).compile(options)
 
     # Not a part by this process's number: devices of several may share rows, or lie in another order.

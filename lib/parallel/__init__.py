@@ -1,6 +1,6 @@
 """One model over many devices: the mesh, the places of arrays on it, and what needs more than a place."""
 
-from .activations import place_activations
+from .activations import place_activations, tensor_messages
 from .attention import ring_attention, ring_self_attention, ulysses_attention
 from .axes import logical_axes
 from .collective_matmul import all_gather_matmul, matmul_reduce_scatter, overlapped_seconds
@@ -55,6 +55,7 @@ __all__ = [
     "ssd",
     "state_shardings",
     "table",
+    "tensor_messages",
     "trapezoidal_ssd",
     "ulysses_attention",
 ]

@@ -6,6 +6,7 @@ import math
 import jax
 import pytest
 
+import frugax
 from experiments.benchmarks.pods import PODS, config_of
 from experiments.configs.checks import check_config
 from experiments.plan import plan_config
@@ -39,7 +40,7 @@ def test_a_config_is_as_large_as_its_name_says_and_fits_its_mesh(name):
     for billions, size in zip(PARAMS[name], (whole, met), strict=True):
         assert abs(size / 1e9 / billions - 1) < 0.13, size
     chips = math.prod(map(int, PODS[name].partition(":")[2].split("x")))
-    assert math.prod(n for axis, n in config.mesh.items() if axis != "zero") == chips
+    assert math.prod(config.mesh[axis] for axis in frugax.parallel.AXES) == chips
 
 
 @pytest.mark.full

@@ -65,5 +65,5 @@ def compile_step(
     batch = {name: jax.ShapeDtypeStruct((rows, time), kind) for name, kind in kinds.items()}
     step = make_train_step(module, optimizer, accumulate=1, ema_decay=0.0, place_grads=layout.place_grads)
     program = layout.compile(step, state, layout.abstract_batch(batch))
-    sizes = dict.fromkeys(frugax.parallel.AXES, 1) | {k: v for k, v in mesh.items() if k != "zero"}
+    sizes = {name: mesh.get(name, 1) for name in frugax.parallel.AXES}
     return Compiled(program, state, collectives(program.as_text(), sizes))

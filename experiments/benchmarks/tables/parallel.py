@@ -1,6 +1,10 @@
 """Tables of docs/how-to/parallel.md."""
 
+from typing import Any
+
 from ..markdown import plain_caption, read, table
+
+MESSAGES = ("sums", "rings")
 
 
 def collective_matmul() -> str:
@@ -15,3 +19,20 @@ def collective_matmul() -> str:
     for kind in ("gather", "scatter"):
         head += [f"{kind}: whole, us", "in pieces", "of which it waits"]
     return f"{result['dtype']}; compiled on: {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def tensor_messages() -> str:
+    """Tabulate predicted steps by what devices along "tensor" send, those of a case in one row."""
+    cases: dict[tuple[str, str], dict[str, Any]] = {}
+    for r in read("tensor_messages_tpu")["rows"]:
+        cases.setdefault((r["slice"], r["mixer"]), {})[r["messages"]] = r
+    rows = []
+    for (where, mixer), by in cases.items():
+        row = [where, f"`{mixer}`"]
+        for key, digits in (("step_ms", 1), ("exposed_ms", 1), ("gib", 2)):
+            row.append(" / ".join(f"{by[way][key]:.{digits}f}" if way in by else "-" for way in MESSAGES))
+        rows.append(row)
+    ways = " / ".join(MESSAGES)
+    head = ["chips", "mixer", f"step, ms: {ways}", "of which it waits, ms", "GiB a chip"]
+    first = next(iter(cases.values()))
+    return f"Compiled on: {plain_caption(next(iter(first.values())))}\n\n{table(head, rows)}"

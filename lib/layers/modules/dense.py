@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 from ...formats import Format, QuantizedTensor, format_named, quantize
 from ...kernels import MixedActivations, quantized_matmul
 from ...kernels.common.operation import Backend
-from ...parallel.activations import automatic_axes
+from ...parallel.activations import automatic_axes, tensor_rings
+from ...parallel.overlap import ring_products
 from .bit_linear import BitLinear
 from .inputs import beside
 from .packed import matrix_param
@@ -67,10 +68,15 @@ class Dense(nn.Module):
             return y if self.parts is None else split_columns(y, self.parts)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         shares = automatic_axes().get("tensor", 1)
-        if self.parts is not None and shares > 1 and self.dot_general_cls is None:
-            ys = _products(x, split_columns(kernel, self.parts), shares)
-            biases = [] if bias is None else split_columns(bias, self.parts)
-            return [y + beside(b, y) for y, b in zip(ys, biases, strict=True)] if biases else ys
+        if shares > 1 and self.dot_general_cls is None:
+            matrices = [kernel] if self.parts is None else split_columns(kernel, self.parts)
+            ys = ring_products(x, matrices, "/".join((*self.path, "kernel"))) if tensor_rings() else None
+            if ys is None and self.parts is not None:
+                ys = _products(x, matrices, shares)
+            if ys is not None:
+                biases = [] if bias is None else split_columns(bias, [w.shape[1] for w in matrices])
+                ys = [y + beside(b, y) for y, b in zip(ys, biases, strict=True)] if biases else ys
+                return ys[0] if self.parts is None else ys
         if self.dot_general_cls is None:
             y = jnp.dot(x, kernel)
         else:
