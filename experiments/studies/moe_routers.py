@@ -37,6 +37,9 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "moe_routers.js
 STEPS, RATE, SEEDS, EXPERTS, K = 300, 4e-3, 3, 8, 2
 CAPACITY = 1.25  # times the mean load
 CHUNK = 8  # tokens that BlockFFN's kernels read together
+# BlockFFN's factors in its authors' code, of losses averaged over layers and in nats. They wait 1,000 of at
+# least 10,000 steps and compare every 100; here it is a fifth of the steps, and every tenth.
+LOCALITY, SPARSITY = 2e-3, frugax.moe.AdaptiveFactor(5e-2, stable=STEPS // 5, interval=10)
 # Thirty-two small experts without gates, together nine tenths of the params of eight GLUs of 0.75.
 BLOCKFFN: dict[str, Any] = dict(
     router="relu_route", experts=32, k=1, expand=0.25, expert="MLP", activation="silu", dispatch="dense"
@@ -45,11 +48,12 @@ BLOCKFFN: dict[str, Any] = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A channel mixer by its arguments, and further fields of its block."""
+    """A channel mixer by its arguments, further fields of its block, and what follows BlockFFN's loss."""
 
     channel: str
     args: dict[str, Any]
     block: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedule: frugax.moe.AdaptiveFactor | None = None
 
 
 def moe(block: dict[str, Any] | None = None, **args: Any) -> Contender:
@@ -73,6 +77,9 @@ CONTENDERS: dict[str, Contender] = {
     "pre-gated": moe({"router_reads": "previous"}),
     "BlockFFN": moe(**BLOCKFFN),
     "BlockFFN, no losses": moe(**BLOCKFFN, loss_weights={"activation_locality": 0.0, "chunk_sparsity": 0.0}),
+    "BlockFFN, adaptive factor": Contender(
+        "MoE", {**BLOCKFFN, "router_args": {"chunk": 64}}, schedule=SPARSITY
+    ),
     "MoTE: shared, ternary experts": moe(shared_expand=0.75, ternary=True, k=1),
     "shared and one expert in full precision": Contender("GLU", {"expand": 1.5}),
 }
@@ -89,24 +96,38 @@ def bits(logits: Any, rows: Any) -> Any:
     return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean() / math.log(2)
 
 
-def train(module: Any, steps: int) -> Any:
+def train(module: Any, steps: int, adaptive: frugax.moe.AdaptiveFactor | None = None) -> Any:
     """Make (seed, rows [steps, ...], held_out) -> variables after the steps, held-out bits a byte."""
     schedule = optax.warmup_cosine_decay_schedule(0, RATE, max(steps // 10, 1), steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1))
+    layers = module.repeats * len(module.blocks)
 
-    def loss(params, state, rows, key):
+    def auxiliary(sown, factor):
+        """The losses to add, and of BlockFFN's the one that the factor follows."""
+        if adaptive is None:
+            return frugax.moe.total_loss(sown), jnp.zeros(())
+        factors = {"chunk_sparsity": factor, "activation_locality": LOCALITY}
+        weights = {name: x / layers / math.log(2) for name, x in factors.items()}
+        followed = frugax.moe.total_loss(sown, {"chunk_sparsity": 1 / layers})
+        return frugax.moe.total_loss(sown, weights), jax.lax.stop_gradient(followed)
+
+    def loss(params, state, rows, key, factor):
         (logits, _), sown = module.apply(
             {"params": params} | state, rows[:, :-1], rngs={"router": key}, mutable=["moe", "router_state"]
         )
         moved = {name: value for name, value in sown.items() if name == "router_state"}
-        return bits(logits, rows) + frugax.moe.total_loss(sown), moved
+        added, followed = auxiliary(sown, factor)
+        return bits(logits, rows) + added, (moved, followed)
 
     def step(carry, given):
-        params, state, moments = carry
+        params, state, moments, factor = carry
         rows, key = given
-        grads, state = jax.grad(loss, has_aux=True)(params, state, rows.astype(jnp.int32), key)
+        gradient = jax.grad(loss, has_aux=True)
+        of_step = factor.factor if adaptive else None
+        grads, (state, followed) = gradient(params, state, rows.astype(jnp.int32), key, of_step)
+        factor = adaptive.update(factor, followed) if adaptive else None
         updates, moments = optimizer.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), state, moments), None
+        return (optax.apply_updates(params, updates), state, moments, factor), None
 
     def run(seed, rows, held_out):
         held_out = held_out.astype(jnp.int32)
@@ -114,8 +135,9 @@ def train(module: Any, steps: int) -> Any:
         variables = dict(module.init(rngs, held_out[:1, :-1]))
         state = {name: value for name, value in variables.items() if name == "router_state"}
         carry = variables["params"], state, optimizer.init(variables["params"])
+        carry += (adaptive.init() if adaptive else None,)
         keys = jax.random.split(jax.random.key(100 + seed), steps)
-        (params, state, _), _ = jax.lax.scan(step, carry, (rows, keys))
+        (params, state, *_), _ = jax.lax.scan(step, carry, (rows, keys))
         variables = {"params": params} | state
         return variables, bits(module.apply(variables, held_out[:, :-1])[0], held_out)
 
@@ -162,7 +184,7 @@ def run(
     """Held-out bits a byte of each seed, and what the first seed's routers do."""
     module = build(contender)
     rows = np.stack([batches(data, seed, steps) for seed in range(seeds)])
-    together = jax.jit(jax.vmap(train(module, steps), in_axes=(0, 0, None)))
+    together = jax.jit(jax.vmap(train(module, steps, contender.schedule), in_axes=(0, 0, None)))
     variables, reached = together(jnp.arange(seeds), rows, held_out)
     first = jax.tree.map(lambda x: x[0], variables)
     row: dict[str, Any] = {

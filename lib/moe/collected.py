@@ -8,21 +8,35 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def total_loss(collection: Mapping[str, Any]) -> Array:
+def total_loss(collection: Mapping[str, Any], weights: Mapping[str, float | Array] | None = None) -> Array:
     """Add up the auxiliary losses of all layers: what training adds to its loss.
 
     Args:
       collection: "moe", or the variables that have it, as `apply(..., mutable=["moe"])` returns them.
+      weights: factors of losses by name, in place of the layers' `loss_weights`: they may change from step to
+        step, as those of an `AdaptiveFactor` do. A loss without a factor is not
+        added, and of a layer that was called several times only the last call is.
 
     Returns:
       A scalar; 0 without such layers.
+
+    Raises:
+      ValueError: no layer has a loss of that name.
 
     Example:
         >>> import frugax, jax.numpy as jnp
         >>> float(frugax.moe.total_loss({"layer": {"loss": jnp.array([0.5, 0.25])}}))  # of two, in a scan
         0.75
     """
-    return sum((jnp.sum(value) for value in _find(collection, "loss")), jnp.zeros(()))
+    if weights is None:
+        return sum((jnp.sum(value) for value in _find(collection, "loss")), jnp.zeros(()))
+    losses = [x["losses"] for x in _find(collection, "statistics")]
+    for name in weights:
+        if losses and not any(name in x for x in losses):
+            there_are = ", ".join(sorted({name for x in losses for name in x})) or "none"
+            raise ValueError(f"weights: got {name!r}; expected losses of the layers: {there_are}")
+    terms = (w * jnp.sum(x[name]) for x in losses for name, w in weights.items() if name in x)
+    return sum(terms, jnp.zeros(()))
 
 
 def load_summary(collection: Mapping[str, Any]) -> dict[str, Array]:

@@ -1,7 +1,6 @@
 """The way of tokens to their experts and back, three ways with the same result where nothing is dropped."""
 
 import dataclasses
-import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -10,8 +9,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, Key
 
-from .routers import SoftRouting
-from .routing import Routing
+from .routing import Routing, tokens_an_expert
+from .soft import SoftRouting
 
 Method = Literal["sort", "gather", "einsum"]
 
@@ -247,8 +246,7 @@ def places(routing: Routing, key: Key[Array, ""] | None = None) -> Int[Array, "n
 def _capacity(capacity: int | float | None, tokens: int, routing: Routing) -> int:
     if capacity is None:
         return tokens
-    mean = routing.indices.size / routing.experts
-    count = math.ceil(capacity * mean) if isinstance(capacity, float) else capacity
+    count = tokens_an_expert(capacity, routing.indices.size / routing.experts)
     if count < 1:
         raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected at least 1")
     return min(count, tokens)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
+from .routing import masked_mean
 from .upcycling import check_feed_forward
 
 Subsets = Bool[np.ndarray, "e h"] | Bool[Array, "e h"]
@@ -105,19 +106,19 @@ def activation_overlap(
     *,
     levels: Sequence[float] = (0.2, 0.4, 0.6, 0.8, 1.0),
 ) -> Float[Array, "... e"]:
-    """Measure how many of each token's strongest neurons an expert has.
+    """Measure how many of each token's strongest neurons an expert has of its own.
 
-    For each level, a token's strongest neurons are as many as that share of the first subset's; the result is
-    the mean over levels of the share of them that the subset holds. Its largest expert is the label that a
-    router outside of the model is trained for, and a softmax of it the soft label.
+    An expert's own neurons are those that not every expert has; N is how many the first one has. For each
+    level, a token's strongest neurons are level * N, and the result is the mean over levels of how many of
+    them are the expert's own, over N. `router_distillation` makes labels of it.
 
     Args:
-      activations: of each token's neurons, the inputs of the matrix "out".
-      subsets: which neurons each of E experts has.
+      activations: of each token's neurons, the inputs of the matrix "out" in the dense model.
+      subsets: which neurons each of E experts has; shared ones among them or not.
       levels: of the number of neurons of an expert.
 
     Raises:
-      ValueError: subsets have other neurons than activations.
+      ValueError: subsets have other neurons than activations, or the first has none of its own.
 
     Source: the code of Cai et al. 2024, Read-ME (arXiv 2410.19123), which compares signed activations.
 
@@ -126,17 +127,67 @@ def activation_overlap(
         >>> subsets = np.array([[True, True, False, False], [False, False, True, True]])
         >>> activations = jnp.array([[3.0, 1.0, 2.0, 0.0]])
         >>> frugax.moe.activation_overlap(activations, subsets, levels=(0.5, 1.0)).tolist()
-        [[0.75, 0.25]]
+        [[0.5, 0.25]]
     """
-    chosen = np.asarray(subsets)
+    chosen = np.asarray(subsets, bool)
     if chosen.ndim != 2 or activations.shape[-1] != chosen.shape[1]:
         got = f"{list(chosen.shape)} for activations {list(activations.shape)}"
         raise ValueError(f"subsets: got {got}; expected [experts, neurons]")
-    size = int(chosen[0].sum())
+    own = chosen & ~(chosen.all(0) & (len(chosen) > 1))
+    size = int(own[0].sum())
+    if size < 1:
+        raise ValueError("subsets: got a first expert without neurons of its own; expected one at least")
     counts = [max(1, int(level * size)) for level in levels]
     order = jax.lax.top_k(activations, max(counts))[1]
-    held = jnp.take(jnp.asarray(chosen.T, jnp.float32), order, 0)  # [..., strongest, E]
-    return jnp.mean(jnp.stack([jnp.mean(held[..., :n, :], -2) for n in counts]), 0)
+    held = jnp.take(jnp.asarray(own.T, jnp.float32), order, 0)  # [..., strongest, E]
+    return jnp.mean(jnp.stack([jnp.sum(held[..., :n, :], -2) for n in counts]), 0) / size
+
+
+def router_distillation(
+    logits: Float[Array, "*t e"],
+    overlap: Float[Array, "*layers_and_t e"],
+    mask: Bool[Array, "*t"] | None = None,
+) -> Float[Array, ""]:
+    """Cross entropy of a router outside of the model with labels from the neurons that tokens activate.
+
+    A token's target is 3/4 its expert of the largest overlap, smoothed by a half, and 1/4 a softmax of 50/3
+    times its overlaps. No gradient reaches the overlaps.
+
+    The authors train in rounds: the router by this loss for the dense model, then the model by its own loss
+    with each token masked to the neurons of the router's first choice, then the router anew.
+
+    Args:
+      logits: of `frugax.layers.DecoupledRouter`, one choice for all layers.
+      overlap: from `activation_overlap`, of one layer or of several in front.
+      mask: tokens that count; None: all.
+
+    Returns:
+      The mean over tokens and layers, in float32.
+
+    Raises:
+      ValueError: overlap has not the shape of logits behind its layers, or mask is not of the tokens.
+
+    Source: the code of Cai et al. 2024, Read-ME (arXiv 2410.19123), which adds layers up.
+
+    Example:
+        >>> import frugax, jax.numpy as jnp
+        >>> overlap = jnp.array([[0.5, 0.25]])
+        >>> right, wrong = jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 2.0]])
+        >>> [round(float(frugax.moe.router_distillation(x, overlap)), 3) for x in (right, wrong)]
+        [0.51, 1.744]
+    """
+    if overlap.ndim < logits.ndim or overlap.shape[overlap.ndim - logits.ndim :] != logits.shape:
+        expected = ", ".join(map(str, logits.shape))
+        raise ValueError(f"overlap: got {list(overlap.shape)}; expected [..., {expected}], as logits")
+    if mask is not None and mask.shape != logits.shape[:-1]:
+        raise ValueError(f"mask: got {list(mask.shape)}; expected {[*logits.shape[:-1]]}, as logits")
+    E = logits.shape[-1]
+    overlap = jax.lax.stop_gradient(overlap.astype(jnp.float32))
+    label = 0.5 * jax.nn.one_hot(jnp.argmax(overlap, -1), E) + 0.5 / E
+    target = 0.75 * label + 0.25 * jax.nn.softmax(50 / 3 * overlap, -1)
+    entropy = -jnp.sum(target * jax.nn.log_softmax(logits.astype(jnp.float32), -1), -1)
+    of_token = jnp.mean(entropy.reshape(-1, *logits.shape[:-1]), 0).reshape(-1)
+    return masked_mean(of_token, None if mask is None else mask.reshape(-1))
 
 
 def _padded(width: int) -> int:

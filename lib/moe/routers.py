@@ -4,20 +4,17 @@ Every router takes `mask`, the tokens that count (padding has weight 0 and no sh
 `Routing`.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Integer, Key
+from jaxtyping import Float, Key
 
 from .losses import load_balance, squared_variation, z_loss
-from .routing import Routing, routing
-from .selection import auction, sinkhorn, top_k, within_groups
-
-Mask = Bool[Array, "t"] | None
+from .routing import Mask, Routing, check_logits, routing, tokens_an_expert
+from .selection import auction, sinkhorn, top_k, top_k_of_groups
 
 
 def softmax_top_k(
@@ -45,7 +42,8 @@ def softmax_top_k(
       A `Routing` with the losses "load_balance" and "z".
 
     Raises:
-      ValueError: k is not between 1 and the number of experts, or groups don't divide them.
+      ValueError: k is not between 1 and the number of experts (of the best groups), or groups don't divide
+        them.
 
     Source: Fedus et al. 2021 (arXiv 2101.03961); Jiang et al. 2024, Mixtral (2401.04088); DeepSeek-V2
     (2405.04434) for groups.
@@ -58,8 +56,7 @@ def softmax_top_k(
     """
     check_logits(logits, mask)
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), -1)
-    choose_by = probabilities if groups is None else within_groups(probabilities, groups, top_groups, 1)
-    indices = top_k(choose_by, k)
+    indices = top_k_of_groups(probabilities, k, groups, top_groups, 1)
     weights = _weights(probabilities, indices, normalize) * scale
     losses = {"load_balance": load_balance(probabilities, indices, mask), "z": z_loss(logits, mask)}
     return routing(indices, weights, probabilities, losses, mask=mask)
@@ -104,9 +101,7 @@ def sigmoid_top_k(
     if bias is not None and bias.shape != logits.shape[1:]:
         raise ValueError(f"bias: got {list(bias.shape)}; expected [{logits.shape[1]}], one for each expert")
     choose_by = scores if bias is None else scores + jax.lax.stop_gradient(bias)[None]
-    if groups is not None:
-        choose_by = within_groups(choose_by, groups, top_groups, 2)
-    indices = top_k(choose_by, k)
+    indices = top_k_of_groups(choose_by, k, groups, top_groups, 2)
     weights = _weights(scores, indices, normalize) * scale
     shares = scores / jnp.sum(scores, -1, keepdims=True)
     return routing(indices, weights, shares, {"load_balance": load_balance(shares, indices, mask)}, mask=mask)
@@ -208,9 +203,7 @@ def expert_choice(logits: Float[Array, "t e"], *, capacity: int | float = 1.0, m
     """
     check_logits(logits, mask)
     T, E = logits.shape
-    count: Any = 0
-    if 0 < capacity < float("inf"):
-        count = -int(-capacity * T // E) if isinstance(capacity, float) else capacity
+    count = tokens_an_expert(capacity, T / E)
     if not 1 <= count <= T:
         raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected 1 to {T} tokens")
     scores = jax.nn.softmax(logits.astype(jnp.float32), -1)
@@ -282,39 +275,6 @@ def base(logits: Float[Array, "t e"], *, train: bool = True, mask: Mask = None) 
     return routing(indices, weights, jax.nn.softmax(logits, -1), {}, mask=mask)
 
 
-def hash_route(
-    tokens: Integer[Array, "t"], table: Integer[Array, "v"], experts: int, *, mask: Mask = None
-) -> Routing:
-    """Look each token's expert up in a table of the vocabulary; weights are 1.
-
-    Args:
-      tokens: ids. One that the table does not have gets NaN for a weight.
-      table: the expert of each id, such as `jax.random.randint(key, (V,), 0, E)`.
-      experts: E.
-      mask: as in `softmax_top_k`.
-
-    Raises:
-      ValueError: tokens or the table are no integers in one row, or mask is not [T].
-
-    Source: Roller et al. 2021, Hash layers (arXiv 2106.04426).
-
-    Example:
-        >>> import frugax, jax.numpy as jnp
-        >>> frugax.moe.hash_route(jnp.array([2, 0]), jnp.array([1, 0, 3]), 4).indices.tolist()
-        [[3], [1]]
-    """
-    for name, x in (("tokens", tokens), ("table", table)):
-        if x.ndim != 1 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name}: got {x.dtype}{list(x.shape)}; expected integers in one row")
-    _check_mask(mask, tokens)
-    tokens, table = (jnp.asarray(x).astype(jnp.int32) for x in (tokens, table))  # bytes can't count to 256
-    found = table.at[tokens].get(mode="clip")
-    known = (tokens >= 0) & (tokens < table.shape[0]) & (found >= 0) & (found < experts)
-    indices = jnp.clip(found, 0, experts - 1)
-    weights = jnp.where(known, 1.0, jnp.nan)[:, None]
-    return routing(indices[:, None], weights, jax.nn.one_hot(indices, experts), {}, mask=mask)
-
-
 def relu_route(
     logits: Float[Array, "t e"],
     *,
@@ -356,59 +316,6 @@ def relu_route(
     return routing(indices, weights, shares, {}, mask=mask)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SoftRouting:
-    """Shares of tokens in the slots of experts, and of slots in tokens' outputs, all of them positive.
-
-    Attributes:
-      into: [T, E, S], the share of each token in a slot's input; over tokens they sum to 1.
-      out: [T, E, S], the share of each slot in a token's output; over slots they sum to 1.
-
-    Example:
-        >>> import frugax, jax.numpy as jnp
-        >>> routing = frugax.moe.soft_route(jnp.array([[[0.0]], [[0.0]]]))
-        >>> routing.into.shape, routing.out.sum(axis=(1, 2)).tolist()
-        ((2, 1, 1), [1.0, 1.0])
-    """
-
-    into: Any
-    out: Any
-
-
-def soft_route(logits: Float[Array, "t e s"], *, mask: Mask = None) -> SoftRouting:
-    """Mix all tokens into every slot: nothing is chosen and nothing dropped.
-
-    Not for causal models: a slot sees all tokens.
-
-    Args:
-      logits: of tokens and the S slots of each expert. The paper's are of inputs and slots of unit length
-        times a learned scale.
-      mask: tokens that count; the others are in no slot and get nothing.
-
-    Raises:
-      ValueError: logits are no floats [T, E, S], or mask is not [T].
-
-    Source: Puigcerver et al. 2023, Soft MoE (arXiv 2308.00951).
-
-    Example:
-        >>> import frugax, jax.numpy as jnp
-        >>> routing = frugax.moe.soft_route(jnp.zeros((4, 2, 1)))
-        >>> float(routing.into[0, 0, 0]), float(routing.out[0, 0, 0])
-        (0.25, 0.5)
-    """
-    if logits.ndim != 3 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
-        got = f"{logits.dtype}{list(logits.shape)}"
-        raise ValueError(f"logits: got {got}; expected floats [tokens, experts, slots]")
-    _check_mask(mask, logits)
-    logits = logits.astype(jnp.float32)
-    real = jnp.ones(logits.shape[:1], bool) if mask is None else mask
-    seen = jnp.where(real[:, None, None], logits, -jnp.inf)
-    into = jnp.where(real.any(), jax.nn.softmax(seen, 0), 0.0)
-    out = jax.nn.softmax(logits.reshape(len(logits), -1), -1).reshape(logits.shape)
-    return SoftRouting(into, jnp.where(real[:, None, None], out, 0.0))
-
-
 ROUTERS: dict[str, Any] = {
     f.__name__: f
     for f in (softmax_top_k, sigmoid_top_k, noisy_top_k, expert_choice, sinkhorn_top_k, base, relu_route)
@@ -440,18 +347,6 @@ def route(logits: Float[Array, "t e"], router: str | Any = "softmax_top_k", **op
             raise ValueError(f"router: got {router!r}; expected one of {', '.join(ROUTERS)}")
         router = ROUTERS[router]
     return functools.partial(router, logits)(**options)
-
-
-def check_logits(logits: Array, mask: Mask) -> None:
-    """Raise ValueError unless logits are floats [T, E] with an expert and a token, and mask is [T]."""
-    if logits.ndim != 2 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(f"logits: got {logits.dtype}{list(logits.shape)}; expected floats [tokens, experts]")
-    _check_mask(mask, logits)
-
-
-def _check_mask(mask: Mask, tokens: Array) -> None:
-    if mask is not None and mask.shape != tokens.shape[:1]:
-        raise ValueError(f"mask: got {list(mask.shape)}; expected {[*tokens.shape[:1]]}, one for each token")
 
 
 def _whole_rows(logits: Array) -> Array:

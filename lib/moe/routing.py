@@ -1,12 +1,16 @@
 """A router's results as values: assignments of tokens to experts, weights, losses and statistics."""
 
 import dataclasses
+import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+
+Mask = Bool[Array, "t"] | None
 
 
 class RoutingStatistics(NamedTuple):
@@ -109,6 +113,28 @@ def masked_mean(x: Array, mask: Array | None, axis_name: str | tuple[str, ...] =
     if axis_name:
         total, count = jax.lax.psum((total, count), axis_name)
     return total / jnp.maximum(count, 1)
+
+
+def check_logits(logits: Array, mask: Mask) -> None:
+    """Raise ValueError unless logits are floats [T, E] with an expert and a token, and mask is [T]."""
+    if logits.ndim != 2 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits: got {logits.dtype}{list(logits.shape)}; expected floats [tokens, experts]")
+    check_mask(mask, logits)
+
+
+def check_mask(mask: Mask, tokens: Array) -> None:
+    """Raise ValueError unless mask is [T], for tokens [T, ...]."""
+    if mask is not None and mask.shape != tokens.shape[:1]:
+        raise ValueError(f"mask: got {list(mask.shape)}; expected {[*tokens.shape[:1]]}, one for each token")
+
+
+def tokens_an_expert(capacity: int | float, mean: float) -> int:
+    """Count tokens of a capacity: a whole number as it is, a float as a factor of the mean, rounded up."""
+    whole = isinstance(capacity, numbers.Integral)
+    if isinstance(capacity, bool) or not isinstance(capacity, numbers.Real) or not math.isfinite(capacity):
+        got = f"capacity: got {capacity!r}"
+        raise ValueError(f"{got}; expected a number of tokens >= 1, or a finite float above 0, of the mean")
+    return int(capacity) if whole else math.ceil(capacity * mean)
 
 
 def _assignments(indices: Array, weights: Array, by: str) -> tuple[Array, Array, Array]:

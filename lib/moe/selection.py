@@ -1,5 +1,7 @@
 """Ways to choose experts by scores: of all, of the best groups, or evenly."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -8,9 +10,22 @@ from jaxtyping import Float, Int
 
 def top_k(scores: Float[Array, "t e"], k: int) -> Int[Array, "t k"]:
     """The k experts with the largest scores, best first; of equal ones the first."""
-    if not 1 <= k <= scores.shape[-1]:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"k: got {k}; expected 1 to {scores.shape[-1]}, the number of experts")
     return lax.top_k(lax.stop_gradient(scores), k)[1]
+
+
+def top_k_of_groups(
+    scores: Float[Array, "t e"], k: int, groups: int | None, top_groups: int, best: int
+) -> Int[Array, "t k"]:
+    """The k experts with the largest scores, of each token's best groups; arguments as in `within_groups`."""
+    if groups is None:
+        return top_k(scores, k)
+    kept = within_groups(scores, groups, top_groups, best)
+    most = top_groups * (scores.shape[-1] // groups)
+    if k > most:
+        raise ValueError(f"k: got {k}; expected 1 to {most}, the experts of top_groups={top_groups}")
+    return top_k(kept, k)
 
 
 def within_groups(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Key
 
 from ..kernels.common.sharding import vary_like
 from ..moe.dispatch import combine, dispatch, places
-from ..moe.routing import Routing
+from ..moe.routing import Routing, tokens_an_expert
 from .activations import automatic_axes
 from .exchange import AxisNames, Transport, exchange, moved
 from .mesh import BATCH_AXES
@@ -359,7 +359,7 @@ def as_tuple(axes: AxisNames) -> tuple[str, ...]:
 def _capacity(capacity: int | float, routing: Routing, axes: tuple[str, ...]) -> int:
     shared = jax.lax.axis_size(axes) if axes else 1
     mean = routing.indices.size * shared / routing.experts
-    count = math.ceil(capacity * mean) if isinstance(capacity, float) else capacity
+    count = tokens_an_expert(capacity, mean)
     if count < 1:
         raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected at least 1")
     return count

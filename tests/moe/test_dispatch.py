@@ -187,6 +187,10 @@ def test_rows_past_the_groups_are_zero():
     np.testing.assert_array_equal(y[~MASK], 0)
 
 
+def capped(routing, capacity):
+    return moe.dispatch(jnp.ones((T, 2)), routing, method="gather", capacity=capacity)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
@@ -194,7 +198,12 @@ def test_rows_past_the_groups_are_zero():
         (lambda r: moe.dispatch(jnp.ones((T, 2), jnp.int32), r), "x: got int32"),
         (lambda r: moe.dispatch(jnp.ones((T, 2)), r, method="all"), "method: got 'all'"),
         (lambda r: moe.dispatch(jnp.ones((T, 2)), r, capacity=3), "capacity: got 3 with method='sort'"),
-        (lambda r: moe.dispatch(jnp.ones((T, 2)), r, method="gather", capacity=0), "capacity: got 0"),
+        (lambda r: capped(r, 0), "capacity: got 0, 0 tokens an expert; expected at least 1"),
+        (lambda r: capped(r, -1.25), "capacity: got -1.25, -8 tokens an expert; expected at least 1"),
+        (lambda r: capped(r, float("nan")), "capacity: got nan; expected a number of tokens"),
+        (lambda r: capped(r, float("inf")), "capacity: got inf; expected a number of tokens"),
+        (lambda r: capped(r, True), "capacity: got True; expected a number of tokens"),
+        (lambda r: capped(r, "all"), "capacity: got 'all'; expected a number of tokens"),
         (lambda r: moe.combine(jnp.ones((3, 2)), moe.dispatch(jnp.ones((T, 2)), r)[1]), r"y: got \[3, 2\]"),
         (lambda r: moe.soft_route(jnp.ones((3, 2), jnp.float32)), r"logits: got float32\[3, 2\]"),
     ],

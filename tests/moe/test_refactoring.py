@@ -109,14 +109,39 @@ def test_overlap_tells_domains():
     activations = np.abs(hidden("GLU", params, DOMAINS))
     _, subsets = moe.split_by_activation(params, activations.mean(1), 0.5)
     got = jax.jit(lambda a: moe.activation_overlap(a, subsets))(activations.astype(np.float32))
+    own = subsets & ~subsets.all(0)
+    N = own[0].sum()
+    assert 0 < N < subsets[0].sum()
     want = np.zeros((2, T, 2))
     for at in np.ndindex(2, T):
         order = np.argsort(-activations[at])
-        for n in (4, 8, 12, 16, 20):
-            want[at] += subsets[:, order[:n]].mean(1) / 5
+        for level in (0.2, 0.4, 0.6, 0.8, 1.0):
+            want[at] += own[:, order[: int(level * N)]].sum(1) / N / 5
     np.testing.assert_allclose(got, want, rtol=1e-5)
+    shared_or_not = jax.jit(lambda a: moe.activation_overlap(a, own))(activations.astype(np.float32))
+    np.testing.assert_array_equal(shared_or_not, got)
     label = np.asarray(got).argmax(-1)
     assert (label == [[0], [1]]).mean() > 0.5 + 3 * np.sqrt(0.25 / (2 * T))  # far from chance
+
+
+def test_distillation_is_the_authors_two_losses():
+    """Three quarters a cross entropy smoothed by a half, and a quarter one with soft labels, by loops."""
+    overlap, logits = RNG.uniform(0, 1, (2, 5, 3)), RNG.standard_normal((5, 3))
+    mask = np.arange(5) < 4
+    want = []
+    for layer, t in np.ndindex(2, 4):
+        log_p = logits[t] - np.log(np.exp(logits[t]).sum())
+        centred = 10 * (5 / 3) * (overlap[layer, t] - overlap.mean())  # five levels, over 3 N, in their code
+        soft = np.exp(centred) / np.exp(centred).sum()
+        smoothed = 0.5 * log_p[overlap[layer, t].argmax()] + 0.5 * log_p.mean()
+        want.append(-0.75 * smoothed - 0.25 * (soft * log_p).sum())
+    run = jax.jit(jax.value_and_grad(moe.router_distillation, argnums=(0, 1)))
+    given = (jnp.asarray(x, jnp.float32) for x in (logits, overlap))
+    loss, (grad, none) = run(*given, mask)
+    np.testing.assert_allclose(loss, np.mean(want), rtol=1e-5)
+    assert not np.asarray(none).any()
+    assert np.asarray(grad)[:4].any(1).all()
+    assert not np.asarray(grad)[4].any()
 
 
 @pytest.mark.parametrize(
@@ -130,6 +155,18 @@ def test_overlap_tells_domains():
         (
             lambda p: moe.activation_overlap(jnp.ones((3, 9)), np.ones((2, H), bool)),
             r"subsets: got \[2, 40\]",
+        ),
+        (
+            lambda p: moe.activation_overlap(jnp.ones((3, H)), np.ones((2, H), bool)),
+            "subsets: got a first expert without neurons of its own",
+        ),
+        (
+            lambda p: moe.router_distillation(jnp.ones((3, 2)), jnp.ones((4, 5, 2))),
+            r"overlap: got \[4, 5, 2\]; expected \[..., 3, 2\]",
+        ),
+        (
+            lambda p: moe.router_distillation(jnp.ones((3, 2)), jnp.ones((3, 2)), jnp.ones(4, bool)),
+            r"mask: got \[4\]; expected \[3\]",
         ),
     ],
 )

@@ -77,3 +77,27 @@ def memory_bank() -> str:
     head = ["", "parameters resident", "stored", "shared facts", "popular quarter", "2nd", "3rd", "rarest"]
     about = f"Right answers, %, about {result['subjects']:,} subjects, the mean of {result['seeds']} seeds"
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def read_me() -> str:
+    result = read("read_me")
+    domains = ("code", "prose", "tables", "headers")
+
+    def optional(row: dict, key: str, scale: float = 1) -> str:
+        return f"{scale * mean(row[key]):.0f}" if key in row else ""
+
+    rows = [
+        [
+            name,
+            optional(r, "active neurons"),
+            *(f"{mean(r[d]):.3f}" for d in domains),
+            f"{mean(mean(r[d]) for d in domains):.3f}",
+            optional(r, "own expert", 100),
+        ]
+        for name, r in result["rows"].items()
+    ]
+    head = ["", "neurons of a token in a layer", *domains, "mean", "to the domain's expert, %"]
+    about = (
+        f"Held-out bits a byte, the mean of {result['seeds']} seeds; {result['hidden']} neurons in a layer"
+    )
+    return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"

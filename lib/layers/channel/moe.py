@@ -86,10 +86,10 @@ class MoE(nn.Module):
     Returns:
       [B, T, D]. With `mutable=["moe"]` also the collection "moe": "loss", to be added to the loss of
       training, and "statistics" with "routing" (a `RoutingStatistics`), "dropped" (the share of assignments),
-      "active" (experts of a token, on average) and "losses" (unscaled, by name). `frugax.moe.total_loss`
-      and `frugax.moe.load_summary` take them together over layers. With `mutable=["router_state"]` the bias
-      of "sigmoid_top_k" moves. A key `rngs={"router": ...}` says that the call is one of training: noise,
-      jitter and balanced choices are only there.
+      "active" (experts of a token, on average) and "losses" (by name, unscaled, with gradients). In
+      `frugax.moe`, `total_loss` and `load_summary` take them together over layers. With
+      `mutable=["router_state"]` the bias of "sigmoid_top_k" moves. A key `rngs={"router": ...}` says that the
+      call is one of training: noise, jitter and balanced choices are only there.
 
     Raises:
       ValueError: naming the argument that can't be right. Logits that are not finite give outputs that are
@@ -299,10 +299,10 @@ class MoE(nn.Module):
                 f"loss_weights: got {unknown[0]!r}; expected losses of {self.router}: {there_are}"
             )
         loss = sum((w * routing.losses[n] for n, w in weights.items() if n in routing.losses), jnp.zeros(()))
-        values = {"routing": routing.statistics, "dropped": dropped, "losses": routing.losses}
-        values["active"] = jnp.sum(routing.weights != 0) / jnp.maximum(tokens, 1)
+        active = jnp.sum(routing.weights != 0) / jnp.maximum(tokens, 1)
+        values = {"routing": routing.statistics, "dropped": dropped, "active": active}
+        self._sow("statistics", jax.lax.stop_gradient(values) | {"losses": routing.losses})
         self._sow("loss", loss)
-        self._sow("statistics", jax.lax.stop_gradient(values))
 
     @property
     def _loss_weights(self) -> Any:
@@ -339,7 +339,7 @@ class MoE(nn.Module):
             raise ValueError(f"{which}: got {getattr(self, which)}; expected a number above 0")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: got {self.jitter}; expected a number of at least 0 and below 1")
-        limited = self.dispatch in ("gather", "einsum")
+        limited = self.dispatch in ("gather", "einsum") and not isinstance(self.capacity, bool)
         if self.capacity is not None and not (limited and 0 < self.capacity < float("inf")):
             raise ValueError(
                 f"capacity: got {self.capacity} with dispatch={self.dispatch!r}; expected None, or a number "

@@ -190,6 +190,8 @@ BAD = {
     "expand: got 0": dict(expand=0),
     "jitter: got -1.0": dict(jitter=-1.0),
     "capacity: got nan": dict(dispatch="gather", capacity=float("nan")),
+    "capacity: got inf": dict(dispatch="gather", capacity=float("inf")),
+    "capacity: got True": dict(dispatch="gather", capacity=True),
     "router: got 'top'; expected one of softmax_top_k": dict(router="top"),
     "router_args: softmax_top_k takes no 'rate'; expected groups": dict(router_args={"rate": 1.0}),
     "loss_weights: got 'load'; expected losses of softmax_top_k: load_balance, z": dict(
