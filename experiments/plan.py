@@ -185,10 +185,10 @@ def best_mesh(config: ConfigDict, system: Topology, say: Any) -> tuple[ConfigDic
     Raises:
       ValueError: the model finds none that fits, or none of the best compiles.
     """
-    cluster, work = _cluster(system), _workload(config)
     given = {name: max(config.mesh[name], 1) for name in ("pipeline", "sequence", "expert")}
+    cluster, work = _cluster(system, given["pipeline"]), _workload(config)
     expert = given.pop("expert")
-    # Places are those that the mesh gives devices: slices outermost, and links within one are equal.
+    # Places are those that the mesh gives devices, and links within a slice are equal: nothing to anneal.
     found = search(work, cluster, axes=("data", "fsdp", "tensor"), given=given, steps=0, keep=1000)
     shapes = list(dict.fromkeys(f.configuration.axes for f in found))  # whatever the microbatch
     shapes = [x for x in shapes if x[1] % system.slices == 0 and x[2] % expert == 0]
@@ -217,12 +217,19 @@ def best_mesh(config: ConfigDict, system: Topology, say: Any) -> tuple[ConfigDic
     return min(roomy, key=lambda both: both[1].times.step)
 
 
-def _cluster(system: Topology) -> Cluster:
+def _cluster(system: Topology, stages: int) -> Cluster:
+    """The links of a mesh: a slice has whole pipelines, so messages are fast, and sums of gradients slow.
+
+    In a mesh slices lie outside stages (`frugax.parallel.AXES`), in a `Configuration` inside, as copies.
+    """
     if system.chip is None:
         raise ValueError(
             f"topology: got {system.name}; expected TPUs or GPUs to search for, CPUs have no times"
         )
-    slices = np.repeat(np.arange(system.slices), len(system.devices) // system.slices)
+    per_slice = len(system.devices) // system.slices
+    if per_slice % stages:
+        raise ValueError(f"mesh.pipeline: got {stages}; expected a divisor of a slice's {per_slice} devices")
+    slices = np.tile(np.repeat(np.arange(system.slices), per_slice // stages), stages)
     near = slices[:, None] == slices
     bandwidth = np.where(near, 2 * system.chip.link, system.chip.network).astype(float)
     return Cluster(bandwidth, flops=system.chip.peak, memory=0.9 * system.chip.memory)

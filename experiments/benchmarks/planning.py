@@ -1,6 +1,6 @@
 """Tables of docs/results/planning.md, from the studies' JSON."""
 
-from .markdown import plain_caption, read, table
+from .markdown import RESULTS, plain_caption, read, table
 
 
 def memory_estimators() -> str:
@@ -13,6 +13,24 @@ def memory_estimators() -> str:
     head = ["", "estimator", "median error, %", "largest, %", "median with its sign, %"]
     about = f"{result['held_out']} of {result['configs_of_a_family']} configs a family held out"
     return f"{about}. {plain_caption(result)}\n\n{table(head, rows)}"
+
+
+def memory_peaks() -> str:
+    """Tabulate planned bytes of large steps for a GPU, beside the peak where it was measured."""
+    measured = (RESULTS / "gpu_memory_peak_measured.json").exists()
+    result = read(f"gpu_memory_peak_{'measured' if measured else 'deviceless'}")
+    rows = []
+    for r in result["rows"]:
+        batch, gb = " x ".join(f"{n:,}" for n in r["batch"]), f"{r['compiled_bytes'] / 1e9:.1f}"
+        rows.append([r["family"], f"{r['params'] / 1e6:,.0f} M", batch, gb])
+        rows[-1] += [f"{r[f'{name}_over_compiled']:.2f}" for name in ("formulas", "liveness")]
+        if measured:
+            peak = f"{r['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in r else r["unmeasured"]
+            rows[-1] += [peak, f"{r['compiled_over_peak']:.3f}" if "peak_bytes" in r else ""]
+    head = ["", "params", "batch", "GB by the compiler", "formulas, of that", "liveness, of that"]
+    head += ["GB measured", "compiler, of that"] if measured else []
+    about = f"{result['chip']}, jax {result['versions']['jax']}, {result['date']}."
+    return f"{about}\n\n{table(head, rows)}"
 
 
 def frontier_terms() -> str:

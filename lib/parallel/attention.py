@@ -15,12 +15,19 @@ from ..kernels.common.sharding import vary_like
 _LOWEST = -1e30  # in place of minus infinity, whose differences are no numbers
 
 
+class _Marks(NamedTuple):
+    """Tokens' documents and positions, int32 [B, T]; None: one document, in the order of time."""
+
+    document: Array | None
+    position: Array | None
+
+
 class _Shard(NamedTuple):
-    """Keys and values on their way round the ring, with the documents of their tokens."""
+    """Keys and values on their way round the ring, with the marks of their tokens."""
 
     k: Array  # [B, S, Hk, D]
     v: Array | None
-    document: Array | None  # int32 [B, S]
+    marks: _Marks
 
 
 def ring_attention(
@@ -31,6 +38,7 @@ def ring_attention(
     axis_name: str,
     causal: bool = True,
     segment_ids: Int[Array, "b t"] | None = None,
+    positions: Int[Array, "b t"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "b t h d2"]:
     """Exact softmax attention of this device's queries to the keys of all devices, which travel round a ring.
@@ -46,6 +54,8 @@ def ring_attention(
       causal: a token sees itself and those before it.
       segment_ids: the document of each token, one shard; a token sees its own document alone. An id that
         comes back is another document.
+      positions: the place of each token in its row, one shard: tokens may then lie on any device, such as
+        those of `frugax.planner.balanced_order`, and equal ids are one document. None: shards in order.
       scale: of the scores; None: D ** -0.5.
 
     Returns:
@@ -66,11 +76,10 @@ def ring_attention(
         >>> jax.jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=split))(q, k, k).shape
         (1, 16, 4, 8)
     """
-    _check(q, k, v, segment_ids)
+    _check(q, k, v, segment_ids, positions)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    document = None if segment_ids is None else _document_numbers(segment_ids, axis_name)
     q, k, v = (vary_like(x, (q, k, v)) for x in (q, k, v))
-    return _ring(axis_name, causal, scale)(q, k, v, document)
+    return _ring(axis_name, causal, scale)(q, k, v, _marks(segment_ids, positions, axis_name))
 
 
 def ulysses_attention(
@@ -135,6 +144,7 @@ def ring_self_attention(
     axis_name: str,
     causal: bool = True,
     segment_ids: Int[Array, "b t"] | None = None,
+    positions: Int[Array, "b t"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "b t h d2"]:
     """Softmax attention in two rings, as sequence parallelism began: keys go round, then values.
@@ -155,14 +165,14 @@ def ring_self_attention(
         >>> jax.jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=split))(q, q, q).shape
         (1, 16, 4, 8)
     """
-    _check(q, k, v, segment_ids)
+    _check(q, k, v, segment_ids, positions)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     P = jax.lax.axis_size(axis_name)
-    document = None if segment_ids is None else _document_numbers(segment_ids, axis_name)
-    shard = _Shard(k, None, document)
+    marks = _marks(segment_ids, positions, axis_name)
+    shard = _Shard(k, None, marks)
     scores = []
     for step in range(P):
-        scores.append(_scores(q, shard, step, document, causal, scale, axis_name))
+        scores.append(_scores(q, shard, step, marks, causal, scale, axis_name))
         shard = _next(shard, axis_name) if step + 1 < P else shard
     # Scores lie by the step at which their keys came; values come in the same order.
     weights = jax.nn.softmax(jnp.stack(scores, 3), axis=(3, 4))  # [B, H, T, P, S]
@@ -177,10 +187,10 @@ def _ring(axis_name: str, causal: bool, scale: float):
     """The ring as a function with its own gradient, of arrays alone."""
 
     @jax.custom_vjp
-    def run(q, k, v, document):
-        return forward(q, k, v, document)[0]
+    def run(q, k, v, marks):
+        return forward(q, k, v, marks)[0]
 
-    def forward(q, k, v, document):
+    def forward(q, k, v, marks):
         P = jax.lax.axis_size(axis_name)
         B, T, H, _ = q.shape
         wide = accumulator(q.dtype)
@@ -189,11 +199,11 @@ def _ring(axis_name: str, causal: bool, scale: float):
             jnp.zeros((B, H, T), wide),
             jnp.zeros((B, T, H, v.shape[-1]), wide),
         )
-        carry = (_Shard(k, v, document), *(vary_like(x, (q, k, v)) for x in start))
+        carry = (_Shard(k, v, marks), *(vary_like(x, (q, k, v)) for x in start))
 
         def step(carry, number):
             shard, top, total, out = carry
-            s = _scores(q, shard, number, document, causal, scale, axis_name)
+            s = _scores(q, shard, number, marks, causal, scale, axis_name)
             new_top = jnp.maximum(top, s.max(-1))
             p = jnp.where(s > _LOWEST / 2, jnp.exp(s - new_top[..., None]), 0)
             old = jnp.exp(top - new_top)
@@ -203,10 +213,10 @@ def _ring(axis_name: str, causal: bool, scale: float):
 
         (_, top, total, out), _ = jax.lax.scan(step, carry, jnp.arange(P))
         out = (out / jnp.moveaxis(total, 1, 2)[..., None]).astype(q.dtype)
-        return out, (q, k, v, document, out, top + jnp.log(total))
+        return out, (q, k, v, marks, out, top + jnp.log(total))
 
     def backward(kept, dout):
-        q, k, v, document, out, lse = kept
+        q, k, v, marks, out, lse = kept
         P, wide = jax.lax.axis_size(axis_name), accumulator(q.dtype)
         dout, out = dout.astype(wide), out.astype(wide)
         delta = jnp.einsum("bthd,bthd->bht", dout, out)
@@ -215,7 +225,7 @@ def _ring(axis_name: str, causal: bool, scale: float):
 
         def step(carry, number):
             shard, dk, dv, dq = carry
-            s = _scores(q, shard, number, document, causal, scale, axis_name)
+            s = _scores(q, shard, number, marks, causal, scale, axis_name)
             p = jnp.where(s > _LOWEST / 2, jnp.exp(s - lse[..., None]), 0)
             v_wide = jnp.repeat(shard.v, H // Hk, 2).astype(wide)
             k_wide = jnp.repeat(shard.k, H // Hk, 2).astype(wide)
@@ -226,7 +236,7 @@ def _ring(axis_name: str, causal: bool, scale: float):
             shard, dk, dv = _next((shard, dk, dv), axis_name)
             return (shard, dk, dv, dq), None
 
-        carry = (_Shard(k, v, document), zeros[1], zeros[2], zeros[0])
+        carry = (_Shard(k, v, marks), zeros[1], zeros[2], zeros[0])
         (_, dk, dv, dq), _ = jax.lax.scan(step, carry, jnp.arange(P))  # P steps bring gradients home
         return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -234,21 +244,21 @@ def _ring(axis_name: str, causal: bool, scale: float):
     return run
 
 
-def _scores(
-    q, shard: _Shard, step, document: Array | None, causal: bool, scale: float, axis_name: str
-) -> Array:
+def _scores(q, shard: _Shard, step, marks: _Marks, causal: bool, scale: float, axis_name: str) -> Array:
     """[B, H, T, S], the lowest number where a query does not see a key; keys were sent `step` times."""
     H, Hk = q.shape[2], shard.k.shape[2]
     k = jnp.repeat(shard.k, H // Hk, axis=2)
     s = scale * jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=accumulator(q.dtype))
     sees = jnp.ones((1, q.shape[1], k.shape[1]), bool)
-    if causal:
+    if causal and marks.position is not None and shard.marks.position is not None:
+        sees = marks.position[:, :, None] >= shard.marks.position[:, None]
+    elif causal:
         P, here = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
         ahead = (here - (here - step) % P) * k.shape[1]  # how far the queries' shard is ahead of the keys'
         t = jnp.arange(q.shape[1], dtype=jnp.int32)
         sees = sees & (ahead + t[:, None] >= t[None])[None]
-    if document is not None and shard.document is not None:
-        sees = sees & (document[:, :, None] == shard.document[:, None])
+    if marks.document is not None and shard.marks.document is not None:
+        sees = sees & (marks.document[:, :, None] == shard.marks.document[:, None])
     return jnp.where(sees[:, None], s, _LOWEST)
 
 
@@ -269,6 +279,13 @@ def _next(tree, axis_name: str):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis_name, ring), tree)
 
 
+def _marks(segment_ids: Array | None, positions: Array | None, axis_name: str) -> _Marks:
+    """The marks of one shard; with positions neighbours may be anywhere, so ids are taken as they are."""
+    if positions is not None or segment_ids is None:
+        return _Marks(segment_ids, positions)
+    return _Marks(_document_numbers(segment_ids, axis_name), None)
+
+
 def _document_numbers(segment_ids: Array, axis_name: str) -> Array:
     """Number the documents of whole rows: int32 [B, T], one shard."""
     inside = documents(segment_ids, *segment_ids.shape).index
@@ -279,7 +296,7 @@ def _document_numbers(segment_ids: Array, axis_name: str) -> Array:
     return inside + before[jax.lax.axis_index(axis_name)][:, None]
 
 
-def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
+def _check(q: Array, k: Array, v: Array, segment_ids: Array | None, positions: Array | None = None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
@@ -290,5 +307,6 @@ def _check(q: Array, k: Array, v: Array, segment_ids: Array | None) -> None:
         raise ValueError(f"k: got {list(k.shape)}; expected [{B}, {T}, a divisor of {H}, {D}]")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: got {list(v.shape)}; expected {[*k.shape[:3]]} and any size")
-    if segment_ids is not None and segment_ids.shape != (B, T):
-        raise ValueError(f"segment_ids: got {list(segment_ids.shape)}; expected [{B}, {T}]")
+    for name, marks in (("segment_ids", segment_ids), ("positions", positions)):
+        if marks is not None and marks.shape != (B, T):
+            raise ValueError(f"{name}: got {list(marks.shape)}; expected [{B}, {T}]")

@@ -199,7 +199,7 @@ def _collective(x: Instruction, computation: Computation, sizes: dict[str, int],
         pairs = [pair for pair in pairs if pair[0] != pair[1]]
         if "slice_sizes=" in x.attributes:  # into a part of a buffer that is among the operands
             size = nbytes(operands[0].shape)
-        axes, n = _axes_of(np.array(pairs).reshape(-1, 2), sizes), 2 if pairs else 1
+        axes, n = _axes_of(np.array(pairs, int).reshape(-1, 2), sizes), 2 if pairs else 1
     else:
         groups = device_groups(x.attributes, devices)
         n = max(map(len, groups))

@@ -67,8 +67,9 @@ def place(
 ) -> tuple[tuple[int, ...], float]:
     """Choose which device takes which place of a mesh, by simulated annealing from their given order.
 
-    A step swaps two devices, moves one, or turns a run of them round. A worse order is taken with a
-    probability that falls with the temperature, from a tenth of the first latency to a thousandth of that.
+    A step swaps two devices, moves one, turns a run of them round, or moves a run, either way round. A worse
+    order is taken with a probability that falls with the temperature, from a tenth of the first latency to a
+    thousandth of that.
 
     Args:
       work, c, cluster: as in `latency`.
@@ -100,13 +101,17 @@ def place(
     for step in range(steps):
         other = now.copy()
         i, j = sorted(rng.choice(D, 2, replace=False).tolist())
-        move = rng.integers(3)
+        move = rng.integers(5)
         if move == 0:
             other[i], other[j] = other[j], other[i]
         elif move == 1:
             other.insert(i, other.pop(j))
-        else:
+        elif move == 2:
             other[i : j + 1] = other[i : j + 1][::-1]
+        else:
+            run, left = other[i : j + 1], other[:i] + other[j + 1 :]
+            at = rng.integers(len(left) + 1)
+            other = left[:at] + (run if move == 3 else run[::-1]) + left[at:]
         new = latency(work, c, cluster, other).seconds
         temperature = 0.1 * start * 1e-3 ** (step / steps)
         if new <= cost or rng.random() < math.exp((cost - new) / temperature):

@@ -1,6 +1,7 @@
 """Run by test_attention.py on eight devices: split attention and collective products against whole ones."""
 
 import functools
+import itertools
 import re
 import sys
 
@@ -38,6 +39,32 @@ def over_devices(f, split, with_ids):
     mesh = frugax.parallel.make_mesh(sequence=8, data=1)
     specs = (split,) * (4 if with_ids else 3)
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=split)
+
+
+def balanced(kind):
+    """Packed documents placed so that ranks have equal work have the numbers of those in order."""
+    q, k, v = normal(0, B, T, H, D), normal(1, B, T, 4, D), normal(2, B, T, 4, V)
+    lengths = [[len(list(run)) for _, run in itertools.groupby(row)] for row in SEGMENTS.tolist()]
+    order = np.stack([frugax.planner.balanced_order(row, 8).ravel() for row in lengths])
+    ids = jnp.stack([np.repeat(np.arange(len(row)), row) for row in lengths])
+    put = lambda x, at: jnp.take_along_axis(x, jnp.expand_dims(at, range(2, x.ndim)), 1)  # noqa: E731
+
+    def run(q, k, v, ids, at):
+        return getattr(frugax.parallel, kind)(q, k, v, axis_name="sequence", segment_ids=ids, positions=at)
+
+    mesh, split = frugax.parallel.make_mesh(sequence=8, data=1), P(None, "sequence")
+    shards = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split)
+
+    def placed(q, k, v):
+        back = jnp.argsort(order, 1)
+        return put(shards(*(put(x, order) for x in (q, k, v, ids)), order), back)
+
+    whole = lambda q, k, v: definition(q, k, v, True, SEGMENTS)  # noqa: E731
+    loss = lambda f: lambda *args: jnp.sum(f(*args) * normal(3, B, T, H, V))  # noqa: E731
+    assert_close(jax.jit(placed)(q, k, v), whole(q, k, v), "float32")
+    grads = (jax.jit(jax.grad(loss(f), (0, 1, 2)))(q, k, v) for f in (placed, whole))
+    assert_close(*grads, "float32")
+    assert (np.diff(order) < 0).any()  # and no shard of time
 
 
 def attention(kind, heads, packed, causal):
@@ -104,6 +131,8 @@ def products(rows):
 if __name__ == "__main__":
     if sys.argv[1] == "products":
         products(int(sys.argv[2]))
+    elif sys.argv[2] == "balanced":
+        balanced(sys.argv[1])
     else:
         kind, heads, packed, causal = sys.argv[1:]
         attention(kind, int(heads), packed == "packed", causal == "causal")

@@ -12,6 +12,8 @@ from tests.devices import run_on_eight_devices
     [
         "ring_attention 4 packed causal",
         pytest.param("ring_attention 8 whole causal", marks=pytest.mark.full),
+        pytest.param("ring_attention balanced", marks=pytest.mark.full),
+        pytest.param("ring_self_attention balanced", marks=pytest.mark.full),
         pytest.param("ring_attention 1 whole all", marks=pytest.mark.full),
         "ulysses 2 packed causal",
         pytest.param("ulysses 8 whole all", marks=pytest.mark.full),
@@ -35,7 +37,9 @@ def test_overlap_is_bounded_by_the_longer_part():
     assert all(of(3.0, 2.0, n) >= of(3.0, 2.0, n + 1) > 3 for n in range(1, 9))
 
 
-def test_wrong_sizes_are_named():
+def test_wrong_sizes_are_named(unchecked_types):
     q = jnp.ones((1, 4, 4, 2))
     with pytest.raises(ValueError, match=r"k: got \[1, 4, 3, 2\]; expected \[1, 4, a divisor of 4, 2\]"):
         frugax.parallel.ring_attention(q, q[:, :, :3], q[:, :, :3], axis_name="time")
+    with pytest.raises(ValueError, match=r"positions: got \[1, 3\]; expected \[1, 4\]"):
+        frugax.parallel.ring_attention(q, q, q, axis_name="time", positions=jnp.ones((1, 3), int))

@@ -7,6 +7,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import app
 from absl.testing import flagsaver
@@ -95,6 +96,13 @@ def test_times_follow_from_cycles_links_and_bytes():
         1e-6
     )  # a millionth of a second at the peak, more than its bytes take
     assert found.step == found.compiler + found.roofline + found.kernels + found.exposed
+
+
+def test_what_each_device_sends_itself_is_no_message():
+    """The compiler leaves such a permutation in a program where an axis has one device."""
+    permute = "  ROOT %b = f32[8,128]{1,0} collective-permute(%a), source_target_pairs={{0,0}}\n}"
+    mesh = frugax.parallel.make_mesh(devices=jax.devices()[:1])
+    assert planner.collectives(HEAD + permute, mesh) == []
 
 
 def test_memory_over_the_schedule_is_that_of_its_buffers():
@@ -313,6 +321,27 @@ def test_a_search_leaves_the_other_axes_as_they_are(monkeypatch):
         (1, 1, 2),
     }
     assert all((mesh["slice"], mesh["expert"], mesh["sequence"]) == (2, 2, 4) for mesh in tried)
+
+
+def test_a_search_knows_which_links_a_pipeline_has():
+    """Links are fast within a slice, wherever a mesh with slices outermost puts its devices."""
+    system = planner.Topology("fake:8x2", "tpu", DEVICES["v5e"], 2, tuple(range(16)))
+    sizes = {"slice": 2, "pipeline": 2, "data": 2, "fsdp": 2}
+    slice_of = np.broadcast_to(
+        np.arange(2)[:, None, None, None], tuple(sizes.values())
+    )  # by place, as in AXES
+    of_model = slice_of.swapaxes(0, 1).ravel()  # its axes: pipeline, then data over slices and in them, fsdp
+    cluster = experiments.plan._cluster(system, sizes["pipeline"])
+    assert ((cluster.bandwidth == 2 * system.chip.link) == (of_model[:, None] == of_model)).all()
+
+    # So messages between stages meet no slow link, and gradients do.
+    work = planner.transformer_workload(layers=4, width=256, batch=16, time=128)
+    c = planner.Configuration(pipeline=2, data=4, fsdp=2, microbatch=1)
+    found, sent = planner.latency(work, c, cluster), planner.traffic(work, c)
+    assert found.gradients >= sent.data / system.chip.network
+    assert found.messages < sent.pipeline / system.chip.network / 10
+    with pytest.raises(ValueError, match=r"mesh\.pipeline: got 3; expected a divisor of a slice's 8 devices"):
+        experiments.plan._cluster(system, 3)
 
 
 def test_the_command_says_what_is_wrong():

@@ -17,6 +17,7 @@ BENCHMARKS = (
     ("quantized_matmul", "gpu_quantized_matmul", "M=16, K=4096, N=4096, group_size=128"),
     ("grouped_matmul", "gpu_grouped_matmul", "E=128, load='zipf'"),
     ("adam_8bit", "gpu_adam_8bit", "group_size=256"),
+    ("memory_peak", "gpu_memory_peak", "Transformer', numbers=(6,"),
 )
 CONFORMANCE_SECONDS = 75  # of which a kernel's compilation may take most
 REHEARSAL_SECONDS = 300  # for any job: CPUs are shared with who knows whom

@@ -93,10 +93,12 @@ def measured(outcomes: Sequence[Outcome]) -> list[str]:
         lines.append(name)
         for row in result["rows"]:
             named = {k: v for k, v in row.items() if not isinstance(v, dict | float) and "copy" not in k}
-            shape = " ".join(f"{k}={v}" for k, v in named.items())
-            times = ", ".join(f"{who} {ms}" for who, ms in row.get("median_ms", {}).items()) or "not timed"
-            others = "".join(f"; {k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-            lines.append(f"    {shape}: {times} ms{others}")
+            found = [" ".join(f"{k}={v}" for k, v in named.items())]
+            if "median_ms" in row:
+                times = ", ".join(f"{who} {ms}" for who, ms in row["median_ms"].items()) or "not timed"
+                found[0] += f": {times} ms"
+            found += [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float)]
+            lines.append(f"    {'; '.join(found)}")
             untimed = [who for who in row.get("errors", {}) if who not in row["median_ms"]]
             lines += [f"        {who}: {str(row['errors'][who])[:150]}" for who in untimed]
     return lines

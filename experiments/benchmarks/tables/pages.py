@@ -18,7 +18,10 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/papers.md": {"papers": papers.every_paper},
     "docs/how-to/memory.md": {"policies": memory.policies, "memory": memory.memory},
-    "docs/how-to/parallel.md": {"collective_matmul": parallel.collective_matmul},
+    "docs/how-to/parallel.md": {
+        "collective_matmul": parallel.collective_matmul,
+        "tensor_messages": parallel.tensor_messages,
+    },
     "docs/operations/linear_attention.md": {"taylor_memory": compiled.taylor_memory},
     "docs/results/cpu.md": {
         "linear_attention_cpu": cpu.linear_attention_cpu,
@@ -42,10 +45,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "moe_routers": experts.moe_routers,
         "expert_placement": experts.expert_placement,
         "m3vit_digits": experts.m3vit_digits,
+        "read_me": experts.read_me,
         "memory_bank": experts.memory_bank,
     },
     "docs/results/planning.md": {
         "memory_estimators": planning.memory_estimators,
+        "memory_peaks": planning.memory_peaks,
         "frontier_terms": planning.frontier_terms,
         "frontier_trends": planning.frontier_trends,
         "frontier_best": planning.frontier_best,
