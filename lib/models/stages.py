@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ..layers.block import Announced
 from ..moe.collected import load_summary, total_loss
+from ..parallel.activations import automatic_axes
 from .decoder import Decoder
 
 
@@ -88,7 +89,7 @@ def decoder_stages(
 
     def first(shared, microbatch):
         tokens = microbatch["tokens"]
-        x = decoder.rows_of(_whole_rows(nn.meta.unbox(shared["embedding"])), tokens)
+        x = _rows_of(decoder, nn.meta.unbox(shared["embedding"]), tokens)
         announced = beside(shared, tokens)[2]
         return x, (None if announced is None else announced.logits)
 
@@ -131,13 +132,33 @@ def decoder_stages(
     return Stages(first, stage, last, split, lambda shared, layers: {**shared, "layers": layers})
 
 
-def _whole_rows(table: Any) -> Any:
-    """Tell the compiler to gather a table's channels before it is read.
+def _rows_of(decoder: Decoder, table: Any, tokens: Array) -> Array:
+    """The embeddings of tokens, read so that the compiler's partitioner gets through.
 
-    Its partitioner ends the process where it reads rows of a table that is split by channels over the axis
-    that splits the tokens, in a program with a manual axis (jax 0.10.2).
+    In a program with a manual axis it ends the process where it reads rows of a table that is split by
+    channels over the axis that splits the tokens (jax 0.10.2), and libtpu's where the table is split by rows.
+    So channels are gathered, and of rows each device along "tensor" reads its own.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not isinstance(table, Array) or AxisType.Manual not in mesh.axis_types:
-        return table
-    return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+        return decoder.rows_of(table, tokens)
+    table = jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+    V, devices = table.shape[0], automatic_axes().get("tensor", 1)
+    if devices == 1 or V % devices:
+        return decoder.rows_of(table, tokens)
+
+    def of_share(table, tokens):
+        n = table.shape[0]
+        here = tokens - jax.lax.axis_index("tensor") * n
+        mine = (here >= 0) & (here < n)
+        rows = decoder.rows_of(table, jnp.where(mine, here, 0))
+        return jax.lax.psum(jnp.where(mine[..., None], rows, 0), "tensor")
+
+    split = jax.shard_map(
+        of_share,
+        in_specs=(PartitionSpec("tensor"), PartitionSpec()),
+        out_specs=PartitionSpec(),
+        axis_names={"tensor"},
+    )
+    known = (tokens >= 0) & (tokens < V)
+    return jnp.where(known[..., None], split(table, tokens), jnp.nan)

@@ -147,9 +147,18 @@ def test_inner_channels_stay_with_their_tokens():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("mesh", [{"pipeline": 4}, {"pipeline": 2, "fsdp": 2}, {"pipeline": 2, "tensor": 2}])
-def test_a_step_compiles_for_tpu(mesh):
-    devices = frugax.planner.topology("v5e:2x2").devices
+@pytest.mark.parametrize(
+    ("chips", "mesh"),
+    [
+        ("v5e:2x2", {"pipeline": 4}),
+        ("v5e:2x2", {"pipeline": 2, "fsdp": 2}),
+        ("v5e:2x2", {"pipeline": 2, "tensor": 2}),
+        ("v5e:2x4", {"pipeline": 2, "fsdp": 2, "tensor": 2}),
+        ("v5e:2x2*2", {"pipeline": 2, "slice": 2, "tensor": 2}),
+    ],
+)
+def test_a_step_compiles_for_tpu(chips, mesh):
+    devices = frugax.planner.topology(chips).devices
     config = config_of(8, 4, 2, **mesh)
     config.data.sequence_length = 128
     module = module_of(config, "attention", width=128, dtype=jnp.bfloat16)
