@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ..layers.block import Announced
 from ..moe.collected import load_summary, total_loss
-from ..parallel.activations import automatic_axes
+from ..parallel.activations import automatic_axes, in_stage
 from .decoder import Decoder
 
 
@@ -139,8 +139,7 @@ def _rows_of(decoder: Decoder, table: Any, tokens: Array) -> Array:
     channels over the axis that splits the tokens (jax 0.10.2), and libtpu's where the table is split by rows.
     So channels are gathered, and of rows each device along "tensor" reads its own.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not isinstance(table, Array) or AxisType.Manual not in mesh.axis_types:
+    if not isinstance(table, Array) or not in_stage():
         return decoder.rows_of(table, tokens)
     table = jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
     V, devices = table.shape[0], automatic_axes().get("tensor", 1)

@@ -38,7 +38,7 @@ class AdaptiveFactor:
 
     Until `stable` steps the factor is constant. Then each interval has a new goal, r times the factor,
     at least `rise` times it where r > 1, and never above `most` times the first factor. It is reached in a
-    straight line at the interval's end.
+    straight line at the interval's end. An interval whose mean is 0, or not finite, moves nothing.
 
     Attributes:
       first: the factor at the start.
@@ -74,6 +74,9 @@ class AdaptiveFactor:
         for name, least in (("interval", 1), ("stable", 2 * self.interval), ("rise", 1), ("most", 1)):
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a number >= {least}")
+        if self.interval != int(self.interval) or self.stable != int(self.stable):
+            got = f"interval, stable: got {self.interval}, {self.stable}"
+            raise ValueError(f"{got}; expected whole numbers of steps")
         if not 0 < self.first < float("inf"):
             raise ValueError(f"first: got {self.first}; expected a number above 0")
 
@@ -84,10 +87,13 @@ class AdaptiveFactor:
 
     def update(self, state: FactorState, loss: Float[Array, ""] | float) -> FactorState:
         """Take the unscaled loss of a step in, which was scaled by `state.factor`."""
+        if jnp.shape(loss) != ():
+            raise ValueError(f"loss: got {list(jnp.shape(loss))}; expected a scalar")
         step, total = state.step + 1, state.total + jnp.asarray(loss, jnp.float32)
         ends = step % self.interval == 0
         mean = total / self.interval
-        known = state.before > 0  # nothing is compared with the first interval, nor with losses of 0
+        counts = jnp.isfinite(mean) & (mean > 0)
+        known = counts & (state.before > 0)  # the first interval has none before it
         ratio = jnp.where(known, mean / jnp.where(known, state.before, 1.0), 1.0)
         ratio = jnp.where(ratio > 1, jnp.maximum(ratio, self.rise), ratio)
         moved = jnp.minimum(ratio * state.factor, self.first * self.most)
@@ -101,5 +107,5 @@ class AdaptiveFactor:
             start=start,
             goal=goal,
             total=jnp.where(ends, 0.0, total),
-            before=jnp.where(ends, mean, state.before),
+            before=jnp.where(ends & counts, mean, state.before),
         )

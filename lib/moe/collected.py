@@ -14,8 +14,8 @@ def total_loss(collection: Mapping[str, Any], weights: Mapping[str, float | Arra
     Args:
       collection: "moe", or the variables that have it, as `apply(..., mutable=["moe"])` returns them.
       weights: factors of losses by name, in place of the layers' `loss_weights`: they may change from step to
-        step, as those of an `AdaptiveFactor` do. A loss without a factor is not
-        added, and of a layer that was called several times only the last call is.
+        step, as those of an `AdaptiveFactor` do. A loss without a factor is not added, and of a layer that
+        was called several times only the last call is.
 
     Returns:
       A scalar; 0 without such layers.

@@ -51,6 +51,7 @@ def dispatch(
     method: Method = "sort",
     capacity: int | float | None = None,
     key: Key[Array, ""] | None = None,
+    order: Int[Array, "n"] | None = None,
 ) -> tuple[Float[Array, "... d"], DispatchPlan]:
     """Gather the tokens of each expert.
 
@@ -65,6 +66,7 @@ def dispatch(
         "gather" and "einsum": all tokens.
       key: None drops the last tokens, the second choices before the first. A key drops any, so that a
         token's place has no part in it (random token selection), among assignments of the same rank.
+      order: a number for each assignment, in place of a key: those with the highest of a rank are dropped.
 
     Returns:
       What experts read, and the plan for `combine`.
@@ -103,10 +105,7 @@ def dispatch(
         return _sorted(x, routing)
     C = _capacity(capacity, x.shape[0], routing)
     tokens, experts, weights = routing.assignments()
-    place = places(routing, key)
-    taken = (weights != 0) & (place < C)
-    asked = jnp.sum(weights != 0)
-    dropped = 1 - jnp.sum(taken) / jnp.maximum(asked, 1)
+    place, taken, dropped = _taken(routing, C, key, order)
     sizes = jnp.zeros(routing.experts, jnp.int32).at[experts].add(taken.astype(jnp.int32))
     if method == "gather":
         # A place's assignment; n where it is free.
@@ -230,13 +229,39 @@ def _permuted_backward(kept, dy):
 _permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
-def places(routing: Routing, key: Key[Array, ""] | None = None) -> Int[Array, "n"]:
-    """Number each expert's assignments, first choices before second ones; `key` as in `dispatch`."""
+def limited(
+    routing: Routing,
+    tokens: int,
+    *,
+    capacity: int | float | None,
+    order: Int[Array, "n"] | None = None,
+) -> tuple[Routing, Float[Array, ""]]:
+    """Drop what `dispatch` drops of so many tokens, by weights of 0; and the share that was dropped."""
+    _, taken, dropped = _taken(routing, _capacity(capacity, tokens, routing), None, order)
+    weights = jnp.where(taken.reshape(routing.weights.shape), routing.weights, 0.0)
+    return dataclasses.replace(routing, weights=weights), dropped
+
+
+def _taken(routing: Routing, capacity: int, key: Array | None, order: Array | None) -> tuple[Array, ...]:
+    """Places of assignments, which of them are below the capacity, and the share of the others."""
+    weights, place = routing.weights.reshape(-1), places(routing, key, order)
+    taken = (weights != 0) & (place < capacity)
+    return place, taken, 1 - jnp.sum(taken) / jnp.maximum(jnp.sum(weights != 0), 1)
+
+
+def places(
+    routing: Routing, key: Key[Array, ""] | None = None, order: Int[Array, "n"] | None = None
+) -> Int[Array, "n"]:
+    """Number each expert's assignments, first choices before second ones; key, order as in `dispatch`."""
     _, experts, weights = routing.assignments()
     n, k = experts.shape[0], routing.indices.shape[1] if routing.by == "token" else 1
     rank = jnp.arange(n) % k  # first choices before second ones
-    within = jnp.arange(n) if key is None else jax.random.permutation(key, n)
-    order = jnp.lexsort((within, rank))
+    if order is not None and (key is not None or order.shape != (n,)):
+        got = f"{list(order.shape)}{' and a key' * (key is not None)}"
+        raise ValueError(f"order: got {got}; expected [{n}], one for each assignment, or a key alone")
+    if order is None:
+        order = jnp.arange(n) if key is None else jax.random.permutation(key, n)
+    order = jnp.lexsort((order, rank))
     sent = (weights != 0)[order]
     mine = jax.nn.one_hot(experts[order], routing.experts, dtype=jnp.int32) * sent[:, None].astype(jnp.int32)
     place = jnp.sum((jnp.cumsum(mine, 0, dtype=jnp.int32) - mine) * mine, -1, dtype=jnp.int32)

@@ -138,6 +138,9 @@ def activation_overlap(
     if size < 1:
         raise ValueError("subsets: got a first expert without neurons of its own; expected one at least")
     counts = [max(1, int(level * size)) for level in levels]
+    if not counts or min(levels) <= 0 or max(counts) > chosen.shape[1]:
+        got = f"levels: got {list(levels)} of {size} neurons"
+        raise ValueError(f"{got}; expected numbers above 0 that no more than {chosen.shape[1]} neurons are")
     order = jax.lax.top_k(activations, max(counts))[1]
     held = jnp.take(jnp.asarray(own.T, jnp.float32), order, 0)  # [..., strongest, E]
     return jnp.mean(jnp.stack([jnp.sum(held[..., :n, :], -2) for n in counts]), 0) / size
@@ -181,6 +184,8 @@ def router_distillation(
         raise ValueError(f"overlap: got {list(overlap.shape)}; expected [..., {expected}], as logits")
     if mask is not None and mask.shape != logits.shape[:-1]:
         raise ValueError(f"mask: got {list(mask.shape)}; expected {[*logits.shape[:-1]]}, as logits")
+    if mask is not None:  # what is left out may be anything, and has no gradient
+        logits, overlap = (jnp.where(mask[..., None], x, 0) for x in (logits, overlap))
     E = logits.shape[-1]
     overlap = jax.lax.stop_gradient(overlap.astype(jnp.float32))
     label = 0.5 * jax.nn.one_hot(jnp.argmax(overlap, -1), E) + 0.5 / E

@@ -126,6 +126,7 @@ def noisy_top_k(
     *,
     noise_logits: Float[Array, "t e"] | None = None,
     key: Key[Array, ""] | None = None,
+    noise: Float[Array, "t e"] | None = None,
     mask: Mask = None,
 ) -> Routing:
     """Choose by logits with normal noise of a learned size; weights are the softmax over the chosen ones.
@@ -134,7 +135,8 @@ def noisy_top_k(
       logits: of each token's experts.
       k: experts a token.
       noise_logits: softplus of them is the noise's standard deviation.
-      key: of the noise; None: none is added, as in evaluation.
+      key: of the noise.
+      noise: standard normal numbers instead of a key. Without either none is added, as in evaluation.
       mask: as in `softmax_top_k`.
 
     Returns:
@@ -143,7 +145,7 @@ def noisy_top_k(
       the importance stands in for it.
 
     Raises:
-      ValueError: as `softmax_top_k`, or a key comes without noise_logits.
+      ValueError: as `softmax_top_k`; a key or noise comes without noise_logits, or both come.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), appendix A; Fan et al. 2022, M3ViT (arXiv 2210.14793).
 
@@ -155,19 +157,25 @@ def noisy_top_k(
     """
     check_logits(logits, mask)
     clean = logits.astype(jnp.float32)
-    if key is not None and (noise_logits is None or noise_logits.shape != logits.shape):
+    drawn = key is not None or noise is not None
+    if drawn and (noise_logits is None or noise_logits.shape != logits.shape):
         got = "None" if noise_logits is None else list(noise_logits.shape)
-        raise ValueError(f"noise_logits: got {got} with a key; expected the noise's size {[*logits.shape]}")
+        what = "a key" if noise is None else "noise"
+        raise ValueError(f"noise_logits: got {got} with {what}; expected the noise's size {[*logits.shape]}")
+    if noise is not None and (key is not None or noise.shape != logits.shape):
+        got = f"{list(noise.shape)}{' and a key' * (key is not None)}"
+        raise ValueError(f"noise: got {got}; expected {[*logits.shape]}, or a key alone")
     noisy = clean
-    if key is not None:
+    if drawn:
+        noise = jax.random.normal(key, clean.shape) if noise is None else noise
         deviation = jax.nn.softplus(noise_logits.astype(jnp.float32)) + 1e-2
-        noisy = clean + deviation * jax.random.normal(key, clean.shape)
+        noisy = clean + deviation * noise
     indices = top_k(noisy, k)
     chosen = jax.nn.softmax(jnp.take_along_axis(noisy, indices, 1), -1)
     gates = _spread(chosen, indices, clean.shape[1], mask)
     importance = jnp.sum(gates, 0)
     load = importance
-    if key is not None and k < clean.shape[1]:
+    if drawn and k < clean.shape[1]:
         # An expert is chosen again if it passes the k-th best of the others.
         best = jax.lax.top_k(noisy, k + 1)[0]
         inside = noisy > best[:, k:]

@@ -21,11 +21,11 @@ def top_k_of_groups(
     """The k experts with the largest scores, of each token's best groups; arguments as in `within_groups`."""
     if groups is None:
         return top_k(scores, k)
-    kept = within_groups(scores, groups, top_groups, best)
+    indices = top_k(within_groups(scores, groups, top_groups, best), k)
     most = top_groups * (scores.shape[-1] // groups)
     if k > most:
         raise ValueError(f"k: got {k}; expected 1 to {most}, the experts of top_groups={top_groups}")
-    return top_k(kept, k)
+    return indices
 
 
 def within_groups(

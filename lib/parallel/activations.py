@@ -24,7 +24,7 @@ def tensor_messages(way: str) -> AbstractContextManager[None]:
         the compiler sees fit. "rings": each has its share of the tokens between layers, as in Megatron's
         sequence parallelism, which `all_gather_matmul` gathers and `matmul_reduce_scatter` sums. What these
         can't split is left to the compiler: packed, ternary or low-bit matrices, and tokens or columns that
-        the devices don't divide.
+        the devices don't divide. Rings have no `jax.jvp`.
 
     Raises:
       ValueError: there is no such way.
@@ -111,3 +111,8 @@ def automatic_axes() -> dict[str, int]:
         return {}
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto and mesh.shape[name] > 1}
+
+
+def in_stage() -> bool:
+    """Tell if a `shard_map` around has some axes of the mesh and the compiler others, as in a pipeline."""
+    return bool(automatic_axes()) and AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types

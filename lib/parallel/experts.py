@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, Key
 from ..kernels.common.sharding import vary_like
 from ..moe.dispatch import combine, dispatch, places
 from ..moe.routing import Routing, tokens_an_expert
-from .activations import automatic_axes
+from .activations import automatic_axes, in_stage
 from .exchange import AxisNames, Transport, exchange, moved
 from .mesh import BATCH_AXES
 
@@ -245,9 +245,9 @@ def own_tokens(
     for a stage that has left it. So every device has all experts' params at hand, and loops send nothing.
     Outside of such a stage the compiler splits `mix`.
     """
-    mesh, free = jax.sharding.get_abstract_mesh(), automatic_axes()
-    if not free or AxisType.Manual not in mesh.axis_types:
+    if not in_stage():
         return mix(x, routing, params)
+    free = automatic_axes()
     axes = tuple(free) if routing.by == "token" else ()  # experts choose from all tokens
     while len(x) % math.prod(free[axis] for axis in axes):
         axes = axes[:-1]

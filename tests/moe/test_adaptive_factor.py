@@ -41,6 +41,18 @@ def test_factors_follow_the_loss():
     assert int(last.step) == len(losses)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+@pytest.mark.usefixtures("unchecked_types")
+def test_an_interval_without_a_loss_moves_nothing(bad):
+    schedule = moe.AdaptiveFactor(1.0, stable=4, interval=2)
+    state = schedule.init()
+    for loss in (1.0, 1.0, bad, bad, 0.5, 0.5):
+        state = schedule.update(state, loss)
+    assert float(state.goal) == 0.5
+    with pytest.raises(ValueError, match=r"loss: got \[3\]; expected a scalar"):
+        schedule.update(state, jnp.ones(3))
+
+
 def test_weights_in_place_of_the_layers():
     """Losses weighed from outside have the value and the gradients of `loss_weights`."""
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
@@ -78,11 +90,13 @@ def test_weights_in_place_of_the_layers():
     [
         ({"first": 0.0}, "first: got 0.0; expected a number above 0"),
         ({"interval": 0}, "interval: got 0; expected a number >= 1"),
+        ({"interval": 2.5}, "interval, stable: got 2.5, 1000; expected whole numbers of steps"),
         ({"stable": 150}, "stable: got 150; expected a number >= 200"),
         ({"rise": 0.5}, "rise: got 0.5; expected a number >= 1"),
         ({"most": float("nan")}, "most: got nan; expected a number >= 1"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_bad_input(changes, says):
     with pytest.raises(ValueError, match=says):
         moe.AdaptiveFactor(**{"first": 0.05} | changes)

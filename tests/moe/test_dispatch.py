@@ -101,12 +101,13 @@ def test_random_selection_drops_no_place_more_than_another():
     """All tokens want one expert: in order the last are dropped, at random each as often."""
     x, logits = np.ones((40, 1), np.float32), np.tile(np.float32([9, 0]), (40, 1))
 
-    def kept(key):
+    def kept(key, order=None):
         routing = moe.softmax_top_k(jnp.asarray(logits), 1)
-        rows, plan = moe.dispatch(jnp.asarray(x), routing, method="gather", capacity=10, key=key)
+        rows, plan = moe.dispatch(jnp.asarray(x), routing, method="gather", capacity=10, key=key, order=order)
         return moe.combine(rows, plan)[:, 0] > 0
 
     np.testing.assert_array_equal(jax.jit(kept)(None), np.arange(40) < 10)
+    np.testing.assert_array_equal(jax.jit(kept)(None, -jnp.arange(40)), np.arange(40) >= 30)
     share = np.asarray(jax.jit(jax.vmap(kept))(jax.random.split(jax.random.key(0), 500))).mean(0)
     assert (np.abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 500)).all()
 
@@ -187,8 +188,8 @@ def test_rows_past_the_groups_are_zero():
     np.testing.assert_array_equal(y[~MASK], 0)
 
 
-def capped(routing, capacity):
-    return moe.dispatch(jnp.ones((T, 2)), routing, method="gather", capacity=capacity)
+def capped(routing, capacity, **how):
+    return moe.dispatch(jnp.ones((T, 2)), routing, method="gather", capacity=capacity, **how)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +205,7 @@ def capped(routing, capacity):
         (lambda r: capped(r, float("inf")), "capacity: got inf; expected a number of tokens"),
         (lambda r: capped(r, True), "capacity: got True; expected a number of tokens"),
         (lambda r: capped(r, "all"), "capacity: got 'all'; expected a number of tokens"),
+        (lambda r: capped(r, 1, order=jnp.arange(3)), r"order: got \[3\]; expected \[34\]"),
         (lambda r: moe.combine(jnp.ones((3, 2)), moe.dispatch(jnp.ones((T, 2)), r)[1]), r"y: got \[3, 2\]"),
         (lambda r: moe.soft_route(jnp.ones((3, 2), jnp.float32)), r"logits: got float32\[3, 2\]"),
     ],

@@ -136,7 +136,8 @@ def test_distillation_is_the_authors_two_losses():
         smoothed = 0.5 * log_p[overlap[layer, t].argmax()] + 0.5 * log_p.mean()
         want.append(-0.75 * smoothed - 0.25 * (soft * log_p).sum())
     run = jax.jit(jax.value_and_grad(moe.router_distillation, argnums=(0, 1)))
-    given = (jnp.asarray(x, jnp.float32) for x in (logits, overlap))
+    given = [jnp.asarray(x, jnp.float32) for x in (logits, overlap)]
+    given = [x.at[..., 4, :].set(jnp.nan) for x in given]  # what is left out may be anything
     loss, (grad, none) = run(*given, mask)
     np.testing.assert_allclose(loss, np.mean(want), rtol=1e-5)
     assert not np.asarray(none).any()
@@ -159,6 +160,15 @@ def test_distillation_is_the_authors_two_losses():
         (
             lambda p: moe.activation_overlap(jnp.ones((3, H)), np.ones((2, H), bool)),
             "subsets: got a first expert without neurons of its own",
+        ),
+        *(
+            (
+                lambda p, levels=levels: moe.activation_overlap(
+                    jnp.ones((3, H)), np.eye(2, H, dtype=bool), levels=levels
+                ),
+                r"levels: got \[.*\] of 1 neurons; expected numbers above 0",
+            )
+            for levels in ((), (-1.0,), (H + 1.0,))
         ),
         (
             lambda p: moe.router_distillation(jnp.ones((3, 2)), jnp.ones((4, 5, 2))),

@@ -154,6 +154,8 @@ def test_noise():
     noisy = LOGITS + size * noise
     routing = compiled(moe.noisy_top_k, LOGITS, k=K, noise_logits=jnp.asarray(0.5 * LOGITS), key=KEY)
     np.testing.assert_array_equal(routing.indices, best(noisy, K))
+    given = {"noise_logits": jnp.asarray(0.5 * LOGITS), "noise": jnp.asarray(noise)}
+    jax.tree.map(np.testing.assert_array_equal, compiled(moe.noisy_top_k, LOGITS, k=K, **given), routing)
     load = np.zeros(E)
     fresh = RNG.standard_normal((20000, E))
     for t, e in itertools.product(range(T), range(E)):
@@ -315,6 +317,7 @@ def test_by_name():
         (lambda x: moe.softmax_top_k(x.astype(jnp.int32), 1), "logits: got int32"),
         (lambda x: moe.sigmoid_top_k(x, 1, bias=jnp.zeros(3)), r"bias: got \[3\]; expected \[6\]"),
         (lambda x: moe.noisy_top_k(x, 1, key=KEY), "noise_logits: got None"),
+        (lambda x: moe.noisy_top_k(x, 1, noise_logits=x, noise=x, key=KEY), "noise: got .* and a key"),
         (lambda x: moe.expert_choice(x, capacity=0), "capacity: got 0"),
         (lambda x: moe.expert_choice(x, capacity=14), "capacity: got 14"),
         (lambda x: moe.expert_choice(x, capacity=float("nan")), "capacity: got nan; expected"),

@@ -90,7 +90,44 @@ def check_packed() -> None:
     assert_close(got, want, "float32", times=2)
 
 
+def check_draws(*axes: str) -> None:
+    """In training, jitter, noise and the choice of whom to drop are those of one device.
+
+    Over data and time, with experts here and over the devices of time; or in a stage of a pipeline, whose
+    tokens and channels the compiler splits.
+    """
+    how, in_stage = dict(router="noisy_top_k", jitter=0.2), axes[0] == "pipeline"
+    drops = frugax.layers.MoE(**MOE, **how, dispatch="gather", capacity=0.8)
+    keeps = {"dispatch": "dense"} if in_stage else {"expert_axis": "sequence"}
+    x = jax.random.normal(jax.random.key(0), (4, 6, 24))
+    params = jax.jit(drops.init)(jax.random.key(1), x)["params"]
+
+    def value(params, x, key):
+        total, dropped = 0.0, []
+        for model in (drops, frugax.layers.MoE(**MOE, **how, **keeps)):
+            y, sown = model.apply({"params": params}, x, mutable=["moe"], rngs={"router": key})
+            total += jnp.mean((y - x) ** 2) + frugax.moe.total_loss(sown)
+            dropped.append(sown["moe"]["statistics"]["dropped"])
+        return total, jnp.stack(dropped)
+
+    step = jax.value_and_grad(value, has_aux=True)
+    want, other = (jax.jit(step)(params, x, jax.random.key(seed)) for seed in (2, 3))
+    mesh = frugax.parallel.make_mesh(**dict.fromkeys(axes, 2), devices=jax.devices()[: 2 ** len(axes)])
+    if in_stage:
+        stage = dict(axis_names={"pipeline"}, in_specs=P(), out_specs=P(), check_vma=False)
+        step = jax.shard_map(step, mesh=mesh, **stage)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, P(frugax.parallel.BATCH_AXES, "sequence", "tensor")))
+        got = jax.jit(step)(params, spread, jax.random.key(2))
+    assert_close(got, want, "float32", times=2)
+    assert 0 < float(got[0][1][0]) < 0.5
+    assert abs(float(other[0][0]) / float(want[0][0]) - 1) > 1e-3  # another key, other numbers
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "layer":
         check_packed()
-    check({"layer": layer, "decoder": decoder, "over_time": over_time}[sys.argv[1]])
+    if sys.argv[1] == "draws":
+        check_draws(*sys.argv[2:])
+    else:
+        check({"layer": layer, "decoder": decoder, "over_time": over_time}[sys.argv[1]])

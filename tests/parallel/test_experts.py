@@ -34,6 +34,18 @@ def test_layers_over_a_mesh_are_those_of_one_device(case):
     run_on_eight_devices("tests.parallel.moe_layer_calls", case)
 
 
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ("data", "sequence"),
+        *(pytest.param(("pipeline", a, "tensor"), marks=pytest.mark.full) for a in ("sequence", "slice")),
+    ],
+    ids="-".join,
+)
+def test_layers_over_a_mesh_draw_what_one_device_draws(axes):
+    run_on_eight_devices("tests.parallel.moe_layer_calls", "draws", *axes)
+
+
 @pytest.mark.full
 def test_a_key_drops_other_tokens():
     run_on_eight_devices("tests.parallel.expert_calls", "key")

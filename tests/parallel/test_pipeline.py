@@ -120,6 +120,8 @@ def test_stages_draw_what_the_whole_decoder_draws():
         ("choosing experts", 1, 2, {"pipeline": 2, "fsdp": 2, "tensor": 2}, {}),
         ("drawing experts", 2, 4, {"pipeline": 2, "data": 2}, {}),
         ("drawing experts", 1, 1, {"pipeline": 2, "fsdp": 2}, {"remat": "full"}),
+        ("drawing experts", 1, 2, {"pipeline": 2, "sequence": 2, "tensor": 2}, {}),
+        ("drawing experts", 1, 2, {"pipeline": 2, "slice": 2, "tensor": 2}, {}),
         ("split experts", 2, 4, {"pipeline": 2, "fsdp": 2, "expert": 2}, {}),
         ("split experts", 1, 2, {"pipeline": 2, "expert": 2, "tensor": 2}, {"remat": "full"}),
         ("attention", 1, 2, {"pipeline": 2, "sequence": 4}, {}),

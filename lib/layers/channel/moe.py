@@ -1,6 +1,7 @@
 """The mixture of experts: a channel mixer that sends each token to a few of many stacked experts."""
 
 import functools
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -15,20 +16,21 @@ from ...compress import CompressedTernary
 from ...formats import QuantizedTensor
 from ...kernels.common.operation import Backend
 from ...kernels.common.rows import rows
+from ...moe.dispatch import limited
 from ...moe.experts import Kernel
+from ...parallel.activations import in_stage
 from ...parallel.experts import as_tuple, experts_over_mesh, own_tokens
 from ...parallel.over_time import (
     check_whole_rows,
     refuse_split_time,
     rows_as_shards,
     shards_as_rows,
-    time_shards,
     token_axes,
 )
 from ..modules.inputs import check_input
 from ..modules.packed import matrix_param
 from .mlp import GLU, MLP, activation_fn
-from .router import LOSS_WEIGHTS, Router, check_router, tokens_of
+from .router import LOSS_WEIGHTS, Router, Tokens, check_router, tokens_of
 
 EXPERTS = {"GLU": GLU, "MLP": MLP}
 DISPATCH = ("sort", "gather", "einsum", "dense", "expert_major")
@@ -65,9 +67,9 @@ class MoE(nn.Module):
       remat: compute the experts again in the backward pass instead of keeping their hidden values.
       expert_axis: axes of `jax.set_mesh`'s mesh that experts are split over: tokens travel to them and back
         (`frugax.parallel.experts_over_mesh`), by "sort", or by "gather", which drops what it drops on one
-        device; where devices share the time axis, a capacity is for tokens in the order of devices. Packed
-        experts are split as arrays are. Without a mesh all experts are here. None: the compiler does what
-        the experts' sharding asks for.
+        device, but in training, where it draws others; where devices share the time axis, a capacity is for
+        tokens in the order of devices. Packed experts are split as arrays are. Without a mesh all experts are
+        here. None: the compiler does what the experts' sharding asks for, with all draws of one device.
       dtype, param_dtype, out_scale, backend: as in `Mixer`. The router's parameters are float32.
 
     Args of the call:
@@ -149,14 +151,15 @@ class MoE(nn.Module):
         self._check()
         x = x if self.dtype is None else x.astype(self.dtype)
         rows(x.shape[:2], segment_ids, lengths)  # checks them
-        self._check_time(routing)
-        lengths, x = _lengths_of_shards(lengths, x.shape[1]), shards_as_rows(x)
-        segment_ids, router_input, logits, next_logits, token_ids = (
-            None if y is None else shards_as_rows(y)
-            for y in (segment_ids, router_input, logits, next_logits, token_ids)
+        check_whole_rows(routing=routing)
+        if self.router == "relu_route":
+            refuse_split_time("MoE", "the losses of router 'relu_route' compare neighbours")
+        tokens = tokens_of(x.shape[:2], segment_ids, lengths, token_ids)
+        router_input, logits, next_logits = (
+            None if y is None else shards_as_rows(y) for y in (router_input, logits, next_logits)
         )
+        x = shards_as_rows(x)
         B, T, D = x.shape
-        tokens = tokens_of((B, T), segment_ids, lengths, token_ids)
 
         def flattened(y: Array) -> Array:
             """[B * T, width], with zeros past rows' ends: gradients of products would read a NaN there."""
@@ -195,7 +198,7 @@ class MoE(nn.Module):
             self._check_routing(routing, B * T)
             scores = None
 
-        y, dropped = self._mix(flat, routing)
+        y, dropped = self._mix(flat, routing, tokens)
         if self.shared_expand:
             shared = self._shared()(rows_as_shards(flat.reshape(B, T, D)))
             y = y + shards_as_rows(shared).reshape(-1, D)
@@ -208,7 +211,7 @@ class MoE(nn.Module):
         self._report(routing, dropped, B * T if tokens.mask is None else jnp.sum(tokens.mask))
         return rows_as_shards(y.reshape(B, T, D))
 
-    def _mix(self, x: Array, routing: moe.Routing | moe.SoftRouting) -> tuple[Array, Array]:
+    def _mix(self, x: Array, routing: Any, tokens: Tokens) -> tuple[Array, Array]:
         """Send tokens x [B * T, D] to experts and back; and the share of assignments that were dropped."""
         D = x.shape[-1]
         hidden = -8 * (-round(self.expand * D) // 8)
@@ -226,7 +229,8 @@ class MoE(nn.Module):
             return self._over_mesh(x, routing, kernels, apply)
         if method == "dense" and isinstance(routing, moe.Routing):
             dense = remat(functools.partial(moe.dense_experts, **how))
-            return dense(x, routing.dense_weights(x.shape[0]), kernels), jnp.zeros(())
+            mine = lambda x, routing, w: dense(x, routing.dense_weights(x.shape[0]), w)  # noqa: E731
+            return own_tokens(mine, x, routing, kernels), jnp.zeros(())
         if method == "expert_major" and isinstance(routing, moe.Routing):
 
             def one(kernels: Any, rows: Array) -> Array:
@@ -235,22 +239,32 @@ class MoE(nn.Module):
 
             return moe.expert_by_expert(one, kernels, x, routing), jnp.zeros(())
 
+        sends: dict[str, Any] = {}
+        dropped: Array = jnp.zeros(())
+        if isinstance(routing, moe.Routing) and method != "sort":
+            sends = {"capacity": self.capacity, "order": self._order(routing, tokens)}
+            if in_stage():  # the compiler can't split the gather over all axes: drop, and sort what is left
+                (routing, dropped), sends = limited(routing, len(x), **sends), {}
+                method = "sort"
         sorts = method == "sort" and isinstance(routing, moe.Routing) and not calibrating
         if sorts and not any(isinstance(kernel, CompressedTernary) for kernel in kernels.values()):
             routed = remat(functools.partial(moe.routed_experts, **how, backend=self.backend))
-            return own_tokens(routed, x, routing, kernels), jnp.zeros(())
+            return own_tokens(routed, x, routing, kernels), dropped
         apply = remat(functools.partial(moe.apply_experts, **how, backend=self.backend))
-        sends: dict[str, Any] = {}
-        if isinstance(routing, moe.Routing):
-            sends = {"method": method, "capacity": self.capacity}
-            if method != "sort" and self.has_rng("router"):
-                sends["key"] = self.make_rng("router")
-        sent, plan = moe.dispatch(x, routing, **sends)
+        sent, plan = moe.dispatch(x, routing, method=method, **sends)
         sizes = plan.group_sizes if plan.method == "sort" else None
         if calibrating:
             observe = lambda name, rows: modules[name].reads(rows, plan.group_sizes)  # noqa: E731
             apply = functools.partial(apply, observe=observe)
-        return moe.combine(apply(sent, kernels, sizes), plan), plan.dropped
+        return moe.combine(apply(sent, kernels, sizes), plan), dropped + plan.dropped
+
+    def _order(self, routing: moe.Routing, tokens: Tokens) -> Array:
+        """The order in which assignments find places, that of one device: any in training."""
+        order = jnp.arange(routing.indices.size)
+        if self.has_rng("router"):
+            order = jax.random.permutation(self.make_rng("router"), order)
+        order = order.reshape(routing.indices.shape)
+        return (tokens.in_order(order) if routing.by == "token" else order).reshape(-1)
 
     def _over_mesh(self, x: Array, routing: Any, kernels: Any, apply: Any) -> tuple[Array, Array]:
         """The same where devices share the experts."""
@@ -265,12 +279,6 @@ class MoE(nn.Module):
             key=self.make_rng("router") if self.dispatch == "gather" and self.has_rng("router") else None,
         )
         return y, load.dropped
-
-    def _check_time(self, routing: Any) -> None:
-        """Raise ValueError for what needs whole rows, where devices share the time axis."""
-        check_whole_rows(routing=routing)
-        if self.router == "relu_route":
-            refuse_split_time("MoE", "the losses of router 'relu_route' compare neighbours")
 
     def _shared(self) -> nn.Module:
         kind: Any = EXPERTS[self.expert]
@@ -294,10 +302,8 @@ class MoE(nn.Module):
         weights = dict(_pairs(self._loss_weights))
         unknown = sorted(set(weights) - set(routing.losses))
         if unknown and self.loss_weights is not None:
-            there_are = ", ".join(routing.losses) or "none"
-            raise ValueError(
-                f"loss_weights: got {unknown[0]!r}; expected losses of {self.router}: {there_are}"
-            )
+            got, known = f"loss_weights: got {unknown[0]!r}", ", ".join(routing.losses) or "none"
+            raise ValueError(f"{got}; expected losses of {self.router}: {known}")
         loss = sum((w * routing.losses[n] for n, w in weights.items() if n in routing.losses), jnp.zeros(()))
         active = jnp.sum(routing.weights != 0) / jnp.maximum(tokens, 1)
         values = {"routing": routing.statistics, "dropped": dropped, "active": active}
@@ -339,12 +345,11 @@ class MoE(nn.Module):
             raise ValueError(f"{which}: got {getattr(self, which)}; expected a number above 0")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: got {self.jitter}; expected a number of at least 0 and below 1")
-        limited = self.dispatch in ("gather", "einsum") and not isinstance(self.capacity, bool)
+        number = isinstance(self.capacity, numbers.Real) and not isinstance(self.capacity, bool)
+        limited = number and self.dispatch in ("gather", "einsum")
         if self.capacity is not None and not (limited and 0 < self.capacity < float("inf")):
-            raise ValueError(
-                f"capacity: got {self.capacity} with dispatch={self.dispatch!r}; expected None, or a number "
-                "above 0 with 'gather' or 'einsum'"
-            )
+            got = f"capacity: got {self.capacity!r} with dispatch={self.dispatch!r}"
+            raise ValueError(f"{got}; expected None, or a number above 0 with 'gather' or 'einsum'")
         if self.expert_axis is not None and self.dispatch not in ("sort", "gather"):
             got = f"dispatch: got {self.dispatch!r} with expert_axis={self.expert_axis!r}"
             raise ValueError(f"{got}; expected 'sort' or 'gather'")
@@ -384,15 +389,6 @@ class StackedKernel(nn.Module):
 
     def reads(self, x: Array, group_sizes: Array) -> None:
         """Do nothing with the rows that each expert is about to multiply: calibration intercepts the call."""
-
-
-def _lengths_of_shards(lengths: Array | None, tokens: int) -> Array | None:
-    """Count the real tokens of each row [B * P] that `shards_as_rows` makes of rows [B, tokens]."""
-    P = time_shards()
-    if lengths is None or P == 1:
-        return lengths
-    before = jnp.arange(P)[None] * (tokens // P)
-    return shards_as_rows(jnp.clip(jnp.asarray(lengths)[:, None] - before, 0, tokens // P))[:, 0]
 
 
 def _pairs(items: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> tuple[tuple[str, Any], ...]:

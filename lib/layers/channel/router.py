@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from ... import moe
 from ...kernels.common.arguments import accumulator
 from ...kernels.common.documents import documents
+from ...parallel.over_time import shards_as_rows
 from ..modules.norms import rms_normalize
 
 # Their arguments that the layer sets, or that come from a module's parameters and states.
@@ -23,6 +24,7 @@ _OF_LAYER = {
     "mask",
     "bias",
     "key",
+    "noise",
     "noise_logits",
     "gain",
     "train",
@@ -54,17 +56,23 @@ LOSS_WEIGHTS: dict[str, tuple[tuple[str, float], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a call, in one row.
+    """The tokens of a call, in one row; where devices share the time axis, as `shards_as_rows` orders them.
 
     Attributes:
       mask: those that count, bool [B * T]; None: all.
       starts: those whose predecessor is another document's, bool [B * T].
       ids: of the vocabulary [B * T]; None where the caller has none.
+      rows: of the batch, B.
     """
 
     mask: Array | None
     starts: Array
     ids: Array | None
+    rows: int
+
+    def in_order(self, y: Array) -> Array:
+        """y [B * T, ...], drawn for the tokens of rows after rows as on one device, in their order here."""
+        return shards_as_rows(y.reshape(self.rows, -1, *y.shape[1:])).reshape(y.shape)
 
 
 def tokens_of(
@@ -75,8 +83,9 @@ def tokens_of(
     packed = documents(segment_ids, B, T)
     first = jnp.arange(T)[None] == 0
     starts = jnp.broadcast_to(first, (B, T)) if packed is None else packed.starts | first
-    mask = None if lengths is None else (jnp.arange(T)[None] < lengths[:, None]).reshape(-1)
-    return Tokens(mask, starts.reshape(-1), None if ids is None else ids.reshape(-1))
+    mask = None if lengths is None else jnp.arange(T)[None] < jnp.asarray(lengths)[:, None]
+    in_one_row = lambda y: None if y is None else shards_as_rows(y).reshape(-1)  # noqa: E731
+    return Tokens(in_one_row(mask), in_one_row(starts), in_one_row(ids), B)
 
 
 class Router(nn.Module):
@@ -116,7 +125,8 @@ class Router(nn.Module):
         if logits is None:
             if train and self.jitter:
                 low, high = 1 - self.jitter, 1 + self.jitter
-                x = x * jax.random.uniform(self.make_rng("router"), x.shape, x.dtype, low, high)
+                factors = jax.random.uniform(self.make_rng("router"), x.shape, x.dtype, low, high)
+                x = x * tokens.in_order(factors)
             logits = self._times(
                 x, "kernel", nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal"), task
             )
@@ -133,7 +143,8 @@ class Router(nn.Module):
             args = {"capacity": float(self.k)} | args
         if self.router == "noisy_top_k" and (train or self.is_initializing()):
             how["noise_logits"] = self._times(x, "noise", nn.initializers.zeros, task)
-            how["key"] = self.make_rng("router") if train else None
+            if train:
+                how["noise"] = tokens.in_order(jax.random.normal(self.make_rng("router"), logits.shape))
         if self.router == "sigmoid_top_k":
             return self._balanced(logits, how | args), logits
         if self.router == "relu_route":
