@@ -74,6 +74,9 @@ def make_layout(config: ConfigDict, devices: Sequence[jax.Device] | None = None)
     if config.parallel == "pmap":
         if jax.process_count() > 1:
             raise ValueError("parallel: got 'pmap'; expected 'jit' for several processes")
+        if config.mesh.tensor_messages != "sums":
+            got = f"mesh.tensor_messages: got {config.mesh.tensor_messages!r}"
+            raise ValueError(f"{got} with parallel='pmap'; expected 'sums'")
         if rows != wanted or mesh.shape["fsdp"] > 1:
             raise ValueError(
                 "parallel: got 'pmap'; expected 'jit' for mesh.fsdp, pipeline, sequence or tensor above 1"

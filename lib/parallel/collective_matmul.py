@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from ..kernels.common.arguments import accumulator
 from ..kernels.common.sharding import vary_like
 
 
@@ -122,7 +123,7 @@ def _scatter(x: Array, w: Array, axis_name: str, both_ways: bool) -> Array:
     pieces = x.reshape(*x.shape[:-2], P, M, -1)
     parts = _ways(M, P, both_ways)
     dtype = jnp.result_type(x, w)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = accumulator(dtype)
 
     def times_w(owner, start, end):
         mine = jax.lax.dynamic_index_in_dim(pieces, owner, pieces.ndim - 3, keepdims=False)
@@ -133,12 +134,12 @@ def _scatter(x: Array, w: Array, axis_name: str, both_ways: bool) -> Array:
         # The pieces that are at home here after the steps that are left.
         totals = [times_w((here + way * (P - 1 - step)) % P, start, end) for start, end, way in parts]
         if step:
-            totals = [y + product for y, product in zip(arriving, totals, strict=True)]
+            totals = [y.astype(wide) + product for y, product in zip(arriving, totals, strict=True)]
         # In the result's dtype, as psum_scatter sends them; each sum by itself is of float32.
         arriving = _send([total.astype(dtype) for total in totals], parts, axis_name, P)
     # Apart from the last sum, or XLA would make one operation of both, which waits for the last messages.
     own = jax.lax.optimization_barrier(times_w(here, 0, M))
-    return (own + jnp.concatenate(arriving, axis=-2) if arriving else own).astype(dtype)
+    return (own + jnp.concatenate(arriving, axis=-2).astype(wide) if arriving else own).astype(dtype)
 
 
 def _scatter_backward(axis_name, both_ways, residuals, dy):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 import frugax
 from tests.errors import bound, error
@@ -86,5 +87,26 @@ def left():
     assert shapes == [(1, 8, 4), (1, 2, 4)], shapes
 
 
+def narrow():
+    """In two bytes, under strict promotion: sums of each product in float32, as the compiler's are."""
+    mesh = frugax.parallel.make_mesh(data=2, tensor=4)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        layer = nn.Sequential([frugax.layers.MLP(2, dtype=dtype, param_dtype=dtype, name="channel")])
+        x = jax.random.normal(jax.random.key(0), (2, 8, 16)).astype(dtype)
+        params = layer.init(jax.random.key(1), x)
+        want = layer.apply(jax.tree.map(lambda w: w.astype(jnp.float32), params), x.astype(jnp.float32))
+
+        def loss(params, x, layer=layer):
+            return layer.apply(params, x).astype(jnp.float32).sum()
+
+        rings = frugax.parallel.tensor_messages("rings")
+        with jax.numpy_dtype_promotion("strict"), jax.set_mesh(mesh), rings:
+            program = jax.jit(layer.apply).lower(params, x).compile()
+            grads = jax.jit(jax.grad(loss))(params, x)
+        assert "collective-permute" in program.as_text()
+        assert error(program(params, x), want) < 4 * bound(jnp.dtype(dtype).name)
+        assert all(np.any(np.asarray(g, np.float32)) for g in jax.tree.leaves(grads))
+
+
 if __name__ == "__main__":
-    {"equal": equal, "sent": sent, "left": left}[sys.argv[1]](*sys.argv[2:])
+    {"equal": equal, "sent": sent, "left": left, "narrow": narrow}[sys.argv[1]](*sys.argv[2:])

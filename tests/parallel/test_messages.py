@@ -13,7 +13,7 @@ def test_a_step_is_that_of_one_device(mixer):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("what", ["sent", "left"])
+@pytest.mark.parametrize("what", ["sent", "left", "narrow"])
 def test_rings_replace_whole_messages(what):
     run_on_eight_devices("tests.parallel.messages_calls", what)
 

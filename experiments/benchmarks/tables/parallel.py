@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from ..markdown import plain_caption, read, table
+from frugax.parallel.activations import TENSOR_MESSAGES
 
-MESSAGES = ("sums", "rings")
+from ..markdown import plain_caption, read, table
 
 
 def collective_matmul() -> str:
@@ -30,9 +30,11 @@ def tensor_messages() -> str:
     for (where, mixer), by in cases.items():
         row = [where, f"`{mixer}`"]
         for key, digits in (("step_ms", 1), ("exposed_ms", 1), ("gib", 2)):
-            row.append(" / ".join(f"{by[way][key]:.{digits}f}" if way in by else "-" for way in MESSAGES))
+            row.append(
+                " / ".join(f"{by[way][key]:.{digits}f}" if way in by else "-" for way in TENSOR_MESSAGES)
+            )
         rows.append(row)
-    ways = " / ".join(MESSAGES)
+    ways = " / ".join(TENSOR_MESSAGES)
     head = ["chips", "mixer", f"step, ms: {ways}", "of which it waits, ms", "GiB a chip"]
     first = next(iter(cases.values()))
     return f"Compiled on: {plain_caption(next(iter(first.values())))}\n\n{table(head, rows)}"
