@@ -15,7 +15,6 @@ Source: Cai et al. 2024, Read-ME (arXiv 2410.19123), and its code.
 
 import argparse
 import json
-import math
 import sysconfig
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from flax import linen as nn
 
 import frugax
 from experiments.benchmarks.interleaved import about
+from experiments.studies.moe_routers import bits
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "read_me.json"
 WIDTH, HIDDEN, LAYERS, LENGTH, BATCH = 64, 256, 2, 128, 16
@@ -96,11 +96,6 @@ class Model(nn.Module):
             x = x + y
         x = frugax.layers.RMSNorm(name="norm")(x)
         return nn.Dense(256, use_bias=False, name="head")(x), activations
-
-
-def bits(logits: Any, rows: Any) -> Any:
-    """Mean bits a byte of rows [B, T + 1]."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 1:]).mean() / math.log(2)
 
 
 def choose(router: Any, tokens: Any) -> Any:
@@ -207,7 +202,7 @@ def run(
         return {name: round(float(of(rows)), 4) for name, rows in held_out.items()}
 
     def spread(router):
-        """How often each domain's tokens go to its own expert."""
+        """Count how often each domain's tokens go to its own expert."""
         chosen = [np.asarray(choose(router, rows[:, :-1])) for rows in held_out.values()]
         return round(float(np.mean([(c == i).mean() for i, c in enumerate(chosen)])), 4)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 
 class FactorState(NamedTuple):
-    """What an `AdaptiveFactor` carries from step to step.
+    """The state that an `AdaptiveFactor` carries from step to step.
 
     Attributes:
       factor: for the next step.

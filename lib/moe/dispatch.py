@@ -271,10 +271,7 @@ def places(
 def _capacity(capacity: int | float | None, tokens: int, routing: Routing) -> int:
     if capacity is None:
         return tokens
-    count = tokens_an_expert(capacity, routing.indices.size / routing.experts)
-    if count < 1:
-        raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected at least 1")
-    return min(count, tokens)
+    return min(tokens_an_expert(capacity, routing.indices.size / routing.experts), tokens)
 
 
 def _one_hot(tokens, experts, places, shape) -> Array:

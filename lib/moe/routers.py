@@ -211,9 +211,7 @@ def expert_choice(logits: Float[Array, "t e"], *, capacity: int | float = 1.0, m
     """
     check_logits(logits, mask)
     T, E = logits.shape
-    count = tokens_an_expert(capacity, T / E)
-    if not 1 <= count <= T:
-        raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected 1 to {T} tokens")
+    count = tokens_an_expert(capacity, T / E, most=T)
     scores = jax.nn.softmax(logits.astype(jnp.float32), -1)
     seen = scores if mask is None else jnp.where(mask[:, None], scores, -1.0)
     tokens = top_k(seen.T, count)

@@ -128,13 +128,17 @@ def check_mask(mask: Mask, tokens: Array) -> None:
         raise ValueError(f"mask: got {list(mask.shape)}; expected {[*tokens.shape[:1]]}, one for each token")
 
 
-def tokens_an_expert(capacity: int | float, mean: float) -> int:
+def tokens_an_expert(capacity: int | float, mean: float, most: int | float = math.inf) -> int:
     """Count tokens of a capacity: a whole number as it is, a float as a factor of the mean, rounded up."""
     whole = isinstance(capacity, numbers.Integral)
     if isinstance(capacity, bool) or not isinstance(capacity, numbers.Real) or not math.isfinite(capacity):
         got = f"capacity: got {capacity!r}"
         raise ValueError(f"{got}; expected a number of tokens >= 1, or a finite float above 0, of the mean")
-    return int(capacity) if whole else math.ceil(capacity * mean)
+    count = int(capacity) if whole else math.ceil(capacity * mean)
+    if not 1 <= count <= most:
+        expected = "at least 1" if most == math.inf else f"1 to {most} tokens"
+        raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected {expected}")
+    return count
 
 
 def _assignments(indices: Array, weights: Array, by: str) -> tuple[Array, Array, Array]:

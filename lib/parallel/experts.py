@@ -358,11 +358,7 @@ def as_tuple(axes: AxisNames) -> tuple[str, ...]:
 
 def _capacity(capacity: int | float, routing: Routing, axes: tuple[str, ...]) -> int:
     shared = jax.lax.axis_size(axes) if axes else 1
-    mean = routing.indices.size * shared / routing.experts
-    count = tokens_an_expert(capacity, mean)
-    if count < 1:
-        raise ValueError(f"capacity: got {capacity}, {count} tokens an expert; expected at least 1")
-    return count
+    return tokens_an_expert(capacity, routing.indices.size * shared / routing.experts)
 
 
 def _first(counts_PE: Array, most_P: Array) -> Array:

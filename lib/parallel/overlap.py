@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from .activations import automatic_axes, time_axes
+from .activations import automatic_axes, tensor_rings, time_axes
 from .axes import axes_of
 from .collective_matmul import all_gather_matmul, matmul_reduce_scatter
 from .rules import RULES
@@ -24,11 +24,11 @@ def ring_products(x: Array, matrices: Sequence[Array], path: str) -> list[Array]
       path: of the param.
 
     Returns:
-      The product with each; None where "tensor" splits no side of the param, does not divide what it would,
-      or does not divide the tokens.
+      The product with each; None where `tensor_messages` says "sums", or "tensor" splits no side
+      of the param, does not divide what it would, or does not divide the tokens.
     """
     tensor, time = automatic_axes().get("tensor", 1), time_axes(x.shape[1]) if x.ndim == 3 else ()
-    if not time:
+    if not (time and tensor_rings()):
         return None
     inside = time[:-1] or None  # the axes that share time where each device has columns
     rows, columns = (RULES.get(axis or "") == "tensor" for axis in axes_of(path, 3)[0][-2:])

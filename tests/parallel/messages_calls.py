@@ -58,7 +58,7 @@ def sent():
 
 
 def left():
-    """What rings can't split is the compiler's: tokens or columns that don't divide, and codes."""
+    """The compiler has what rings can't split: tokens or columns that don't divide, and codes."""
     mesh = frugax.parallel.make_mesh(data=2, tensor=4)
 
     def compare(layer, time, *, rings):

@@ -1,4 +1,4 @@
-"""What devices along "tensor" send each other: the same numbers in every way, and what a program sends."""
+"""The messages of devices along "tensor": the same numbers in every way, and what a program sends."""
 
 import pytest
 

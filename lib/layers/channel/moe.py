@@ -346,8 +346,8 @@ class MoE(nn.Module):
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: got {self.jitter}; expected a number of at least 0 and below 1")
         number = isinstance(self.capacity, numbers.Real) and not isinstance(self.capacity, bool)
-        limited = number and self.dispatch in ("gather", "einsum")
-        if self.capacity is not None and not (limited and 0 < self.capacity < float("inf")):
+        fits = number and self.dispatch in ("gather", "einsum")
+        if self.capacity is not None and not (fits and 0 < self.capacity < float("inf")):
             got = f"capacity: got {self.capacity!r} with dispatch={self.dispatch!r}"
             raise ValueError(f"{got}; expected None, or a number above 0 with 'gather' or 'einsum'")
         if self.expert_axis is not None and self.dispatch not in ("sort", "gather"):

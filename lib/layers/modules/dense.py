@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from ...formats import Format, QuantizedTensor, format_named, quantize
 from ...kernels import MixedActivations, quantized_matmul
 from ...kernels.common.operation import Backend
-from ...parallel.activations import automatic_axes, tensor_rings
+from ...parallel.activations import automatic_axes
 from ...parallel.overlap import ring_products
 from .bit_linear import BitLinear
 from .inputs import beside
@@ -70,7 +70,7 @@ class Dense(nn.Module):
         shares = automatic_axes().get("tensor", 1)
         if shares > 1 and self.dot_general_cls is None:
             matrices = [kernel] if self.parts is None else split_columns(kernel, self.parts)
-            ys = ring_products(x, matrices, "/".join((*self.path, "kernel"))) if tensor_rings() else None
+            ys = ring_products(x, matrices, "/".join((*self.path, "kernel")))
             if ys is None and self.parts is not None:
                 ys = _products(x, matrices, shares)
             if ys is not None:

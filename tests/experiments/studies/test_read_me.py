@@ -12,7 +12,7 @@ TOKENS = np.random.default_rng(0).integers(256, size=(2, 9)).astype(np.int32)
 
 
 def subsets():
-    """Of two layers and four experts: half of the neurons each, some of them in all four."""
+    """Masks of two layers and four experts: half of the neurons each, some of them in all four."""
     rng = np.random.default_rng(1)
     found = np.zeros((2, 4, study.HIDDEN), bool)
     for layer in found:
