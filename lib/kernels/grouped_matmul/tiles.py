@@ -17,20 +17,20 @@ from ..common.sharding import vary_like
 from ..common.tiling import round_up
 
 STEP = 16  # rows by which tiles differ
-# Most rows of a tile, by measurement: of more rows the last tiles multiply more for nothing, of fewer a
-# product is slower. A sum over rows adds a matrix for each tile.
-OF_ROWS, OF_SUMS = 384, 512
+# Most rows of a tile, of measured ones the fastest: a group is one product as long as it has no more. Cores hand
+# each other a tile's rows, experts and results, the slower the less cache they share.
+MOST = 1536
 
 
-def heights(M: int, groups: int, most: int) -> tuple[int, ...]:
+def heights(M: int, groups: int) -> tuple[int, ...]:
     """Choose how many rows tiles may have: all but a group's last one have as many as the last number says.
 
     Most tiles are a group's only one where groups are small: steps are narrow around a group's share of the M
     rows, which few groups are far from.
     """
-    share = M / groups if known(M) else most
-    tile = min(most, round_up(int(1.5 * share) + 1, STEP))
-    near = (0.5, 0.75, 0.875, 0.9375, 1, 1.0625, 1.125, 1.25)
+    share = M / groups if known(M) else MOST
+    tile = min(MOST, round_up(int(1.5 * share) + 1, STEP))
+    near = (0.125, 0.25, 0.4375, 0.625, 0.8125, 0.9375, 1, 1.0625, 1.1875)
     parts = near if share < tile else (0.125, 0.25, 0.375, 0.5, 0.75)
     some = (min(tile, round_up(int(part * min(share, tile)) + 1, STEP)) for part in parts)
     return tuple(sorted({*some, tile}))
@@ -63,7 +63,7 @@ def by_rows(
       [M, N], or [out_rows, N] with `add`.
     """
     count = x.shape[0] if read is None else read.shape[0]
-    options = heights(count, sizes.shape[0], OF_ROWS)
+    options = heights(count, sizes.shape[0])
     x, read, add = _at_least(options[-1], x, read, add, out_rows)
     M = x.shape[0] if read is None else read.shape[0]
     rows = M if add is None else out_rows
@@ -98,7 +98,7 @@ def by_groups(
     Row i is x[read_x[i]] and y[read_y[i]] where these are given.
     """
     M = x.shape[0] if read_x is None else read_x.shape[0]
-    options = heights(M, sizes.shape[0], OF_SUMS)
+    options = heights(M, sizes.shape[0])
     x, read_x, _ = _at_least(options[-1], x, read_x)
     y, read_y, _ = _at_least(options[-1], y, read_y)
     M, dtype = x.shape[0] if read_x is None else read_x.shape[0], accumulator(x.dtype)
