@@ -29,7 +29,7 @@ import frugax
 from experiments.configs.checks import check_classification
 from experiments.data import examples
 from experiments.trainer.flags import CONFIG, run, run_dir
-from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.kept_memory import keep_memory
 from experiments.trainer.lock import locked
 from experiments.trainer.metrics import read_lines
 from experiments.trainer.optimizers import check_optimizer, make_optimizer
@@ -237,5 +237,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    keep_memory()
     run(main)

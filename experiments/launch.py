@@ -27,7 +27,7 @@ from experiments.launcher import sky, slurm
 from experiments.launcher.local import Died, Stopped, commands, run_job, without_run
 from experiments.launcher.sweep import Point, grid, read_summary, write_table
 from experiments.trainer.flags import CONFIG, parse, run, run_dir
-from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.kept_memory import keep_memory
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -197,5 +197,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    keep_memory()
     sys.exit(main())

@@ -28,7 +28,7 @@ from experiments.configs.checks import check_config
 from experiments.data import heldout_batches, load_tokenizer, make_loader
 from experiments.trainer.checkpoints import CheckpointError, Checkpoints, check_same_config
 from experiments.trainer.flags import CONFIG, run, run_dir
-from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.kept_memory import keep_memory
 from experiments.trainer.lock import locked
 from experiments.trainer.metrics import Metrics
 from experiments.trainer.optimizers import check_optimizer, make_optimizer, schedule
@@ -299,5 +299,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    keep_memory()
     run(main)

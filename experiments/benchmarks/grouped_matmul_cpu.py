@@ -1,11 +1,13 @@
 """Products of rows with their experts on CPU, and a mixture's step against the dense one of equal FLOPs.
 
-In huge pages where Linux has them, as `experiments.train` runs: a mixture's gradients are much new memory.
+With memory that is kept, as `experiments.train` runs: a mixture's gradients are much of it. Turns in which
+the cores share no cache have rows of their own, where that can be told.
 
 python -m experiments.benchmarks.grouped_matmul_cpu
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,18 +19,13 @@ import numpy as np
 from jax import Array
 
 import frugax
-from experiments.benchmarks.interleaved import (
-    about,
-    cpu_seconds,
-    milliseconds,
-    save,
-    with_gradient,
-    worst_error,
-)
-from experiments.trainer.huge_pages import use_huge_pages
+from experiments.benchmarks.core_latency import apart
+from experiments.benchmarks.interleaved import about, save, with_gradient, worst_error
+from experiments.trainer.kept_memory import keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "grouped_matmul_cpu.json"
 BOUND = 1e-5  # rmse over rms
+ENOUGH = 5  # turns of which a median is told
 
 
 def of_one_matrix(x: Array, W: Array, sizes: Array) -> Array:
@@ -57,7 +54,7 @@ def group_sizes(rows: int, experts: int, skewed: bool) -> Array:
     return jnp.asarray(sizes, jnp.int32)
 
 
-def measure_products(rows: int, width: int, columns: int, experts: int, skewed: bool, repeats: int) -> dict:
+def measure_products(rows: int, width: int, columns: int, experts: int, skewed: bool, turns: int) -> dict:
     """Times of the products alone, forward and with both gradients."""
     kx, kw, kd = jax.random.split(jax.random.key(0), 3)
     x, W = jax.random.normal(kx, (rows, width)), jax.random.normal(kw, (experts, width, columns))
@@ -76,7 +73,7 @@ def measure_products(rows: int, width: int, columns: int, experts: int, skewed: 
     for (name, what), answer in answers.items():
         if name != "one dense product":
             check(f"{name}, {what}", answer, answers["grouped_matmul", what])
-    return timed(calls, "one dense product", temporaries, repeats)
+    return timed(calls, "one dense product", temporaries, turns)
 
 
 def mixture(params: dict, x: Array, k: int, routed: str) -> Array:
@@ -99,7 +96,7 @@ def dense(params: dict, x: Array) -> Array:
     return (jax.nn.silu(gate) * up) @ params["out"]
 
 
-def measure_step(tokens: int, width: int, hidden: int, experts: int, k: int, repeats: int) -> dict:
+def measure_step(tokens: int, width: int, hidden: int, experts: int, k: int, turns: int) -> dict:
     """Times of a dropless step, value and gradients of all params and of x."""
     keys = iter(jax.random.split(jax.random.key(1), 8))
 
@@ -124,7 +121,7 @@ def measure_step(tokens: int, width: int, hidden: int, experts: int, k: int, rep
         temporaries[name, "step"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
         if f is not dense:
             check(name, compiled(params, x), want)
-    return timed(calls, "dense layer", temporaries, repeats)
+    return timed(calls, "dense layer", temporaries, turns)
 
 
 def check(name: str, got: Any, want: Any) -> None:
@@ -134,52 +131,64 @@ def check(name: str, got: Any, want: Any) -> None:
         raise AssertionError(f"{name}: {error:.1e} from the definition; {BOUND:.0e} is the bound")
 
 
-def _finish(call: Callable[[], Any]) -> None:
-    jax.block_until_ready(call())
+def timed(calls: dict, floor: str, temporaries: dict, turns: int) -> dict:
+    """Rows of milliseconds and of CPU seconds, and of both over those of `floor` in the same turn.
 
-
-def timed(calls: dict, floor: str, temporaries: dict, repeats: int) -> dict:
-    """Rows of milliseconds and of CPU seconds, and of both over those of `floor`."""
-    times = milliseconds(calls, repeats)
-    work: dict[Any, list[float]] = {key: [] for key in calls}
-    for _ in range(repeats):  # what others on the machine do leaves CPU seconds nearly alone
-        for key, call in calls.items():
-            work[key].append(1e3 * cpu_seconds(partial(_finish, call)))
+    Turns with cores together and apart have rows of their own, one in which they moved has none; until there
+    are enough of both there may be four times as many turns.
+    """
+    found: dict[bool, dict[Any, list]] = {False: {key: [] for key in calls}, True: {key: [] for key in calls}}
+    for i in range(4 * turns):
+        enough = all(len(measured) >= ENOUGH for costs in found.values() for measured in costs.values())
+        if i >= turns and (enough or apart() is None):
+            break
+        turn = {key: _measure(call) for key, call in calls.items()}
+        for (name, what), (place, *cost) in turn.items():
+            of_floor, *floors = turn[floor, what]
+            if place == of_floor and place is not None:
+                found[place][name, what].append((cost, floors))
     rows = {}
-    for name, what in calls:
-        base = floor, what
-        ratios = np.array(times[name, what]) / np.array(times[base])
-        least = min(work[name, what])
-        rows[f"{name}, {what}"] = {
-            "median_ms": round(float(np.median(times[name, what])), 2),
-            "min_ms": round(min(times[name, what]), 2),
-            "times_the_dense": round(float(np.median(ratios)), 2),
-            "min_cpu_ms": round(least, 2),
-            "cpu_times_the_dense": round(least / min(work[base]), 2),
-            "temporary_MB": round(temporaries[name, what], 1),
-        }
+    for place, costs in found.items():
+        for (name, what), measured in costs.items():
+            if len(measured) >= min(ENOUGH, turns):
+                cost, floors = np.moveaxis(np.array(measured), 0, -1)  # [ms or CPU ms, turn]
+                times, cpu_times = np.median(cost / floors, axis=1).round(2).tolist()
+                rows[f"{name}, {what}" + (", cores apart" if place else "")] = {
+                    "turns": len(measured),
+                    "median_ms": round(float(np.median(cost[0])), 2),
+                    "min_ms": round(float(cost[0].min()), 2),
+                    "times_the_dense": times,
+                    "cpu_times_the_dense": cpu_times,
+                    "temporary_MB": round(temporaries[name, what], 1),
+                }
     return rows
+
+
+def _measure(call: Callable[[], Any]) -> tuple[bool | None, float, float]:
+    """Whether cores were apart, None if they moved; milliseconds; CPU milliseconds."""
+    before, start, cpu = apart(), time.perf_counter(), time.process_time()
+    jax.block_until_ready(call())
+    spent = 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - cpu)
+    return bool(before) if before == apart() else None, *spent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="timed runs of each product; four times as many of a step"
-    )
+    parser.add_argument("--turns", type=int, default=12, help="of each product; four times as many of a step")
     parser.add_argument("--small", action="store_true", help="sizes that take a second: a rehearsal")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
     args = parser.parse_args()
-    use_huge_pages()
+    keep_memory()
     scale = 16 if args.small else 1
     M, K, N = 4096 // scale, 512 // scale, 1024 // scale
     results = {}
     for E, skewed in ((8, False), (8, True), (32, True)):
         what = f"{M} rows, {E} experts of {K} x {N}, {'skewed' if skewed else 'balanced'}"
-        results[what] = measure_products(M, K, N, E, skewed, args.repeats)
+        results[what] = measure_products(M, K, N, E, skewed, args.turns)
     for T, E, k, H in ((M // 2, 8, 2, K), (M // 2, 32, 4, K // 2), (2 * M, 32, 4, K // 2)):
         what = f"a step of {T} tokens, {k} of {E} gated experts of {K} x {H}"
-        results[what] = measure_step(T, K, H, E, k, 4 * args.repeats)
-    save(args.out, about() | {"repeats": args.repeats, "results": results})
+        results[what] = measure_step(T, K, H, E, k, 4 * args.turns)
+    save(args.out, about() | {"turns": args.turns, "results": results})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ python -m experiments.benchmarks.optimizer_step_cpu
 The params are those of a Llama-like model of 50 million: 8 stacked layers of width 640, a vocabulary of 8192.
 As in training, the gradient is made inside the jitted step, so that an optimizer may overwrite it; what
 making it takes alone is measured by turns with the rest and taken off. It runs with huge pages, as
-training does: without (`experiments.trainer.huge_pages`), page faults take longer than the arithmetic.
+training does: without (`experiments.trainer.kept_memory`), page faults take longer than the arithmetic.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import optax
 
 import frugax
 from experiments.benchmarks.interleaved import about, write
-from experiments.trainer.huge_pages import use_huge_pages
+from experiments.trainer.kept_memory import keep_memory
 
 RESULTS = Path(__file__).parent / "results" / "optimizer_step_cpu.json"
 SHAPES = {
@@ -167,5 +167,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
+    keep_memory()
     main()

@@ -74,6 +74,17 @@ def grouped_matmul_cpu() -> str:
     return f"{plain_caption(result)} {BY_TURNS}\n\n{table(head, rows)}"
 
 
+def kept_memory_cpu() -> str:
+    """Tabulate a training step by what malloc does with memory."""
+    result, rows = read("kept_memory_cpu"), []
+    for way, r in result["ways"].items():
+        low, middle, high = r["times_faster"].values()
+        faster = f"{middle}x ({low} to {high})"
+        rows.append([way, r["ms_a_step"], f"{r['page_faults_a_step']:,.0f}", r["peak_MB"], faster])
+    head = ["", "ms a step", "page faults a step", "peak MB", "times faster (quartiles)"]
+    return f"{plain_caption(result)}\n\n{table(head, rows)}"
+
+
 def mamba_cpu() -> str:
     result = read("mamba_cpu")
     sizes = ", ".join(f"{k} {v}" for k, v in result["sizes"].items())

@@ -24,6 +24,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/operations/linear_attention.md": {"taylor_memory": compiled.taylor_memory},
     "docs/results/cpu.md": {
+        "kept_memory_cpu": cpu.kept_memory_cpu,
         "linear_attention_cpu": cpu.linear_attention_cpu,
         "length_cpu": cpu.length_cpu,
         "recurrences_cpu": cpu.recurrences_cpu,

@@ -17,8 +17,8 @@ from ..common.sharding import vary_like
 from ..common.tiling import round_up
 
 STEP = 16  # rows by which tiles differ
-# Most rows of a tile, of measured ones the fastest: a group is one product as long as it has no more. Cores hand
-# each other a tile's rows, experts and results, the slower the less cache they share.
+# Most rows of a tile, of measured ones the fastest: a group is one product as long as it has no more. Cores
+# hand each other a tile's rows, experts and results, the slower the less cache they share.
 MOST = 1536
 
 
@@ -207,7 +207,7 @@ def _part(x: Array, at: Array, count: int) -> Array:
 
 
 def _sum_of_products(x: Array, y: Array) -> Array:
-    """The sum of x_i y_i^T over rows; x^T is written down, for XLA on CPU has a slower product for sums over rows."""
+    """The sum of x_i y_i^T over rows. x^T is written down: on CPU XLA sums over rows slower."""
     return _product(lax.optimization_barrier(x.T), y, (1, 0))
 
 

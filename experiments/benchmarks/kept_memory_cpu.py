@@ -1,6 +1,6 @@
-"""Training steps of the quickstart on CPU with and without huge pages, by turns in two processes.
+"""Training steps of the quickstart on CPU in small pages, huge pages, and huge pages that are kept.
 
-python -m experiments.benchmarks.huge_pages_cpu
+python -m experiments.benchmarks.kept_memory_cpu
 """
 
 import argparse
@@ -17,24 +17,31 @@ import numpy as np
 from experiments.benchmarks.interleaved import about, save
 from experiments.benchmarks.training import prepare
 from experiments.configs.lm.quickstart import get_config
+from experiments.trainer.kept_memory import KEPT
 
-RESULTS = Path(__file__).parent / "results" / "huge_pages_cpu.json"
+RESULTS = Path(__file__).parent / "results" / "kept_memory_cpu.json"
 STEPS = 5  # of a turn
+WAYS = {
+    "small pages": "glibc.malloc.hugetlb=0",
+    "huge pages": "glibc.malloc.hugetlb=1",
+    "huge pages, kept": KEPT,
+}
 
 
 def work() -> None:
-    """Take STEPS steps for every line that comes, and tell what one took."""
+    """Take STEPS steps for every line that comes; tell one's ms and page faults, and the peak in MB."""
     training = prepare(get_config())
     state, batch = training.state, dict(next(training.batches))
     state = jax.block_until_ready(training.step(state, batch)[0])
     print("ready", flush=True)
     for _ in sys.stdin:
-        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         for _ in range(STEPS):
             state, _metrics = training.step(state, batch)
         jax.block_until_ready(state)
         spent = 1e3 * (time.perf_counter() - start) / STEPS
-        print(spent, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / STEPS, flush=True)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        print(spent, (after.ru_minflt - before.ru_minflt) / STEPS, after.ru_maxrss / 1024, flush=True)
 
 
 def main() -> None:
@@ -43,16 +50,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON to write")
     args = parser.parse_args()
     result, workers = about(), []
-    for huge in (0, 1):
-        environment = os.environ | {"GLIBC_TUNABLES": f"glibc.malloc.hugetlb={huge}"}
-        code = "from experiments.benchmarks.huge_pages_cpu import work; work()"
+    for tunables in WAYS.values():
+        environment = os.environ | {"GLIBC_TUNABLES": tunables}
+        code = "from experiments.benchmarks.kept_memory_cpu import work; work()"
         pipe = subprocess.PIPE
         command = [sys.executable, "-c", code]
         workers.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment))
     for worker in workers:
         while worker.stdout.readline() not in ("ready\n", ""):
             pass
-    found: list[list[list[float]]] = [[], []]
+    found: list[list[list[float]]] = [[] for _ in WAYS]
     for _ in range(args.turns):
         for rows, worker in zip(found, workers, strict=True):
             worker.stdin.write("\n")
@@ -61,15 +68,17 @@ def main() -> None:
     for worker in workers:
         worker.stdin.close()
         worker.wait()
-    times, faults = np.moveaxis(np.array(found), -1, 0)  # [small or huge, turn]
-    pages, quarters = ("small pages", "huge pages"), ("first quartile", "median", "third quartile")
-    faster = np.quantile(times[0] / times[1], [0.25, 0.5, 0.75]).round(3)
-    result |= {
-        "turns": args.turns,
-        "ms_a_step": dict(zip(pages, np.median(times, axis=1).tolist(), strict=True)),
-        "page_faults_a_step": dict(zip(pages, np.median(faults, axis=1).tolist(), strict=True)),
-        "times_faster": dict(zip(quarters, faster.tolist(), strict=True)),
-    }
+    times, faults, peaks = np.moveaxis(np.array(found), -1, 0)  # [way, turn]
+    quarters = ("first quartile", "median", "third quartile")
+    faster = np.quantile(times[0] / times, [0.25, 0.5, 0.75], axis=1).T.round(3).tolist()
+    result |= {"turns": args.turns, "ways": {}}
+    for i, way in enumerate(WAYS):
+        result["ways"][way] = {
+            "ms_a_step": round(float(np.median(times[i])), 1),
+            "page_faults_a_step": round(float(np.median(faults[i])), 1),
+            "peak_MB": round(float(peaks[i, -1])),
+            "times_faster": dict(zip(quarters, faster[i], strict=True)),
+        }
     save(args.out, result)
 
 
