@@ -4,8 +4,8 @@ python -m experiments.benchmarks.optimizer_step_cpu
 
 The params are those of a Llama-like model of 50 million: 8 stacked layers of width 640, a vocabulary of 8192.
 As in training, the gradient is made inside the jitted step, so that an optimizer may overwrite it; what
-making it takes alone is measured by turns with the rest and taken off. It runs with huge pages, as
-training does: without (`experiments.trainer.kept_memory`), page faults take longer than the arithmetic.
+making it takes alone is measured by turns with the rest and taken off. It keeps its memory, as training
+does (`experiments.trainer.kept_memory`): otherwise page faults take longer than the arithmetic.
 """
 
 import argparse
