@@ -20,6 +20,7 @@ STEP = 16  # rows by which tiles differ
 # Most rows of a tile, of measured ones the fastest: a group is one product as long as it has no more. Cores
 # hand each other a tile's rows, experts and results, the slower the less cache they share.
 MOST = 1536
+SHARE = 256  # a group's rows in exported programs, whose number no one knows: a call may have few
 
 
 def heights(M: int, groups: int) -> tuple[int, ...]:
@@ -28,7 +29,7 @@ def heights(M: int, groups: int) -> tuple[int, ...]:
     Most tiles are a group's only one where groups are small: steps are narrow around a group's share of the M
     rows, which few groups are far from.
     """
-    share = M / groups if known(M) else MOST
+    share = M / groups if known(M) else SHARE
     tile = min(MOST, round_up(int(1.5 * share) + 1, STEP))
     near = (0.125, 0.25, 0.4375, 0.625, 0.8125, 0.9375, 1, 1.0625, 1.1875)
     parts = near if share < tile else (0.125, 0.25, 0.375, 0.5, 0.75)
