@@ -79,7 +79,7 @@ def latency(turns: int = 3000) -> float | None:
 
 
 def apart() -> bool | None:
-    """Whether the cores share no cache now; None where that can't be told."""
+    """True while the cores share no cache; None where that can't be told."""
     found = latency()
     return None if found is None else found > APART
 

@@ -137,35 +137,34 @@ def timed(calls: dict, floor: str, temporaries: dict, turns: int) -> dict:
     Turns with cores together and apart have rows of their own, one in which they moved has none; until there
     are enough of both there may be four times as many turns.
     """
-    found: dict[bool, dict[Any, list]] = {False: {key: [] for key in calls}, True: {key: [] for key in calls}}
+    found: dict[Any, list] = {(place, *key): [] for place in (False, True) for key in calls}
     for i in range(4 * turns):
-        enough = all(len(measured) >= ENOUGH for costs in found.values() for measured in costs.values())
+        enough = all(len(measured) >= ENOUGH for measured in found.values())
         if i >= turns and (enough or apart() is None):
             break
         turn = {key: _measure(call) for key, call in calls.items()}
         for (name, what), (place, *cost) in turn.items():
             of_floor, *floors = turn[floor, what]
             if place == of_floor and place is not None:
-                found[place][name, what].append((cost, floors))
+                found[place, name, what].append((cost, floors))
     rows = {}
-    for place, costs in found.items():
-        for (name, what), measured in costs.items():
-            if len(measured) >= min(ENOUGH, turns):
-                cost, floors = np.moveaxis(np.array(measured), 0, -1)  # [ms or CPU ms, turn]
-                times, cpu_times = np.median(cost / floors, axis=1).round(2).tolist()
-                rows[f"{name}, {what}" + (", cores apart" if place else "")] = {
-                    "turns": len(measured),
-                    "median_ms": round(float(np.median(cost[0])), 2),
-                    "min_ms": round(float(cost[0].min()), 2),
-                    "times_the_dense": times,
-                    "cpu_times_the_dense": cpu_times,
-                    "temporary_MB": round(temporaries[name, what], 1),
-                }
+    for (place, name, what), measured in found.items():
+        if len(measured) >= min(ENOUGH, turns):
+            cost, floors = np.moveaxis(np.array(measured), 0, -1)  # [ms or CPU ms, turn]
+            times, cpu_times = np.median(cost / floors, axis=1).round(2).tolist()
+            rows[f"{name}, {what}" + (", cores apart" if place else "")] = {
+                "turns": len(measured),
+                "median_ms": round(float(np.median(cost[0])), 2),
+                "min_ms": round(float(cost[0].min()), 2),
+                "times_the_dense": times,
+                "cpu_times_the_dense": cpu_times,
+                "temporary_MB": round(temporaries[name, what], 1),
+            }
     return rows
 
 
 def _measure(call: Callable[[], Any]) -> tuple[bool | None, float, float]:
-    """Whether cores were apart, None if they moved; milliseconds; CPU milliseconds."""
+    """True where cores were apart, None if they moved; milliseconds; CPU milliseconds."""
     before, start, cpu = apart(), time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
     spent = 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - cpu)

@@ -1,5 +1,7 @@
 """Tables of docs/results/cpu.md: times on a CPU beside peers."""
 
+from experiments.trainer.kept_memory import KEPT
+
 from ..markdown import BY_TURNS, caption, plain_caption, read, table
 
 
@@ -82,7 +84,7 @@ def kept_memory_cpu() -> str:
         faster = f"{middle}x ({low} to {high})"
         rows.append([way, r["ms_a_step"], f"{r['page_faults_a_step']:,.0f}", r["peak_MB"], faster])
     head = ["", "ms a step", "page faults a step", "peak MB", "times faster (quartiles)"]
-    return f"{plain_caption(result)}\n\n{table(head, rows)}"
+    return f"{plain_caption(result)} Kept: `GLIBC_TUNABLES={KEPT}`.\n\n{table(head, rows)}"
 
 
 def mamba_cpu() -> str:

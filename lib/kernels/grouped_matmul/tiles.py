@@ -73,13 +73,13 @@ def by_rows(
         w = matrix(e)
 
         def whole(at: Array, count: int, y: Array) -> Array:
-            part = _product(_rows(x, read, at, count), w, (1, 1 if transposed else 0))
+            part = _product(_rows(x, read, at, count), w, transposed)
             if add is None:
                 return lax.dynamic_update_slice_in_dim(y, part, at, 0)
             return y.at[_part(add, at, count)].add(part, mode="drop")
 
         def last(at: Array, count: int, mine: Array, y: Array) -> Array:
-            part = _product(_rows(x, read, at, count), w, (1, 1 if transposed else 0))
+            part = _product(_rows(x, read, at, count), w, transposed)
             if add is None:
                 part = jnp.where(mine[:, None], part, _part(y, at, count))
                 return lax.dynamic_update_slice_in_dim(y, part, at, 0)
@@ -209,12 +209,12 @@ def _part(x: Array, at: Array, count: int) -> Array:
 
 def _sum_of_products(x: Array, y: Array) -> Array:
     """The sum of x_i y_i^T over rows. x^T is written down: on CPU XLA sums over rows slower."""
-    return _product(lax.optimization_barrier(x.T), y, (1, 0))
+    return _product(lax.optimization_barrier(x.T), y)
 
 
-def _product(x: Array, y: Array, over: tuple[int, int]) -> Array:
-    """The product that sums over one axis of x and one of y."""
+def _product(x: Array, y: Array, transposed: bool = False) -> Array:
+    """The product x y, or x y^T as y lies."""
     operand = operand_dtype(x.dtype)
     x, y = x.astype(operand), y.astype(operand)
-    axes = tuple((axis,) for axis in over), ((), ())
+    axes = ((1,), (1 if transposed else 0,)), ((), ())
     return lax.dot_general(x, y, axes, precision="highest", preferred_element_type=accumulator(operand))
